@@ -1,0 +1,303 @@
+"""Every request and reply that may cross a site's boundary. What is not a type in this file cannot leave a site.
+
+Values are text, numbers, truth values, tuples and mappings of them, tensors, and frozen dataclasses of all these. Replies
+hold no name of a case, no path and no per-voxel data; a case is known outside its site by a number private to the site.
+`Json` (free-form settings) occurs in requests only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+Json: TypeAlias = "None | bool | int | float | str | tuple[Json, ...] | Mapping[str, Json]"
+
+# ----------------------------------------------------------------------------------------------- what messages hold
+
+
+@dataclass(frozen=True)
+class PlugIn:
+    """A plug-in by name (`mean`, or `module:function`) with its options."""
+
+    name: str
+    options: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a site trains. `None` means: as nnU-Net's plan says."""
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    momentum: float
+    precision: str
+    foreground: float
+    """Share of patches in a batch that are centred on a foreground voxel."""
+    mirror: bool
+    augmentation: str
+    clip_norm: float
+    deep_supervision: bool
+    loader_workers: int
+    loss: PlugIn
+    local_update: PlugIn
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What a site tells about the foreground intensities of one channel. Sums are integers, so that adding them is exact.
+
+    Every case with foreground has the same mass, as in nnU-Net (which draws equally many voxels from each case).
+    """
+
+    mean_sum: int
+    """Sum over cases of the mean foreground intensity, in units of 2**-1074 (exact for float64)."""
+    square_sum: int
+    """Sum over cases of the mean squared foreground intensity, in the same units."""
+    minimum: float
+    maximum: float
+    keys: Tensor
+    """int32 (K,), ascending: intensities as float32 rounded to 10 mantissa bits."""
+    masses: Tensor
+    """int64 (K,): mass of each key; a case's masses add up to `fingerprint.CASE_MASS`."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How many cases have this shape [voxels] after cropping and this spacing [mm] (binned unless the study says otherwise)."""
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class RelativeSize:
+    """How many cases keep `share` / 1024 of their voxels when cropped to the non-zero region."""
+
+    share: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Statistics of a data set that add up (`data.fingerprint.merge`)."""
+
+    n_cases: int
+    n_foreground: int
+    channels: tuple[ChannelStatistics, ...]
+    geometry: tuple[Geometry, ...]
+    relative_sizes: tuple[RelativeSize, ...]
+    exact_geometry: bool
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """How many cases were set aside for one reason (a word of `errors.DataError.code`)."""
+
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Metrics of one label in one case. `None` where the metric is undefined."""
+
+    case: int
+    """A number private to the site."""
+    patient: int
+    """A number private to the site."""
+    label: str
+    status: str
+    """`ok`, `empty_reference`, `empty_prediction`, `both_empty` or `not_annotated`."""
+    unit: str
+    """`mm` or `px`."""
+    values: Mapping[str, float | None]
+    reference_volume: float
+    """[ml], or [px] where the spacing is unknown."""
+    prediction_volume: float
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+@dataclass(frozen=True)
+class Examine:
+    """Read the data set; answer what may be told of it."""
+
+    exact_geometry: bool
+    max_excluded: float
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Preprocess all cases by this plan (nnU-Net's own JSON) and get ready to train."""
+
+    plans: str
+    configuration: str
+    network: PlugIn
+    training: Training
+    folds: int
+    fold: int
+    seed: int
+    max_excluded: float
+
+
+@dataclass(frozen=True)
+class Train:
+    """Take `steps` optimiser steps of `model`, starting at `first_step` of `total_steps`.
+
+    `weights` replace the site's own, by name and completely; without them the site goes on from where it is.
+    """
+
+    model: str
+    round: int
+    first_step: int
+    steps: int
+    total_steps: int
+    weights: Tensors
+    send_weights: bool
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Segment the cases of `subset` with these weights, or with the site's own of that model, and score them."""
+
+    model: str
+    subset: str
+    weights: Tensors
+    metrics: tuple[PlugIn, ...]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Store these weights as the finished model; without weights, the site's own."""
+
+    model: str
+    weights: Tensors
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Write the state of a model to disk under this number; older ones than the one before may go."""
+
+    model: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Go back to the snapshot of this number; number 0 is a model never trained here."""
+
+    model: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Drop the state and the snapshots of a model; its finished weights stay."""
+
+    model: str
+
+
+Request: TypeAlias = Examine | Prepare | Train | Evaluate | Keep | Snapshot | Restore | Forget
+
+# ------------------------------------------------------------------------------------------------------------- replies
+
+
+@dataclass(frozen=True)
+class Examined:
+    fingerprint: Fingerprint
+    channels: tuple[str, ...]
+    labels: Mapping[str, int]
+    file_ending: str
+    excluded: tuple[Excluded, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    n_training: int
+    n_validation: int
+    n_patients: int
+    excluded: tuple[Excluded, ...]
+    warnings: tuple[str, ...]
+    """Sentences from a fixed list, without names."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An update. `loss` is the mean over the steps; `weights` is empty where they were not asked for."""
+
+    weights: Tensors
+    n_cases: int
+    n_steps: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    scores: tuple[Score, ...]
+    excluded: tuple[Excluded, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Done:
+    pass
+
+
+# A failure is a value: it travels, is recorded and is shown. None holds the text of an exception.
+
+
+@dataclass(frozen=True)
+class SiteTimeout:
+    """No reply by the deadline."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SiteLost:
+    """The site, or the connection to it, is gone."""
+
+
+@dataclass(frozen=True)
+class SiteRefused:
+    """The site's own policy forbids it; `rule` names the rule."""
+
+    rule: str
+
+
+@dataclass(frozen=True)
+class SiteError:
+    """Something failed at the site: the exception's class, our code, and where to look in the site's own log."""
+
+    exception: str
+    code: str
+    reference: str
+
+
+Failure: TypeAlias = SiteTimeout | SiteLost | SiteRefused | SiteError
+Reply: TypeAlias = Examined | Prepared | Trained | Evaluated | Done
+
+REQUESTS: tuple[type, ...] = (Examine, Prepare, Train, Evaluate, Keep, Snapshot, Restore, Forget)
+REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Evaluated, Done)
+FAILURES: tuple[type, ...] = (SiteTimeout, SiteLost, SiteRefused, SiteError)
+
+
+def describe(failure: Failure) -> str:
+    """One line for a person."""
+    match failure:
+        case SiteTimeout(seconds):
+            return f"no reply within {seconds:.0f} s"
+        case SiteLost():
+            return "lost"
+        case SiteRefused(rule):
+            return f"refused by its policy ({rule})"
+        case SiteError(exception, code, reference):
+            return f"{code} ({exception}; reference {reference} in the site's own log)"
