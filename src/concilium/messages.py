@@ -165,11 +165,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Segment the cases of `subset` with these weights, or with the site's own of that model, and score them."""
+    """Segment the cases of `subset` (`validation` or `test`) with the finished `model` kept here, and score them."""
 
     model: str
     subset: str
-    weights: Tensors
     metrics: tuple[PlugIn, ...]
 
 

@@ -13,14 +13,16 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import struct
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save, save_file
 
 from concilium import messages
 from concilium.errors import ContractError
@@ -38,64 +40,47 @@ _TYPES: dict[str, type] = {
 
 @dataclasses.dataclass(frozen=True)
 class Envelope:
-    """Around each message: which run it belongs to, which life of the site (`epoch`), and its number within that life."""
+    """Travels beside each message: its run, which life of the site it is for (`epoch`), and its number within the run."""
 
     run: str
     epoch: int
     sequence: int
 
 
-def pack(message: object, envelope: Envelope) -> bytes:
+def pack(message: object) -> bytes:
     """The message as bytes.
 
     Raises:
         ContractError: the message holds something that is no message type, number, text, tuple, mapping or tensor.
     """
     tensors: list[torch.Tensor] = []
-    header = {"envelope": dataclasses.asdict(envelope), "message": _encode(message, tensors)}
-    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
+    header = json.dumps(_encode(message, tensors), allow_nan=False, separators=(",", ":")).encode()
     body = save({str(i): t for i, t in enumerate(tensors)})
-    return b"".join((MAGIC, struct.pack("<I", len(text)), text, body))
+    return b"".join((MAGIC, struct.pack("<I", len(header)), header, body))
 
 
-def with_envelope(packed: bytes, envelope: Envelope) -> bytes:
-    """The same message in another envelope, without packing its tensors again."""
-    header, start = _header(packed)
-    header["envelope"] = dataclasses.asdict(envelope)
-    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
-    return b"".join((MAGIC, struct.pack("<I", len(text)), text, memoryview(packed)[start:]))
-
-
-def unpack(packed: bytes, *, limit: int = LIMIT) -> tuple[Any, Envelope]:
-    """The message and its envelope.
+def unpack(packed: bytes, *, limit: int = LIMIT) -> Any:
+    """The message.
 
     Raises:
         ContractError: not a message, damaged, too large, or of a type or with a field that `messages.py` does not have.
     """
     if len(packed) > limit:
-        raise ContractError(f"A message of {len(packed)} bytes arrived; at most {limit} are read. Raise the limit or send less.")
-    header, start = _header(packed)
-    try:
-        tensors = load(packed[start:])
-        envelope = Envelope(**header["envelope"])
-        if not (isinstance(envelope.run, str) and type(envelope.epoch) is int and type(envelope.sequence) is int):
-            raise ContractError(f"An envelope holds {envelope}. Expected a run id and two whole numbers.")
-        return _decode(header["message"], Any, tensors, "message"), envelope
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-        raise ContractError(f"A damaged message arrived ({type(e).__name__}). The sender must pack it with this version.") from e
-
-
-def _header(packed: bytes) -> tuple[dict[str, Any], int]:
+        raise ContractError(
+            f"A message of {len(packed)} bytes arrived; at most {limit} are read. Raise the limit or send less."
+        )
     if packed[:4] != MAGIC or len(packed) < 8:
-        raise ContractError(f"Expected a message that starts with {MAGIC!r}, got {bytes(packed[:4])!r}.")
+        raise ContractError(
+            f"Expected a message that starts with {MAGIC!r}, got {bytes(packed[:4])!r}. The sender must pack it."
+        )
     (size,) = struct.unpack_from("<I", packed, 4)
     try:
-        header = json.loads(bytes(packed[8 : 8 + size]))
-    except (ValueError, RecursionError) as e:
-        raise ContractError("A damaged message arrived: its header is not JSON.") from e
-    if not isinstance(header, dict) or set(header) != {"envelope", "message"}:
-        raise ContractError("A damaged message arrived: its header has not the fields envelope and message.")
-    return header, 8 + size
+        header = json.loads(packed[8 : 8 + size])
+        return _build(header, load(packed[8 + size :]), "message")
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        raise ContractError(
+            f"A damaged message arrived ({type(e).__name__}). The sender must pack it with this version."
+        ) from e
 
 
 def _encode(value: object, tensors: list[torch.Tensor]) -> Any:
@@ -115,7 +100,9 @@ def _encode(value: object, tensors: list[torch.Tensor]) -> Any:
             return {"%": [[k, _encode(v, tensors)] for k, v in value.items()]}
     name = type(value).__name__
     if _TYPES.get(name) is not type(value):
-        raise ContractError(f"{type(value).__name__} cannot be sent. Only the types in messages.py may cross a site's boundary.")
+        raise ContractError(
+            f"{type(value).__name__} cannot be sent. Only the types in messages.py may cross a site's boundary."
+        )
     fields = {f.name: _encode(getattr(value, f.name), tensors) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
     return {"@": name, **fields}
 
@@ -126,10 +113,11 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _decode(value: Any, expected: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
-    """Build the value; `expected` is its annotation (`Any`: whatever message type it says it is)."""
     decoded = _build(value, tensors, where)
     if not _fits(decoded, expected):
-        raise ContractError(f"{where} holds {type(decoded).__name__} where {expected} belongs.")
+        raise ContractError(
+            f"{where} holds {type(decoded).__name__}. Expected {expected}. The sender must pack it with this version."
+        )
     return decoded
 
 
@@ -177,3 +165,31 @@ def _fits(value: Any, expected: Any) -> bool:
 @functools.cache
 def _json() -> Any:
     return None | bool | int | float | str | tuple[Any, ...] | collections.abc.Mapping[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------ tensors on disk
+
+
+def write_tensors(path: Path, tensors: messages.Tensors, about: collections.abc.Mapping[str, str]) -> None:
+    """Write a safetensors file with `about` in its header, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=dict(about))
+    with unfinished.open("rb+") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and what stands in its header.
+
+    Raises:
+        ContractError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as e:
+        raise ContractError(
+            f"{path} cannot be read ({type(e).__name__}). Expected a safetensors file. Restore it, or start again."
+        ) from e

@@ -1,0 +1,75 @@
+"""What a site does for one family of requests; `site.py` dispatches to them.
+
+A site's cases come in members: a real site has one, itself. The pool of a simulation has every site as a member, with the same
+folds as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from concilium.data.dataset import Case, Dataset
+from concilium.data.patches import Batches
+from concilium.data.plan import Plan
+from concilium.messages import Training
+
+
+class Cancelled(Exception):
+    """The request was cancelled, or its deadline has passed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a site is told by whoever runs it, never by the server."""
+
+    name: str
+    role: str
+    data: Mapping[str, Path]
+    """Member -> nnU-Net raw folder."""
+    test: Path | None
+    """The held-out set, where the site has a copy."""
+    folder: Path
+    """Private to the site: its log, case list, snapshots and finished models."""
+    cache: Path
+    """Preprocessed cases, one folder per member."""
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One case of a member, with the numbers by which it is known outside the site."""
+
+    member: str
+    dataset: Dataset
+    case: Case
+    number: int
+    patient: int
+
+    @property
+    def key(self) -> str:
+        """Unique among the site's cases."""
+        return f"{self.member}/{self.case.name}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A site ready to train: its cases preprocessed by the plan, and divided."""
+
+    plan: Plan
+    labels: Mapping[str, int]
+    n_channels: int
+    network: Callable[[], object]
+    """Builds the network with new weights."""
+    training: Training
+    seed: int
+    entries: Mapping[str, tuple[Entry, ...]]
+    """Cases by subset: `training` and `validation`."""
+    batches: Batches | None
+    """`None` where there is nothing to train on."""
+
+
+Check = Callable[[], bool]
+"""Whether the request at hand was cancelled."""

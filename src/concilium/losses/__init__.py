@@ -1,0 +1,7 @@
+"""Losses. One file here: one loss, of the logits of one scale.
+
+    loss(logits: Tensor, labels: Tensor, annotated: Sequence[int] | None, *, batch_dice: bool, ...options) -> Tensor
+
+`logits` is (B, L, *patch), `labels` (B, 1, *patch) with label ids. `annotated` lists the label ids that are annotated in these
+cases, `None` where all are. `batch_dice` comes from nnU-Net's plan: overlap is counted over the batch instead of per patch.
+"""

@@ -7,12 +7,14 @@ keyword-only parameters are options of the study's `[network]` table.
 
 A stage takes the top `takes` maps of the stack and leaves `leaves` in their place. Names count resolution from the input:
 `down0` is full resolution, `up0` its way back, `head0` the logits at full resolution, `head1` those of deep supervision one
-level below. Heads come last, coarsest first, and `head0` is always there. Every tensor has one owner and one key.
+level below. Heads come last, coarsest first, and `head0` is always there. Every tensor has one owner and one key. A network
+that is no list of stages is one stage, `whole` (`as_stages`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import cast
 
 from torch import Tensor, nn
@@ -55,21 +57,36 @@ class Stages(nn.Module):
             stage = self[name]
             rest = len(stack) - stage.takes
             if rest < 0:
-                raise ContractError(f"Stage {name} takes {stage.takes} maps, but {len(stack)} are there. Check the split point.")
-            stack = (*stack[:rest], *stage(*stack[rest:]))
+                raise ContractError(
+                    f"Stage {name} takes {stage.takes} maps, but {len(stack)} are there. Check the split point."
+                )
+            left = stage(*stack[rest:])
+            if len(left) != stage.leaves:
+                raise ContractError(
+                    f"Stage {name} left {len(left)} maps. It must leave {stage.leaves}. Correct its `leaves`."
+                )
+            stack = (*stack[:rest], *left)
         return stack
 
     def forward(self, image: Tensor) -> Stack:
         logits = self.run((image,))
         return logits[::-1]
 
+    @property
+    def split_points(self) -> tuple[str, ...]:
+        """Stages after which the network may be split: all before the first head, since logits never cross a cut."""
+        return tuple(name for name in self.names[:-1] if not name.startswith("head"))
+
     def split(self, *after: str) -> list[Stages]:
         """The parts between the split points, each 'after stage NAME'; they share the tensors of this network."""
-        for name in after:
-            if name not in self.names:
-                raise ContractError(f"There is no stage {name!r} to split after. Stages are: {', '.join(self.names)}.")
+        points = self.split_points
+        if list(after) != [name for name in points if name in after]:
+            raise ContractError(
+                f"Split points {', '.join(after)} are not possible. Allowed, each once and in this order: "
+                f"{', '.join(points) or 'none, the network is one stage'}. Choose from these."
+            )
         edges = [0, *(self.names.index(name) + 1 for name in after), len(self.names)]
-        return [Stages({n: self[n] for n in self.names[i:j]}) for i, j in zip(edges, edges[1:], strict=False)]
+        return [Stages({n: self[n] for n in self.names[i:j]}) for i, j in pairwise(edges)]
 
     def reach(self) -> int:
         """How many maps of the incoming stack these stages touch; those below stay where they are."""

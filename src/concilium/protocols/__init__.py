@@ -1,0 +1,81 @@
+"""Protocols: who talks when. One file here: one protocol, a function of the file's name that is a plain loop over rounds.
+
+    def NAME(engine, start: Round, *, model, collect, rule, rounds, steps, min_sites, deadline_s, ...options) -> Iterator[Round]
+
+It starts again from any complete round: a `Round` holds every value that the next one needs, as named tensors and JSON numbers.
+At a yield nothing is outstanding. `steps` says who takes part, and with how many optimiser steps a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from concilium.collect import Answer
+from concilium.engines import Engine, Traffic
+from concilium.errors import EngineError
+from concilium.messages import Failure, Json, Tensors, Train, describe
+
+WEIGHTS = "weights/"
+STATE = "rule/"
+"""Prefixes of a round's tensors: the shared model, and what the aggregation rule keeps."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """State of a protocol after `number` complete rounds; the rest tells what happened in the last of them."""
+
+    number: int
+    tensors: Tensors
+    values: Mapping[str, Json] = field(default_factory=dict)
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+    failures: Mapping[str, Failure] = field(default_factory=dict)
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    n_tensors: int = 0
+    """How many tensors of each update matched by name, shape and type, and were aggregated."""
+
+
+def start_with(weights: Tensors) -> Round:
+    """Round 0: the initial weights and nothing else."""
+    return Round(0, {WEIGHTS + name: tensor for name, tensor in weights.items()})
+
+
+def part(tensors: Tensors, prefix: str) -> dict[str, Tensors]:
+    """The tensors under a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}  # type: ignore[misc]
+
+
+def train_requests(
+    model: str, number: int, rounds: int, steps: Mapping[str, int], weights: Tensors, *, send_weights: bool
+) -> dict[str, Train]:
+    """Round `number`'s request for each site; sites with equally many steps share one, which is packed once."""
+    shared = {
+        n: Train(model, number, (number - 1) * n, n, rounds * n, weights, send_weights) for n in set(steps.values())
+    }
+    return {site: shared[n] for site, n in steps.items()}
+
+
+def traffic_since(engine: Engine, sites: Mapping[str, int], before: Mapping[str, Traffic]) -> dict[str, Traffic]:
+    """Bytes to and from each of the sites since the copy `before` was made."""
+    return {s: Traffic(engine.traffic[s].down - before[s].down, engine.traffic[s].up - before[s].up) for s in sites}
+
+
+def copy_traffic(engine: Engine, sites: Mapping[str, int]) -> dict[str, Traffic]:
+    """The engine's counters as they are now."""
+    return {s: Traffic(engine.traffic[s].down, engine.traffic[s].up) for s in sites}
+
+
+def require(
+    answered: Mapping[str, Answer], failures: Mapping[str, Failure], *, min_sites: int, model: str, number: int
+) -> None:
+    """Check that enough sites answered.
+
+    Raises:
+        EngineError: fewer than `min_sites`; says who failed and how.
+    """
+    if len(answered) < min_sites:
+        failed = "; ".join(f"{site}: {describe(f)}" for site, f in failures.items())
+        raise EngineError(
+            f"{model}, round {number}: {len(answered)} of {len(answered) + len(failures)} sites answered ({failed}). "
+            f"At least {min_sites} must ([protocol] min_sites). Mend the sites, then go on with --resume."
+        )

@@ -1,0 +1,166 @@
+"""Answers to `Examine` and `Prepare`: read every case, tell what adds up, preprocess, and set aside what cannot be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from concilium import catalog
+from concilium.answers import Cancelled, Check, Entry, Job, Settings
+from concilium.data.dataset import Dataset, folds, open_dataset, read_case
+from concilium.data.fingerprint import fingerprint_of_case, merge
+from concilium.data.patches import Batches
+from concilium.data.plan import Plan, open_plan
+from concilium.data.preprocess import Prepared as PreparedCase
+from concilium.data.preprocess import prepare as prepare_case
+from concilium.errors import DataError
+from concilium.messages import Examine, Examined, Excluded, Fingerprint, Prepare, Prepared
+
+T = TypeVar("T")
+Exclusions = dict[str, tuple[str, str]]
+"""Case -> (code, text). The text stays at the site."""
+
+
+def find_cases(data: Mapping[str, Path]) -> tuple[tuple[Entry, ...], Exclusions]:
+    """All cases of all members, numbered, and those of which a file is missing.
+
+    Raises:
+        DataError: a data set cannot be used, or the members' channels or labels differ.
+    """
+    found: list[Entry] = []
+    excluded: Exclusions = {}
+    first: Dataset | None = None
+    for member, folder in data.items():
+        dataset = open_dataset(folder)
+        first = first or dataset
+        if (dataset.channels, dict(dataset.labels)) != (first.channels, dict(first.labels)):
+            raise DataError(
+                f"{folder} has channels {dataset.channels} and labels {dict(dataset.labels)}. "
+                f"Expected {first.channels} and {dict(first.labels)}, as in {first.folder}. Make them the same.",
+                code="sites_differ",
+            )
+        patients = {p: i for i, p in enumerate(sorted({c.patient for c in dataset.cases}))}
+        found += [Entry(member, dataset, c, i, patients[c.patient]) for i, c in enumerate(dataset.cases)]
+        excluded |= {
+            f"{member}/{case}": (reason, f"{dataset.folder} lacks a file of case {case}.")
+            for case, reason in dataset.missing
+        }
+    return tuple(found), excluded
+
+
+def examine(settings: Settings, request: Examine, cancelled: Check) -> tuple[Examined, Exclusions]:
+    """What `Examine` asks for, and the cases that were set aside.
+
+    Raises:
+        DataError: the data set cannot be used, or too many cases were set aside.
+    """
+    found, excluded = find_cases(settings.data)
+    read = partial(_fingerprint, exact_geometry=request.exact_geometry)
+    made = _each(found, read, excluded, cancelled)
+    _limit(excluded, len(made), request.max_excluded)
+    dataset = found[0].dataset
+    reply = Examined(
+        merge(list(made.values())), dataset.channels, dict(dataset.labels), dataset.file_ending, count(excluded)
+    )
+    return reply, excluded
+
+
+def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Prepared, Job, Exclusions]:
+    """Preprocess every case into the cache and divide them by patient.
+
+    Raises:
+        DataError: the data set cannot be used, or too many cases were set aside.
+    """
+    found, excluded = find_cases(settings.data)
+    plan = open_plan(request.plans, request.configuration)
+    trains = settings.role != "test"
+    read = partial(_prepare_case, plan=plan, cache=settings.cache)
+    files = _each(found, read, excluded, cancelled) if trains else {}
+    if trains:
+        _limit(excluded, len(files), request.max_excluded)
+    usable = [e for e in found if e.key in files]
+    held_out = {
+        (m, p)
+        for m in settings.data
+        for p in folds(sorted({e.case.patient for e in usable if e.member == m}), request.folds, request.fold)
+    }
+    parts = {
+        "training": tuple(e for e in usable if (e.member, e.case.patient) not in held_out),
+        "validation": tuple(e for e in usable if (e.member, e.case.patient) in held_out),
+    }
+    dataset, training = found[0].dataset, request.training
+    build = catalog.load("networks", request.network.name)
+    options = dict(request.network.options) | {"deep_supervision": training.deep_supervision}
+    sizes = {"n_channels": len(dataset.channels), "n_labels": len(dataset.labels), "plan": plan.architecture}
+    batches = Batches(
+        {e.key: files[e.key] for e in parts["training"]},
+        plan=plan,
+        labels=dataset.labels,
+        batch_size=plan.batch_size,
+        foreground=training.foreground,
+        mirror=training.mirror,
+        augmentation=training.augmentation,
+        deep_supervision=training.deep_supervision,
+    ) if parts["training"] else None  # fmt: skip
+    job = Job(
+        plan,
+        dataset.labels,
+        len(dataset.channels),
+        partial(build, **sizes, **options),
+        training,
+        request.seed,
+        parts,
+        batches,
+    )
+    warnings = [] if parts["validation"] or not trains else ["No validation cases: the site has a single patient."]
+    if 1 < len({e.patient for e in usable}) < request.folds:
+        warnings.append("Fewer patients than folds: as many folds as patients.")
+    n_patients = len({(e.member, e.patient) for e in usable})
+    reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
+    return reply, job, excluded
+
+
+def count(excluded: Exclusions) -> tuple[Excluded, ...]:
+    """How many cases were set aside for each reason."""
+    return tuple(Excluded(code, n) for code, n in sorted(Counter(code for code, _ in excluded.values()).items()))
+
+
+def _each(found: Sequence[Entry], do: Callable[[Entry], T], excluded: Exclusions, cancelled: Check) -> dict[str, T]:
+    """`do` for every case; one that cannot be used is set aside with its reason."""
+    made: dict[str, T] = {}
+    for entry in found:
+        if cancelled():
+            raise Cancelled
+        try:
+            made[entry.key] = do(entry)
+        except DataError as e:
+            excluded[entry.key] = (e.code, str(e))
+    return made
+
+
+def _fingerprint(entry: Entry, *, exact_geometry: bool) -> Fingerprint:
+    image, label, properties = read_case(entry.case, entry.dataset)
+    return fingerprint_of_case(image, label, properties["spacing"], exact_geometry=exact_geometry)
+
+
+def _prepare_case(entry: Entry, *, plan: Plan, cache: Path) -> PreparedCase:
+    return prepare_case(entry.case, entry.dataset, plan, cache / entry.member)
+
+
+def _limit(excluded: Exclusions, n_usable: int, max_excluded: float) -> None:
+    """Check that not too many cases were set aside.
+
+    Raises:
+        DataError: more than the share `max_excluded`, or none is left.
+    """
+    n = n_usable + len(excluded)
+    if n_usable == 0 or len(excluded) > max_excluded * n:
+        reasons = "; ".join(f"{case}: {text}" for case, (_, text) in list(excluded.items())[:5])
+        raise DataError(
+            f"{len(excluded)} of {n} cases cannot be used ({reasons}). "
+            f"At most {max_excluded:.0%} may be set aside ([study] max_excluded), and one must be left. Mend or remove them.",
+            code="too_many_excluded",
+        )

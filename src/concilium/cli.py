@@ -1,0 +1,166 @@
+"""The commands. No logic here: a command reads its arguments, calls one function, and shows what came back."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from concilium.errors import ConciliumError
+
+if TYPE_CHECKING:
+    from concilium.run import Event, Outcome
+
+app = typer.Typer(
+    help="Train one medical image segmentation model at several hospitals without moving an image.",
+    no_args_is_help=True,
+)
+console = Console(stderr=True, highlight=False)
+shown = Console(highlight=False)
+
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Run folder to write. Default: runs/NAME beside the current directory.")
+]
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/demo")) -> None:
+    """The main job on built-in data: three synthetic sites; local, federated, centralized (about 3 minutes on 2 cores)."""
+    from concilium.demo import demo_study
+
+    _run(demo_study(out), out, resume=False)
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="Study file (TOML).")],
+    out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its last complete round.")
+    ] = False,
+) -> None:
+    """Run a study: fingerprint, plan, train, score."""
+    from concilium.study import read_study
+
+    read = read_study(study)
+    _run(read, out or Path("runs") / read.study.name, resume=resume)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    images: Annotated[Path, typer.Option("-i", "--images", help="Folder of images, named CASE_0000.ENDING.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the label maps.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="As in results.json, such as federated or local:north.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Segment new images with a model of a run."""
+    from concilium.predict import predict as segment_all
+
+    with _progress() as progress:
+        task = progress.add_task("Segmenting", total=None, note="")
+        skipped = segment_all(
+            run, images, out, model=model, device=device,
+            watch=lambda case, n, total: progress.update(task, completed=n, total=total, note=case),
+        )  # fmt: skip
+    for case, reason in skipped:
+        console.print(f"[red]Skipped {case}:[/red] {reason}", markup=True)
+    shown.print(f"Label maps are in {out}")
+    if skipped:
+        raise typer.Exit(4)
+
+
+def main() -> None:
+    """Entry point: errors become a sentence and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except ConciliumError as e:
+        console.print(f"Error: {e}", style="red", markup=False)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command with --resume goes on from the last complete round.")
+        sys.exit(130)
+    except Exception:
+        console.print(traceback.format_exc(), markup=False)
+        console.print(
+            "This is a fault of Concilium. Please report it with the text above (it may hold paths of yours).",
+            style="red",
+        )
+        sys.exit(70)
+
+
+def _run(study: Any, out: Path, *, resume: bool) -> None:
+    from concilium.run import run as run_study
+
+    with _progress() as progress:
+        outcome = run_study(study, out, resume=resume, watch=_shower(progress))
+    _show(outcome)
+    raise typer.Exit(outcome.exit_code)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+def _shower(progress: Progress) -> Callable[[Event], None]:
+    """Shows events: a bar per model, lines for the rest; without a terminal, a line for every tenth of the rounds."""
+    bars: dict[str, Any] = {}
+
+    def show(event: Event) -> None:
+        match event.kind:
+            case "round":
+                if event.model not in bars:
+                    bars[event.model] = progress.add_task(
+                        event.model, total=event.rounds, completed=event.round - 1, note=""
+                    )
+                note = "" if event.loss is None else f"loss {event.loss:.3f}"
+                progress.update(bars[event.model], completed=event.round, note=note)
+                if not console.is_terminal and event.round % max(1, event.rounds // 10) == 0:
+                    console.print(f"{event.model}: round {event.round}/{event.rounds} {note}")
+            case "warning":
+                console.print(f"Warning: {event.text}", style="yellow", markup=False)
+            case "stage":
+                console.print(event.text, style="dim", markup=False)
+
+    return show
+
+
+def _show(outcome: Outcome) -> None:
+    from concilium.reports.matrix import matrix
+
+    results = outcome.results
+    table_text = matrix(results)
+    table = Table(
+        title=table_text.title, title_justify="left", caption=" ".join(table_text.notes), caption_justify="left"
+    )
+    for i, name in enumerate(table_text.header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in table_text.rows:
+        table.add_row(*row)
+    shown.print(table)
+    costs = Table(title="What each model took", title_justify="left")
+    for name in ("model", "updates", "patches", "seconds", "MB sent per site"):
+        costs.add_column(name, justify="left" if name == "model" else "right")
+    for m in results["models"]:
+        up = [s["bytes_up"] for s in m["sites"].values()]
+        costs.add_row(
+            m["name"], str(m["updates"]), str(m["patches"]), f"{m['seconds']:.0f}", f"{sum(up) / len(up) / 1e6:.1f}"
+        )
+    shown.print(costs)
+    for line in results["excluded"]:
+        console.print(f"Excluded: {line['site']}, case {line['case']}: {line['text']}", style="yellow", markup=False)
+    for line in results["warnings"]:
+        console.print(f"Note: {line}", style="dim", markup=False)
+    for line in results["problems"]:
+        console.print(f"Not as asked: {line}", style="red", markup=False)
+    shown.print(f"Run folder: {outcome.folder}")

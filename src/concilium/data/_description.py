@@ -1,0 +1,109 @@
+"""`dataset.json` of an nnU-Net raw folder, as far as Concilium uses it. Whatever is wrong is a `DataError`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from concilium.errors import DataError
+
+READERS: Mapping[str, str] = {
+    ".nii.gz": "SimpleITKIO",
+    ".nii": "SimpleITKIO",
+    ".nrrd": "SimpleITKIO",
+    ".mha": "SimpleITKIO",
+    ".gipl": "SimpleITKIO",
+    ".png": "NaturalImage2DIO",
+    ".bmp": "NaturalImage2DIO",
+    ".tif": "NaturalImage2DIO",
+}
+"""File ending -> nnU-Net's reader."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `dataset.json` says. `patients`: case -> patient, for the cases that it names."""
+
+    channels: tuple[str, ...]
+    labels: Mapping[str, int]
+    file_ending: str
+    patients: Mapping[str, str]
+
+
+def read_description(folder: Path) -> Description:
+    """What the `dataset.json` of this folder says; `numTraining` is not looked at.
+
+    Raises:
+        DataError: there is none, or it cannot be used.
+    """
+    settings = _settings(folder)
+    patients = settings.get("patient", {})
+    if not isinstance(patients, dict):
+        raise _wrong(folder, "patient", patients, "a table from case to patient", "Write it so, or remove it")
+    return Description(
+        _channels(settings, folder),
+        _labels(settings, folder),
+        _file_ending(settings, folder),
+        {case: str(patient) for case, patient in patients.items()},
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset.json"
+    if not path.is_file():
+        raise DataError(f"{folder} has no dataset.json. Expected an nnU-Net raw folder. Check the path.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"{path} cannot be read ({e}). It must be JSON. Repair it.") from e
+    if not isinstance(settings, dict):
+        raise DataError(
+            f"{path} holds a {type(settings).__name__}. Expected an object with channel_names and labels. Repair it."
+        )
+    return settings
+
+
+def _wrong(folder: Path, key: str, given: object, allowed: str, remedy: str) -> DataError:
+    return DataError(f"{folder / 'dataset.json'}: {key} is {given!r}. Allowed is {allowed}. {remedy}.")
+
+
+def _channels(settings: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    given = settings.get("channel_names")
+    allowed = 'a table like {"0": "MRI"}, numbered from 0'
+    if not isinstance(given, dict) or not given or not all(isinstance(v, str) and v for v in given.values()):
+        raise _wrong(folder, "channel_names", given, allowed, "Write it so (older data sets call it modality)")
+    try:
+        ordered = dict(sorted((int(k), v) for k, v in given.items()))
+    except ValueError as e:
+        raise _wrong(folder, "channel_names", given, allowed, "Number the channels") from e
+    if list(ordered) != list(range(len(given))):
+        raise _wrong(folder, "channel_names", given, allowed, "Number the channels without a gap")
+    return tuple(ordered.values())
+
+
+def _labels(settings: dict[str, Any], folder: Path) -> dict[str, int]:
+    given = settings.get("labels")
+    allowed = 'a table like {"background": 0, "tumour": 1}, numbered from 0 without a gap'
+    if not isinstance(given, dict) or len(given) < 2:
+        raise _wrong(folder, "labels", given, allowed, "Write it so")
+    if any(isinstance(v, list) for v in given.values()):
+        raise _wrong(
+            folder, "labels", given, allowed, "Regions (lists of ids) are not supported yet: give each label one id"
+        )
+    if "ignore" in given:
+        raise _wrong(folder, "labels", given, allowed, "The ignore label is not supported yet: remove it")
+    if any(type(v) is not int for v in given.values()) or sorted(given.values()) != list(range(len(given))):
+        raise _wrong(folder, "labels", given, allowed, "Number the labels so, in the label maps too")
+    if given.get("background") != 0:
+        raise _wrong(folder, "labels", given, allowed, "Call label 0 background")
+    return dict(sorted(given.items(), key=lambda item: item[1]))
+
+
+def _file_ending(settings: dict[str, Any], folder: Path) -> str:
+    given = settings.get("file_ending")
+    if not isinstance(given, str) or given not in READERS:
+        raise _wrong(folder, "file_ending", given, f"one of {', '.join(READERS)}", "Correct it, or convert the images")
+    return given

@@ -1,0 +1,61 @@
+"""Random numbers as a function of a key, such as (seed, site, round, step): the same in any process and in any order.
+
+nnU-Net's packages draw from the global generators of `random`, `numpy` and `torch`; so these three are what is seeded.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+from concilium.errors import ContractError
+
+
+def digest(*key: str | int) -> int:
+    """A number below 2**64 that depends on every part of the key, on its type and on its place (BLAKE2b).
+
+    Python's `hash` is not used: that of text differs from one process to the next.
+    """
+    for part in key:
+        if not isinstance(part, str | int) or isinstance(part, bool):
+            raise ContractError(
+                f"Part {part!r} of a random key is a {type(part).__name__}. Text and integers are allowed. Convert it first."
+            )
+    return int.from_bytes(blake2b(json.dumps(key).encode(), digest_size=8).digest(), "little")
+
+
+def seed_all(*key: str | int) -> int:
+    """The digest of the key, from which `random`, `numpy` and `torch` (all devices) are now seeded."""
+    number = digest(*key)
+    _seed_shared(number)
+    torch.manual_seed(number)
+    return number
+
+
+@contextmanager
+def drawn_from(*key: str | int) -> Iterator[int]:
+    """A block that draws from generators seeded as by `seed_all`, and leaves them as they were found (on the CPU only).
+
+    So what a site draws next, in dropout or in a filter, does not depend on whether another process made its batches.
+    """
+    number = digest(*key)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        _seed_shared(number)
+        torch.default_generator.manual_seed(number)
+        yield number
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def _seed_shared(number: int) -> None:
+    random.seed(number)
+    np.random.seed([number & 0xFFFFFFFF, number >> 32])

@@ -1,0 +1,228 @@
+"""Patches out of prepared cases for training, and a whole image through the network for prediction: nnU-Net's ways for both."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from concilium.data.augment import mirror_axes, training_transforms
+from concilium.data.draws import drawn_from
+from concilium.data.plan import Plan
+from concilium.data.preprocess import Array, Labels, Prepared, label_rules, open_prepared
+from concilium.errors import ContractError, DataError
+from concilium.nnunet_parts import nnUNetDataLoader, nnUNetPredictor
+
+Batch: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
+"""Images float32 (B, C, *patch) and label maps int16 (B, 1, *patch), one per supervised scale, finest first."""
+Key: TypeAlias = tuple[str | int, ...]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+class Batches:
+    """Batches of random patches, each a function of its key alone: in any order, in any process, on any thread count.
+
+    Args:
+        prepared: the cases by name, or the files they lie in.
+        foreground: share of the patches of a batch that are centred on a foreground voxel (the last ones, rounded).
+        mirror, augmentation, deep_supervision: as in `augment.training_transforms`.
+    """
+
+    def __init__(
+        self,
+        prepared: Mapping[str, Path | Prepared],
+        *,
+        plan: Plan,
+        labels: Labels,
+        batch_size: int,
+        foreground: float,
+        mirror: bool,
+        augmentation: str,
+        deep_supervision: bool,
+    ) -> None:
+        if not prepared:
+            raise DataError("There are 0 cases to train on. At least one is needed. Add cases, or use fewer folds.")
+        transforms, initial, _ = training_transforms(
+            plan, mirror=mirror, augmentation=augmentation, deep_supervision=deep_supervision
+        )
+        files = {name: p.path if isinstance(p, Prepared) else p for name, p in prepared.items()}
+        self._loader = nnUNetDataLoader(
+            _Cases(sorted(files), files),
+            batch_size,
+            initial,
+            tuple(plan.configuration.patch_size),
+            label_rules(plan, labels),
+            oversample_foreground_percent=foreground,
+            transforms=transforms,
+        )
+
+    def draw(self, *key: str | int) -> Batch:
+        """The batch of this key. The global random generators and torch's thread count are left as they were."""
+        with drawn_from(*key), _one_thread():
+            drawn = self._loader.generate_train_batch()
+        target = drawn["target"]
+        return drawn["data"], tuple(target) if isinstance(target, list) else (target,)
+
+
+def stream(batches: Batches, keys: Sequence[Key], *, workers: int) -> Iterator[Batch]:
+    """The batches of these keys, in this order; with `workers` > 0 that many processes make them ahead of time.
+
+    The bits are the same for every number of workers.
+    """
+    if workers == 0:
+        return (batches.draw(*key) for key in keys)
+    if workers < 0:
+        raise ContractError(
+            f"{workers} loader workers. 0 or more are allowed. Use 0 to make batches in the site's own process."
+        )
+    draws: Any = _Draws(batches, tuple(keys))
+    loader: Iterable[Batch] = DataLoader(
+        draws,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        multiprocessing_context=_context(),
+        generator=torch.Generator(),  # else the loader draws a seed from the global one
+    )
+    return iter(loader)
+
+
+@dataclass(frozen=True)
+class _Cases:
+    """All that nnU-Net's loader asks of a data set."""
+
+    identifiers: list[str]
+    files: Mapping[str, Path]
+
+    def load_case(self, name: str) -> tuple[Array, Array, None, dict[str, Any]]:
+        case = open_prepared(self.files[str(name)])
+        return case.image.view(_Copied), case.label.view(_Copied), None, {"class_locations": case.locations}
+
+
+class _Copied(np.ndarray[Any, np.dtype[Any]]):
+    """An array whose parts are copies: nnU-Net's transforms work in place, and the file must not change under them."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return np.array(super().__getitem__(key))
+
+
+@dataclass(frozen=True)
+class _Draws:
+    batches: Batches
+    keys: tuple[Key, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: int) -> Batch:
+        return self.batches.draw(*self.keys[i])
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _context() -> Any:
+    """How loader workers start: never a bare fork, since the site's process has threads.
+
+    A fork server imports nnU-Net once (8 s) for all workers of all rounds; where there is none each worker imports it.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --------------------------------------------------------------------------------------------------------- prediction
+
+
+def predict_logits(
+    network: nn.Module,
+    image: Array | Tensor,
+    plan: Plan,
+    *,
+    labels: Labels,
+    device: torch.device,
+    mirror: bool,
+    precision: str,
+) -> Tensor:
+    """Logits float16 (L, X, Y, Z), on the CPU, of a preprocessed image (C, X, Y, Z), by nnU-Net's sliding window.
+
+    Windows of the plan's patch size overlap by half and are added with Gaussian weights; with `mirror` each is the mean over
+    all mirrorings. The network may return one tensor or its logits finest first. It is moved to `device` and stays there;
+    the training mode of its modules is left as it was. `precision` is that of autocast: `float32`, `bfloat16` or `float16`.
+    """
+    if precision not in PRECISIONS:
+        raise ContractError(f"Precision {precision!r}. Known are: {', '.join(PRECISIONS)}. Choose one of them.")
+    if not isinstance(image, Tensor):
+        # torch takes no read-only array: the windows are copies, but it cannot know
+        image = torch.from_numpy(np.require(image, np.float32, ["C", "W"]))
+    benchmark, modes = torch.backends.cudnn.benchmark, {module: module.training for module in network.modules()}
+    with redirect_stdout(io.StringIO()):
+        predictor = nnUNetPredictor(
+            tile_step_size=0.5,
+            use_gaussian=True,
+            use_mirroring=mirror,
+            perform_everything_on_device=device.type == "cuda",
+            device=device,
+            allow_tqdm=False,
+        )
+        torch.backends.cudnn.benchmark = benchmark  # nnU-Net's predictor switches it on for the whole process
+        predictor.manual_initialization(
+            _Finest(network, device.type, PRECISIONS[precision]),
+            plan.manager,
+            plan.configuration,
+            None,
+            {"labels": dict(labels)},
+            "nnUNetTrainer",
+            mirror_axes(plan),
+        )
+        try:
+            logits: Tensor = predictor.predict_sliding_window_return_logits(image)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+    return logits.cpu()
+
+
+class _Finest(nn.Module):
+    """The finest logits of a network, computed in the precision asked for."""
+
+    def __init__(self, network: nn.Module, device_type: str, precision: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.device_type = device_type
+        self.precision = precision
+
+    def forward(self, image: Tensor) -> Tensor:
+        # nnU-Net's predictor switches autocast on wherever it finds a GPU; float32 must switch it off again
+        reduced = self.precision != torch.float32
+        dtype = self.precision if reduced else None
+        with torch.autocast(self.device_type, dtype=dtype, enabled=reduced):
+            out = self.network(image)
+        finest: Tensor = out[0] if isinstance(out, tuple | list) else out
+        # the mean over mirrorings is taken in place: bfloat16 has too few digits for it
+        return finest.float() if self.precision == torch.bfloat16 else finest

@@ -1,0 +1,221 @@
+"""All sites on one machine, one at a time in this process or in worker processes; messages are packed as for a network.
+
+With `workers` = 1 the sites answer in turn, in this process. With more, each worker is a process of its own (spawned, since the
+libraries draw from global generators), and site number i belongs to worker i modulo `workers`. A worker keeps one site's model in
+memory; those of its other sites wait on disk. Beside the sites there are `pooled`, which has the cases of all, and `test`.
+
+A site's deadline counts from when its turn comes. A worker that dies loses its sites for the requests at hand; it is started
+again, and its sites, in a new epoch, are prepared anew and brought back to their last snapshot.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from concilium import wire
+from concilium.answers import Settings
+from concilium.engines import Engine, SiteInfo, Traffic
+from concilium.engines._workers import Call, InlineWorker, News, SpawnedWorker, Worker
+from concilium.errors import ContractError
+from concilium.messages import (
+    FAILURES,
+    REPLIES,
+    Failure,
+    Prepare,
+    Reply,
+    Request,
+    Restore,
+    SiteError,
+    SiteLost,
+    SiteTimeout,
+    Snapshot,
+)
+from concilium.wire import Envelope
+
+
+def connect(
+    *,
+    sites: Mapping[str, Path],
+    test: Path | None,
+    folder: Path,
+    run: str,
+    workers: int = 1,
+    threads: int = 1,
+    device: str = "auto",
+    cache: Path | None = None,
+) -> Engine:
+    """A simulation of these sites (name -> data); `folder` gets a folder for each of them. Whoever connects closes it."""
+    data: dict[str, Mapping[str, Path]] = {name: {name: path} for name, path in sites.items()} | {"pooled": sites}
+    if test is not None:
+        data["test"] = {"test": test}
+    settings = [
+        Settings(name, name if name in ("pooled", "test") else "site", members, test, folder / "sites" / name, cache or folder / "cache", threads, device)
+        for name, members in data.items()
+    ]  # fmt: skip
+    return Simulation(settings, run=run, workers=min(workers, len(sites)), spool=folder / "spool")
+
+
+@dataclass
+class _Pending:
+    """A request on its way."""
+
+    call: Call
+    started: float | None = None
+    """When the site's turn came, on the monotonic clock."""
+
+
+class Simulation:
+    """The engine; see the module's text."""
+
+    def __init__(self, settings: Sequence[Settings], *, run: str, workers: int, spool: Path) -> None:
+        self.sites: Mapping[str, SiteInfo] = {s.name: SiteInfo(s.name, s.role) for s in settings}
+        self.traffic: Mapping[str, Traffic] = {s.name: Traffic() for s in settings}
+        self.dropped = 0
+        """Replies that came after their deadline."""
+        self._run = run
+        self._spool = spool
+        shutil.rmtree(spool, ignore_errors=True)
+        spool.mkdir(parents=True)
+        self._sequence = 0
+        self._epochs = {s.name: 0 for s in settings}
+        self._pending: dict[str, _Pending] = {}
+        self._recover: dict[str, dict[str, Path]] = {s.name: {} for s in settings}
+        self._lost: set[str] = set()
+        self._worker_of = {s.name: i % workers for i, s in enumerate(settings)}
+        groups = [[s for s in settings if self._worker_of[s.name] == i] for i in range(workers)]
+        kind = InlineWorker if workers == 1 else SpawnedWorker
+        self._workers: list[Worker] = [kind(group, run, self._epochs) for group in groups]
+
+    def send(self, requests: Mapping[str, Request], *, deadline_s: float | None = None) -> None:
+        """Send; returns at once.
+
+        Raises:
+            ContractError: a site is not known, or has a request outstanding.
+        """
+        packed: dict[int, tuple[Path, int]] = {}
+        for site, request in requests.items():
+            if site not in self.sites or site in self._pending:
+                raise ContractError(
+                    f"A request for {site!r} cannot be sent. Expected one of {', '.join(self.sites)} with none outstanding."
+                )
+            if id(request) not in packed:
+                content = wire.pack(request)
+                path = self._spool / f"{self._sequence:09d}-{len(packed)}.request"
+                path.write_bytes(content)
+                packed[id(request)] = (path, len(content))
+        for site, request in requests.items():
+            path, size = packed[id(request)]
+            self._bring_back(site)
+            self._remember(site, request, path)
+            self._pending[site] = _Pending(self._post(site, path, deadline_s))
+            self.traffic[site].down += size
+
+    def replies(self) -> Iterator[tuple[str, Reply | Failure]]:
+        """The replies as they arrive, until nothing is outstanding."""
+        while self._pending:
+            for index, worker in enumerate(self._workers):
+                for news in worker.news():
+                    yield from self._on(index, news)
+            yield from self._overdue()
+            self._sleep()
+        for path in self._spool.iterdir():
+            if not any(path in kept.values() for kept in self._recover.values()):
+                path.unlink(missing_ok=True)
+
+    def cancel(self, sites: Iterable[str]) -> None:
+        """Ask sites to give up; each still gives its one reply or failure."""
+        for site in sites:
+            if site in self._pending:
+                self._pending[site].call.cancel.touch()
+
+    def close(self) -> None:
+        """End the workers and remove the spool."""
+        self.cancel(list(self._pending))
+        for worker in self._workers:
+            worker.close()
+        shutil.rmtree(self._spool, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------------------- internals
+
+    def _post(self, site: str, request: Path, deadline_s: float | None) -> Call:
+        self._sequence += 1
+        envelope = Envelope(self._run, self._epochs[site], self._sequence)
+        call = Call(site, envelope, request, self._spool / f"{self._sequence:09d}.reply", deadline_s)
+        self._workers[self._worker_of[site]].post(call)
+        return call
+
+    def _on(self, index: int, news: News) -> Iterator[tuple[str, Reply | Failure]]:
+        if news.event == "lost":
+            self._lost |= {site for site, i in self._worker_of.items() if i == index}
+            for site in self._lost & self._pending.keys():
+                del self._pending[site]
+                yield site, SiteLost()
+            for site in self._lost:
+                if self._worker_of[site] == index:
+                    self._epochs[site] += 1
+            self._workers[index].restart(self._epochs)
+            return
+        found = [s for s, p in self._pending.items() if p.call.envelope.sequence == news.sequence]
+        if not found:  # its deadline has passed, or it was the engine's own
+            return
+        pending = self._pending[found[0]]
+        if news.event == "started":
+            pending.started = time.monotonic()
+            return
+        deadline = pending.call.deadline_s
+        if deadline is not None and pending.started is not None and time.monotonic() - pending.started > deadline:
+            yield from self._overdue()
+            return
+        del self._pending[found[0]]
+        yield found[0], self._open(found[0], pending.call.reply)
+
+    def _open(self, site: str, path: Path) -> Reply | Failure:
+        content = path.read_bytes()
+        path.unlink()
+        self.traffic[site].up += len(content)
+        try:
+            reply: Reply | Failure = wire.unpack(content)
+        except ContractError:
+            return SiteError("ContractError", "damaged_reply", "")
+        return reply if isinstance(reply, REPLIES + FAILURES) else SiteError("ContractError", "wrong_reply", "")
+
+    def _overdue(self) -> Iterator[tuple[str, Reply | Failure]]:
+        now = time.monotonic()
+        for site, pending in list(self._pending.items()):
+            deadline = pending.call.deadline_s
+            if deadline is not None and pending.started is not None and now - pending.started > deadline:
+                pending.call.cancel.touch()
+                self.dropped += 1
+                del self._pending[site]
+                yield site, SiteTimeout(deadline)
+
+    def _sleep(self) -> None:
+        """Until a worker has news or the next deadline passes."""
+        connections = [w.connection for w in self._workers if isinstance(w, SpawnedWorker)]
+        if connections and self._pending:
+            wait(connections, timeout=0.5 if any(p.call.deadline_s is not None for p in self._pending.values()) else 60)
+
+    def _remember(self, site: str, request: Request, path: Path) -> None:
+        """Keep what a restarted site must be told again."""
+        match request:
+            case Prepare():
+                kept = path.with_suffix(".prepare")
+                if not kept.exists():
+                    kept.hardlink_to(path)
+                self._recover[site] = {"prepare": kept}
+            case Snapshot(model, number) | Restore(model, number):
+                kept = self._spool / f"{site}-{model}.restore"
+                kept.write_bytes(wire.pack(Restore(model, number)))
+                self._recover[site][model] = kept
+
+    def _bring_back(self, site: str) -> None:
+        """Tell a site that was lost what it needs to go on."""
+        if site in self._lost:
+            self._lost.discard(site)
+            for path in self._recover[site].values():
+                self._post(site, path, None)

@@ -1,0 +1,19 @@
+"""The step of nnU-Net's own training: forward, loss, backward, clip, optimise (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from concilium.local_updates import Local, descend
+
+
+def step(local: Local, image: Tensor, labels: Sequence[Tensor]) -> Tensor:
+    """Take one step; the loss before it."""
+    local.optimizer.zero_grad(set_to_none=True)
+    with local.autocast():
+        logits = local.network(image)
+    loss = local.objective([x.float() for x in logits], labels)
+    descend(local, loss)
+    return loss.detach()

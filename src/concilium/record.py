@@ -1,0 +1,193 @@
+"""The run folder: everything a run leaves behind, written so that a kill at any moment loses at most the round at hand.
+
+study.toml fingerprint.json plans.json environment.json   what was asked, measured, decided, and on what it ran
+rounds.jsonl                                              one line a round: who took part, losses, bytes, failures
+weights/MODEL.safetensors                                 finished models that the server may have
+results.json                                              scores and summaries (schema: results.schema.json of the package)
+checkpoints/MODEL/                                        the last complete round, to resume from
+sites/SITE/                                               in a simulation: what is private to each site
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from concilium import __version__
+from concilium.errors import StudyError
+from concilium.messages import Tensors, describe
+from concilium.protocols import Round
+from concilium.study import Study, to_toml
+from concilium.wire import read_tensors, write_tensors
+
+
+class Record:
+    """An open run folder."""
+
+    def __init__(self, folder: Path, study: Study, *, resume: bool) -> None:
+        self.folder = folder
+        text = to_toml(study)
+        existing = folder / "study.toml"
+        if existing.exists() and not resume:
+            raise StudyError(
+                f"{folder} already holds a run. Expected a new folder. Give another --out, or go on with --resume."
+            )
+        if existing.exists() and existing.read_text(encoding="utf-8") != text:
+            raise StudyError(
+                f"The study differs from {existing}. A run is resumed with the study it began with. Give another --out."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = self.read_json("environment.json") or {"run": secrets.token_hex(8), "sessions": []}
+        environment["sessions"].append(_environment())
+        self.run_id: str = environment["run"]
+        self.write_json("environment.json", environment)
+        self._write(existing, text.encode())
+
+    # ----------------------------------------------------------------------------------------------------------- files
+
+    def read_json(self, name: str) -> Any:
+        """What is in the file; `None` where there is none."""
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write the file, at once or not at all."""
+        self._write(self.folder / name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write the file, at once or not at all."""
+        self._write(self.folder / name, text.encode())
+
+    def save_weights(self, model: str, weights: Tensors) -> None:
+        """Write a finished model that the server may have."""
+        write_tensors(self.folder / "weights" / f"{model}.safetensors", weights, {"model": model})
+
+    def _write(self, path: Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".unfinished")
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+    # ---------------------------------------------------------------------------------------------------------- rounds
+
+    def rounds(self, model: str) -> list[dict[str, Any]]:
+        """The lines of rounds.jsonl for this model."""
+        path = self.folder / "rounds.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [line for line in map(_parsed, lines) if line is not None and line["model"] == model]
+
+    def commit(self, model: str, done: Round, *, seconds: float) -> None:
+        """Write a complete round: its line, then the state that the next one starts from."""
+        line = {
+            "model": model,
+            "round": done.number,
+            "seconds": round(seconds, 3),
+            "matched": done.n_tensors,
+            "sites": {
+                site: {
+                    "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "seconds": round(a.seconds, 3),
+                    "bytes_down": done.traffic[site].down, "bytes_up": done.traffic[site].up,
+                }
+                for site, a in sorted(done.answers.items())
+            },
+            "failures": {site: {"type": type(f).__name__, "text": describe(f)} for site, f in sorted(done.failures.items())},
+        }  # fmt: skip
+        path = self.folder / "rounds.jsonl"
+        kept = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [
+            text
+            for text in kept
+            if (old := _parsed(text)) is not None and (old["model"] != model or old["round"] < done.number)
+        ]
+        self._write(path, "".join(text + "\n" for text in [*kept, json.dumps(line)]).encode())
+        folder = self.folder / "checkpoints" / model
+        write_tensors(
+            folder / f"{done.number:06d}.safetensors", done.tensors, {"values": json.dumps(dict(done.values))}
+        )
+        for old_file in folder.glob("[0-9]*.safetensors"):
+            if int(old_file.stem) < done.number:
+                old_file.unlink()
+
+    def last_round(self, model: str) -> Round | None:
+        """The last complete round, as the state to go on from."""
+        found = sorted((self.folder / "checkpoints" / model).glob("[0-9]*.safetensors"))
+        if not found:
+            return None
+        tensors, about = read_tensors(found[-1])
+        return Round(int(found[-1].stem), tensors, json.loads(about["values"]))
+
+    # -------------------------------------------------------------------------------- what a simulation may look up
+
+    def site_error(self, site: str, reference: str) -> str | None:
+        """The words of a failure in the log of a simulated site, which lies in this folder."""
+        path = self.folder / "sites" / site / "log.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if reference and path.is_file() else []:
+            entry = _parsed(line)
+            if entry is not None and entry.get("reference") == reference:
+                return str(entry["error"]).strip().splitlines()[-1]
+        return None
+
+    def case_names(self, site: str) -> dict[int, dict[str, str]]:
+        """Number -> case and patient, as a simulated site noted it; empty where the site is elsewhere."""
+        noted = self.read_json(f"sites/{site}/cases.json") or {}
+        member = "test" if site == "test" else site
+        return {e["number"]: {"case": e["case"], "patient": e["patient"]} for e in noted.get(member, [])}
+
+    def excluded(self, sites: Iterable[str]) -> list[dict[str, str]]:
+        """Cases that simulated sites set aside, with the reason."""
+        found = []
+        for site in sites:
+            for case, (code, text) in (self.read_json(f"sites/{site}/excluded.json") or {}).items():
+                found.append({"site": site, "case": case.split("/", 1)[-1], "reason": code, "text": text})
+        return found
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line of a JSON-lines file; `None` for one that was cut off."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _environment() -> dict[str, Any]:
+    """What this process runs on."""
+    packages = {}
+    for name in (
+        "torch",
+        "nnunetv2",
+        "dynamic_network_architectures",
+        "batchgeneratorsv2",
+        "numpy",
+        "scipy",
+        "monai",
+        "safetensors",
+        "SimpleITK",
+    ):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "concilium": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": packages,
+    }
