@@ -14,7 +14,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 Tensors: TypeAlias = Mapping[str, Tensor]
-Json: TypeAlias = "None | bool | int | float | str | tuple[Json, ...] | Mapping[str, Json]"
+Json: TypeAlias = "bool | int | float | str | tuple[Json, ...] | Mapping[str, Json] | None"
 
 # ----------------------------------------------------------------------------------------------- what messages hold
 

@@ -23,8 +23,23 @@ from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import ConciliumError, DataError, EngineError
 from concilium.messages import (
-    Done, Evaluate, Evaluated, Examine, Examined, Failure, Keep, PlugIn, Prepare, Prepared, Reply, Request, Restore, SiteError, Snapshot,
-    Tensors, describe,
+    Done,
+    Evaluate,
+    Evaluated,
+    Examine,
+    Examined,
+    Failure,
+    Keep,
+    PlugIn,
+    Prepare,
+    Prepared,
+    Reply,
+    Request,
+    Restore,
+    SiteError,
+    Snapshot,
+    Tensors,
+    describe,
 )  # fmt: skip
 from concilium.networks import as_stages
 from concilium.protocols import WEIGHTS, Round, part, start_with
@@ -158,9 +173,17 @@ def _plan(study: Study, engine: Engine, record: Record, ledger: Ledger, watch: C
     p, t = study.plan, study.training
     base_features = cast("int | None", study.network.options.get("base_features"))
     text = make_plans(
-        merged, channels=first.channels, labels=first.labels, file_ending=first.file_ending, configuration=p.configuration, planner=p.planner,
-        memory_gb=p.memory_gb, base_features=base_features, batch_size=t.batch_size, patch_size=t.patch_size,
-    )  # fmt: skip
+        merged,
+        channels=first.channels,
+        labels=first.labels,
+        file_ending=first.file_ending,
+        configuration=p.configuration,
+        planner=p.planner,
+        memory_gb=p.memory_gb,
+        base_features=base_features,
+        batch_size=t.batch_size,
+        patch_size=t.patch_size,
+    )
     record.write_text("plans.json", text)
     plan = open_plan(text, p.configuration)
     watch(
@@ -210,7 +233,7 @@ def _must(
             raise EngineError(text)
         ledger.problems.append(text)
     left = [name for name in requests if name in study.sites and not isinstance(replies[name], Failure)]
-    if len(left) < study.protocol.min_sites:
+    if len(left) < (study.protocol.min_sites or 1):
         raise EngineError(
             f"{len(left)} sites are ready ({'; '.join(ledger.problems)}). At least {study.protocol.min_sites} must be "
             "([protocol] min_sites). Mend the sites and start again."
@@ -227,7 +250,7 @@ def _failed(record: Record, site: str, failure: Failure) -> str:
 
 
 def _models(study: Study, cases: Mapping[str, int], batch_size: int) -> list[Model]:
-    """The study's own model, then the baselines. `centralized` gets one site's steps, `centralized_long` those of all together."""
+    """The study's own model, then the baselines: `centralized` with one site's steps, `centralized_long` with those of all."""
     p = study.protocol
 
     def n_steps(name: str) -> int:
@@ -295,7 +318,7 @@ def _train(
         rule=partial(catalog.load("aggregation", study.aggregation.name), **study.aggregation.options),
         rounds=p.rounds,
         steps=model.steps,
-        min_sites=min(p.min_sites, len(model.steps)),
+        min_sites=min(p.min_sites or 1, len(model.steps)),
         deadline_s=p.round_seconds,
     )
     began = time.monotonic()
@@ -365,7 +388,7 @@ def _score(
     for subset, sites in subsets:
         watch(Event("stage", f"{model.name}: scoring the {subset} cases", model=model.name))
         request = Evaluate(model.name, subset, metrics)
-        for site, reply in ask(engine, {site: request for site in sites}):
+        for site, reply in ask(engine, dict.fromkeys(sites, request)):
             if isinstance(reply, Evaluated):
                 cases += _rows(f"{model.name}:{site}" if model.stays else model.name, site, subset, reply, record)
                 given.problems += [
@@ -381,15 +404,20 @@ def _score(
 def _rows(model: str, site: str, subset: str, reply: Evaluated, record: Record) -> list[dict[str, Any]]:
     """Scores as they stand in results.json; in a simulation with the names that the site noted for itself."""
     where = "test" if subset == "test" else site
-    names = record.case_names(where) or {}
-    return [
-        {
-            "model": model, "site": where, "subset": subset, "case": names.get(s.case, {}).get("case", str(s.case)),
-            "patient": names.get(s.case, {}).get("patient", str(s.patient)), "label": s.label, **{m: s.values.get(m) for m in METRICS},
-            "unit": s.unit, "reference_volume": s.reference_volume, "prediction_volume": s.prediction_volume, "status": s.status,
+    names = record.case_names(where)
+    rows = []
+    for s in reply.scores:
+        noted = names.get(s.case, {"case": str(s.case), "patient": str(s.patient)})
+        row = {"model": model, "site": where, "subset": subset, **noted, "label": s.label}
+        row |= {metric: s.values.get(metric) for metric in METRICS}
+        row |= {
+            "unit": s.unit,
+            "reference_volume": s.reference_volume,
+            "prediction_volume": s.prediction_volume,
+            "status": s.status,
         }
-        for s in reply.scores
-    ]  # fmt: skip
+        rows.append(row)
+    return rows
 
 
 def _account(study: Study, model: Model, record: Record, plans: Plans) -> dict[str, Any]:
@@ -404,10 +432,16 @@ def _account(study: Study, model: Model, record: Record, plans: Plans) -> dict[s
     }
     n_steps = [s["n_steps"] for s in per_site.values()]
     return {
-        "name": model.name, "protocol": model.protocol, "parameters": sum(t.numel() for t in initial_weights(study, plans).values()),
-        "rounds": len(lines), "updates": max(n_steps), "patches": sum(n_steps) * plans.batch_size, "batch_size": plans.batch_size,
-        "seconds": round(sum(line["seconds"] for line in lines), 3), "sites": per_site,
-    }  # fmt: skip
+        "name": model.name,
+        "protocol": model.protocol,
+        "parameters": sum(t.numel() for t in initial_weights(study, plans).values()),
+        "rounds": len(lines),
+        "updates": max(n_steps),
+        "patches": sum(n_steps) * plans.batch_size,
+        "batch_size": plans.batch_size,
+        "seconds": round(sum(line["seconds"] for line in lines), 3),
+        "sites": per_site,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ results of all

@@ -1,7 +1,8 @@
 """A site: the only module that holds data and answers. Everything a server can have of a site goes through `Site.handle`.
 
-It dispatches requests, turns whatever goes wrong into a failure without words, writes the words to its own log, and keeps
-the state of models between requests: at most one in memory, the others on disk. A request to train that fails leaves the state as it was.
+It dispatches requests, turns whatever goes wrong into a failure without words, writes the words to its own log, and keeps the
+state of models between requests: at most one in memory, the others on disk. A request to train that fails leaves the state
+as it was.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,7 +24,21 @@ from concilium.answers.statistics import Exclusions, examine, find_cases, prepar
 from concilium.answers.train import Learner
 from concilium.errors import ConciliumError, ContractError, DataError, PrivacyError
 from concilium.messages import (
-    REQUESTS, Done, Evaluate, Examine, Failure, Forget, Keep, Prepare, Reply, Request, Restore, SiteError, SiteRefused, SiteTimeout, Snapshot,
+    REQUESTS,
+    Done,
+    Evaluate,
+    Examine,
+    Failure,
+    Forget,
+    Keep,
+    Prepare,
+    Reply,
+    Request,
+    Restore,
+    SiteError,
+    SiteRefused,
+    SiteTimeout,
+    Snapshot,
     Train,
 )  # fmt: skip
 from concilium.wire import Envelope, read_tensors, write_tensors
@@ -56,8 +71,8 @@ class Site:
         try:
             if (envelope.run, envelope.epoch) != (self.run, self.epoch):
                 raise ContractError(
-                    f"A request for run {envelope.run}, epoch {envelope.epoch} arrived. This site is in run {self.run}, epoch {self.epoch}. "
-                    "Restore its state first."
+                    f"A request for run {envelope.run}, epoch {envelope.epoch} arrived. "
+                    f"This site is in run {self.run}, epoch {self.epoch}. Restore its state first."
                 )
             request = wire.unpack(packed)
             if not isinstance(request, REQUESTS):
@@ -65,7 +80,7 @@ class Site:
                     f"{type(request).__name__} is no request. Allowed: {', '.join(r.__name__ for r in REQUESTS)}. Send one."
                 )
             torch.set_num_threads(self.settings.threads)
-            reply = wire.pack(self.answer(request, cancelled))
+            reply = wire.pack(self.answer(cast(Request, request), cancelled))
         except Cancelled:
             reply = wire.pack(SiteTimeout(time.monotonic() - started))
         except Exception as e:  # a site answers whatever happens; what happened stays in its log

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +20,7 @@ from concilium.errors import StudyError
 from concilium.messages import PlugIn, Training
 
 T = TypeVar("T")
-BASELINES = ("local", "centralized")
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 RESERVED = ("test", "pooled", "server")
 """Names that no site may have: the simulation uses them itself."""
 
@@ -47,8 +48,8 @@ class ProtocolTable:
     epochs: float | None = None
     """... or passes over the site's own training cases per round."""
     compare: tuple[Literal["local", "centralized"], ...] = ()
-    min_sites: int = 2
-    """A round in which fewer sites answer stops the study."""
+    min_sites: int | None = None
+    """A round in which fewer sites answer stops the study; omitted: 2, or 1 where there is only one site."""
     round_seconds: float | None = None
     """Deadline of a round; omitted: none."""
 
@@ -274,34 +275,64 @@ def _sites(raw: Mapping[str, Any], problems: list[str]) -> dict[str, SiteTable]:
     return sites
 
 
+RANGES: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ("protocol", "rounds", lambda x: x >= 1, "1 or more"),
+    ("protocol", "steps", lambda x: x >= 1, "1 or more"),
+    ("protocol", "epochs", lambda x: x > 0, "more than 0"),
+    ("protocol", "min_sites", lambda x: x >= 1, "1 to the number of sites"),
+    ("protocol", "round_seconds", lambda x: x > 0, "more than 0"),
+    ("study", "max_excluded", lambda x: 0 <= x <= 1, "0 to 1"),
+    ("plan", "memory_gb", lambda x: x > 0, "more than 0"),
+    ("training", "learning_rate", lambda x: x > 0, "more than 0"),
+    ("training", "weight_decay", lambda x: x >= 0, "0 or more"),
+    ("training", "momentum", lambda x: 0 <= x < 1, "0 to below 1"),
+    ("training", "batch_size", lambda x: x >= 1, "1 or more"),
+    ("training", "patch_size", lambda x: len(x) in (2, 3) and min(x) >= 1, "2 or 3 whole numbers of 1 or more"),
+    ("training", "foreground", lambda x: 0 <= x <= 1, "0 to 1"),
+    ("training", "clip_norm", lambda x: x > 0, "more than 0"),
+    ("training", "loader_workers", lambda x: x >= 0, "0 or more"),
+    ("validation", "folds", lambda x: x >= 2, "2 or more"),
+    ("validation", "fold", lambda x: x >= 0, "0 to folds - 1"),
+    ("validation", "tolerance", lambda x: x > 0, "more than 0"),
+    ("engine", "workers", lambda x: x >= 1, "1 or more"),
+    ("engine", "threads", lambda x: x >= 0, "0 (share the cores) or more"),
+)
+"""Table, key, test of a value that is given, and what is allowed."""
+
+
 def _sense(study: Study) -> list[str]:
-    """What is wrong with values that are each allowed."""
-    p, t, v, e = study.protocol, study.training, study.validation, study.engine
-    checks = [
-        (p.rounds >= 1, f"[protocol] rounds = {p.rounds} is not allowed. Allowed: 1 or more."),
-        ((p.steps is None) != (p.epochs is None), f"[protocol] steps = {p.steps}, epochs = {p.epochs}: expected exactly one of the two."),
-        (p.steps is None or p.steps >= 1, f"[protocol] steps = {p.steps} is not allowed. Allowed: 1 or more."),
-        (p.epochs is None or p.epochs > 0, f"[protocol] epochs = {p.epochs} is not allowed. Allowed: more than 0."),
-        (p.min_sites >= 1, f"[protocol] min_sites = {p.min_sites} is not allowed. Allowed: 1 to the number of sites."),
-        (p.round_seconds is None or p.round_seconds > 0, f"[protocol] round_seconds = {p.round_seconds} is not allowed. Allowed: more than 0."),
-        (0 <= study.study.max_excluded <= 1, f"[study] max_excluded = {study.study.max_excluded} is not allowed. Allowed: 0 to 1."),
-        (t.learning_rate is None or t.learning_rate > 0, f"[training] learning_rate = {t.learning_rate} is not allowed. Allowed: more than 0."),
-        (t.batch_size is None or t.batch_size >= 1, f"[training] batch_size = {t.batch_size} is not allowed. Allowed: 1 or more."),
-        (0 <= t.foreground <= 1, f"[training] foreground = {t.foreground} is not allowed. Allowed: 0 to 1."),
-        (0 <= t.momentum < 1, f"[training] momentum = {t.momentum} is not allowed. Allowed: 0 to below 1."),
-        (t.weight_decay >= 0, f"[training] weight_decay = {t.weight_decay} is not allowed. Allowed: 0 or more."),
-        (t.clip_norm > 0, f"[training] clip_norm = {t.clip_norm} is not allowed. Allowed: more than 0."),
-        (t.loader_workers >= 0, f"[training] loader_workers = {t.loader_workers} is not allowed. Allowed: 0 or more."),
-        (v.folds >= 2, f"[validation] folds = {v.folds} is not allowed. Allowed: 2 or more."),
-        (0 <= v.fold < v.folds, f"[validation] fold = {v.fold} is not allowed. Allowed: 0 to {v.folds - 1}."),
-        (v.tolerance > 0, f"[validation] tolerance = {v.tolerance} is not allowed. Allowed: more than 0."),
-        (e.workers >= 1, f"[engine] workers = {e.workers} is not allowed. Allowed: 1 or more."),
-        (e.threads >= 0, f"[engine] threads = {e.threads} is not allowed. Allowed: 0 (share the cores) or more."),
-        (e.name in names("engines"), f"[engine] name = {e.name!r} is not known. {allowed(e.name, names('engines'))}"),
-        (p.name in names("protocols"), f"[protocol] name = {p.name!r} is not known. {allowed(p.name, names('protocols'))}"),
-        (t.precision != "float16" or e.device != "cpu", "[training] precision = 'float16' needs a GPU. Use 'bfloat16' or 'float32' on a CPU."),
-    ]  # fmt: skip
-    return [text for fine, text in checks if not fine]
+    """What is wrong with values that are each of the right type."""
+    problems = []
+    for table, key, fine, text in RANGES:
+        value = getattr(getattr(study, table), key)
+        if value is not None and not (fine(value) and (not isinstance(value, float) or math.isfinite(value))):
+            problems.append(f"[{table}] {key} = {value!r} is not allowed. Allowed: {text}.")
+    p, v, e = study.protocol, study.validation, study.engine
+    if (p.steps is None) == (p.epochs is None):
+        problems.append(
+            f"[protocol] steps = {p.steps}, epochs = {p.epochs} is not allowed. Allowed: exactly one of the two."
+        )
+    if p.min_sites is not None and p.min_sites > len(study.sites):
+        problems.append(
+            f"[protocol] min_sites = {p.min_sites} is not allowed. Allowed: 1 to {len(study.sites)}, the number of sites."
+        )
+    if v.fold >= v.folds:
+        problems.append(f"[validation] fold = {v.fold} is not allowed. Allowed: 0 to {v.folds - 1}.")
+    if study.plan.configuration not in CONFIGURATIONS:
+        cascade = (
+            "The cascade's second network trains on the predictions of the first, which no federation here makes. "
+        )
+        reason = cascade if study.plan.configuration == "3d_cascade_fullres" else ""
+        given = study.plan.configuration
+        problems.append(f"[plan] configuration = {given!r} is not allowed. {reason}{allowed(given, CONFIGURATIONS)}")
+    for table, name, known in (("engine", e.name, names("engines")), ("protocol", p.name, names("protocols"))):
+        if name not in known:
+            problems.append(f"[{table}] name = {name!r} is not known. {allowed(name, known)}")
+    if study.training.precision == "float16" and e.device == "cpu":
+        problems.append(
+            "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
+        )
+    return problems
 
 
 def _resolve(study: Study, folder: Path) -> Study:
@@ -312,7 +343,7 @@ def _resolve(study: Study, folder: Path) -> Study:
     training = dataclasses.replace(study.training, learning_rate=training_of(study).learning_rate)
     sites = {name: SiteTable((folder / site.data).resolve()) for name, site in study.sites.items()}
     test = None if study.test is None else SiteTable((folder / study.test.data).resolve())
-    protocol = dataclasses.replace(study.protocol, min_sites=min(study.protocol.min_sites, len(study.sites)))
+    protocol = dataclasses.replace(study.protocol, min_sites=study.protocol.min_sites or min(2, len(study.sites)))
     return dataclasses.replace(
         study,
         sites=sites,

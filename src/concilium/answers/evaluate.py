@@ -66,7 +66,7 @@ def _score_case(
 ) -> list[Score]:
     _, reference, properties = read_case(entry.case, entry.dataset)
     if reference is None:
-        raise DataError(f"{entry.key} has no label map. Expected one to score against. Add it.", code="missing_file")
+        raise DataError(f"{entry.key} has no label map. Expected one to score against. Add it.", code="missing_label")
     t = job.training
     prediction, _ = segment(
         entry.case,

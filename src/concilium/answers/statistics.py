@@ -143,6 +143,8 @@ def _each(found: Sequence[Entry], do: Callable[[Entry], T], excluded: Exclusions
 
 def _fingerprint(entry: Entry, *, exact_geometry: bool) -> Fingerprint:
     image, label, properties = read_case(entry.case, entry.dataset)
+    if label is None:
+        raise DataError(f"{entry.key} has no label map. Training needs one. Add it.", code="missing_label")
     return fingerprint_of_case(image, label, properties["spacing"], exact_geometry=exact_geometry)
 
 

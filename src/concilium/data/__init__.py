@@ -1,0 +1,1 @@
+"""The road from a hospital's folder to a patch and back: fixed steps, not plug-ins."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import time
@@ -114,10 +115,8 @@ class SpawnedWorker:
 
     def post(self, call: Call) -> None:
         text = json.dumps(asdict(call) | {"request": str(call.request), "reply": str(call.reply)})
-        try:
+        with contextlib.suppress(OSError):  # it is gone; `news` says so
             self.connection.send_bytes(text.encode())
-        except OSError:
-            pass  # it is gone; `news` says so
 
     def news(self) -> list[News]:
         found: list[News] = []

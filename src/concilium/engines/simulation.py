@@ -53,11 +53,17 @@ def connect(
     data: dict[str, Mapping[str, Path]] = {name: {name: path} for name, path in sites.items()} | {"pooled": sites}
     if test is not None:
         data["test"] = {"test": test}
+    cache = cache or folder / "cache"
     settings = [
-        Settings(name, name if name in ("pooled", "test") else "site", members, test, folder / "sites" / name, cache or folder / "cache", threads, device)
+        Settings(name, role_of(name), members, test, folder / "sites" / name, cache, threads, device)
         for name, members in data.items()
-    ]  # fmt: skip
+    ]
     return Simulation(settings, run=run, workers=min(workers, len(sites)), spool=folder / "spool")
+
+
+def role_of(name: str) -> str:
+    """What a name stands for in a simulation: `site`, `pooled` or `test`."""
+    return name if name in ("pooled", "test") else "site"
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
     step(local: Local, image: Tensor, labels: Sequence[Tensor], *, ...options) -> Tensor
 
-`image` is (B, C, *patch), `labels` holds (B, 1, *patch) at each scale of deep supervision, finest first. The result is the loss as
-a tensor of one element. `Local` lends what a step needs.
+`image` is (B, C, *patch), `labels` holds (B, 1, *patch) at each scale of deep supervision, finest first. The result is the
+loss as a tensor of one element. `Local` lends what a step needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The step of nnU-Net's own training: forward, loss, backward, clip, optimise (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z)."""
+"""The step of nnU-Net's own training: forward, loss, backward, clip, optimise.
+
+Isensee et al. 2021, doi:10.1038/s41592-020-01008-z.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Soft Dice over the foreground labels plus cross-entropy: nnU-Net's loss (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z)."""
+"""Soft Dice over the foreground labels plus cross-entropy: nnU-Net's loss.
+
+Isensee et al. 2021, doi:10.1038/s41592-020-01008-z.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from concilium.collect import Answer
 from concilium.engines import Engine, Traffic
 from concilium.errors import EngineError
@@ -40,9 +42,9 @@ def start_with(weights: Tensors) -> Round:
     return Round(0, {WEIGHTS + name: tensor for name, tensor in weights.items()})
 
 
-def part(tensors: Tensors, prefix: str) -> dict[str, Tensors]:
+def part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
     """The tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}  # type: ignore[misc]
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def train_requests(

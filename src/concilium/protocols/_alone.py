@@ -21,7 +21,7 @@ def train_alone(
     fetch: bool,
 ) -> Iterator[Round]:
     """Yield after each round. Each site goes on from its own weights; with `fetch` they are sent after the last round."""
-    initial = part(start.tensors, WEIGHTS)
+    initial: Tensors = part(start.tensors, WEIGHTS)
     for number in range(start.number + 1, rounds + 1):
         before = copy_traffic(engine, steps)
         weights: Tensors = initial if number == 1 else {}

@@ -32,7 +32,8 @@ def federated(
     Raises:
         EngineError: fewer than `min_sites` sites answered in a round.
     """
-    weights, state = part(start.tensors, WEIGHTS), part(start.tensors, STATE)
+    weights: Tensors = part(start.tensors, WEIGHTS)
+    state: Tensors = part(start.tensors, STATE)
     for number in range(start.number + 1, rounds + 1):
         before = copy_traffic(engine, steps)
         requests = train_requests(model, number, rounds, steps, weights, send_weights=True)

@@ -10,6 +10,9 @@ from typing import Any
 from concilium.statistics import FOREGROUND_MEAN
 
 
+TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "95 % Hausdorff distance", "nsd": "Normalised surface Dice"}
+
+
 @dataclass(frozen=True)
 class Matrix:
     """Cells as text; a row per site and subset, a column per model. `notes` say what the cells mean."""
@@ -42,7 +45,7 @@ def matrix(results: Mapping[str, Any], metric: str = "dice") -> Matrix:
     notes = ["n: patients."]
     if any(len(v) > 1 for v in cells.values()):
         notes.append("local: each site's own model; on the test set the mean over these models (lowest to highest).")
-    title = f"{metric.upper() if metric != 'dice' else 'Dice'}, mean over {'the foreground labels' if label == FOREGROUND_MEAN else label}"
+    title = f"{TITLES.get(metric, metric)}, {'mean over the foreground labels' if label == FOREGROUND_MEAN else label}"
     return Matrix(title, ("site", *models), tuple(rows), tuple(notes))
 
 
