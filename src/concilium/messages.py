@@ -122,9 +122,6 @@ class Score:
     prediction_volume: float
 
 
-# ------------------------------------------------------------------------------------------------------------ requests
-
-
 @dataclass(frozen=True)
 class Examine:
     """Read the data set; answer what may be told of it."""

@@ -8,8 +8,8 @@ goes on from the last complete round with `resume`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from concilium.messages import (
     Examine,
     Examined,
     Failure,
+    Forget,
     Keep,
     PlugIn,
     Prepare,
@@ -44,11 +45,8 @@ from concilium.messages import (
 from concilium.networks import as_stages
 from concilium.protocols import WEIGHTS, Round, part, start_with
 from concilium.record import Record
-from concilium.statistics import summarize
+from concilium.results import METRICS, account, score_rows, write_results
 from concilium.study import Study, training_of
-
-METRICS = ("dice", "iou", "hd95", "nsd")
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,17 @@ class Plans:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What the steps of a run share."""
+
+    study: Study
+    engine: Engine
+    record: Record
+    plans: Plans
+    watch: Callable[[Event], None]
+
+
 def run(
     study: Study, out: Path, *, resume: bool = False, watch: Callable[[Event], None] = lambda event: None
 ) -> Outcome:
@@ -114,21 +123,24 @@ def run(
     record = Record(out, study, resume=resume)
     ledger = Ledger()
     engine = _connect(study, record)
-    results: list[dict[str, Any]] = []
+    finished: list[Mapping[str, Any]] = []
     try:
         watch(Event("stage", "Reading every case"))
         plans = _plan(study, engine, record, ledger, watch)
         watch(Event("stage", "Preprocessing"))
         cases = _prepare(study, engine, record, plans, ledger)
+        job = _Job(study, engine, record, plans, watch)
         for model in _models(study, cases, plans.batch_size):
-            results.append(_train_and_score(study, model, engine, record, plans, ledger, watch))
-    except ConciliumError as e:
-        ledger.problems.append(str(e))
+            finished.append(_train_and_score(job, model))
+    except BaseException as e:
+        ledger.problems.append(
+            str(e) if isinstance(e, ConciliumError) else f"The run was stopped ({type(e).__name__})."
+        )
         raise
     finally:
         engine.close()
-        outcome = _finish(study, record, results, ledger)
-    return outcome
+        results = write_results(study, record, finished, warnings=ledger.warnings, problems=ledger.problems)
+    return Outcome(record.folder, results, 0 if results["complete"] else 4)
 
 
 def _connect(study: Study, record: Record) -> Engine:
@@ -266,51 +278,34 @@ def _models(study: Study, cases: Mapping[str, int], batch_size: int) -> list[Mod
     return models
 
 
-def _train_and_score(
-    study: Study,
-    model: Model,
-    engine: Engine,
-    record: Record,
-    plans: Plans,
-    ledger: Ledger,
-    watch: Callable[[Event], None],
-) -> dict[str, Any]:
+def _train_and_score(job: _Job, model: Model) -> Mapping[str, Any]:
     """Train one model and score it at every site; on resumption, take what is there."""
     name = f"checkpoints/{model.name}/finished.json"
-    finished: dict[str, Any] | None = record.read_json(name)
+    finished: dict[str, Any] | None = job.record.read_json(name)
     if finished is None:
-        last = _train(study, model, engine, record, plans, ledger, watch)
-        given = Ledger()
-        _give(model, last, engine, record, given)
-        scores = _score(study, model, engine, record, given, watch)
-        finished = {"model": _account(study, model, record, plans), "cases": scores, "problems": given.problems}
-        record.write_json(name, finished)
-        _tell(engine, {site: Snapshot(model.name, last.number) for site in model.steps})
-    for line in record.rounds(model.name):
-        ledger.problems += [
-            f"{model.name}, round {line['round']}: {s}: {f['text']}" for s, f in line["failures"].items()
-        ]
-    ledger.problems += finished["problems"]
+        ledger = Ledger()
+        last = _train(job, model, ledger)
+        _give(job, model, last, ledger)
+        cases = _score(job, model, ledger)
+        about = account(
+            model.name, model.protocol, list(model.steps), job.record.rounds(model.name), job.plans.batch_size
+        )
+        finished = {"model": about, "cases": cases, "problems": ledger.problems, "warnings": ledger.warnings}
+        job.record.write_json(name, finished)
+        _tell(job.engine, dict.fromkeys(model.steps, Forget(model.name)))
     return finished
 
 
-def _train(
-    study: Study,
-    model: Model,
-    engine: Engine,
-    record: Record,
-    plans: Plans,
-    ledger: Ledger,
-    watch: Callable[[Event], None],
-) -> Round:
+def _train(job: _Job, model: Model, ledger: Ledger) -> Round:
     """The protocol's loop, with everything that happens after each round."""
+    study, engine, record = job.study, job.engine, job.record
     p = study.protocol
-    done = record.last_round(model.name) or start_with(initial_weights(study, plans))
-    _tell(engine, {site: Restore(model.name, done.number) for site in model.steps}, required=True)
+    done = record.last_round(model.name) or start_with(initial_weights(study, job.plans))
+    for site, failure in _tell(engine, dict.fromkeys(model.steps, Restore(model.name, done.number))).items():
+        ledger.problems.append(f"{model.name}, going back to round {done.number}: {_failed(record, site, failure)}")
     if done.number:
-        watch(Event("stage", f"{model.name}: going on after round {done.number}", model=model.name))
-    protocol = catalog.load("protocols", model.protocol)
-    rounds = protocol(
+        job.watch(Event("stage", f"{model.name}: going on after round {done.number}", model=model.name))
+    rounds = catalog.load("protocols", model.protocol)(
         engine,
         done,
         model=model.name,
@@ -323,14 +318,18 @@ def _train(
     )
     began = time.monotonic()
     for done in rounds:
-        _tell(engine, {site: Snapshot(model.name, done.number) for site in model.steps})
+        unsaved = _tell(engine, dict.fromkeys(model.steps, Snapshot(model.name, done.number)))
+        done = replace(done, failures={**unsaved, **done.failures})
         record.commit(model.name, done, seconds=time.monotonic() - began)
         began = time.monotonic()
         losses = [a.loss for a in done.answers.values()]
         loss = sum(losses) / len(losses) if losses else None
-        watch(Event("round", model=model.name, round=done.number, rounds=p.rounds, loss=loss))
+        job.watch(Event("round", model=model.name, round=done.number, rounds=p.rounds, loss=loss))
         for site, failure in done.failures.items():
-            watch(Event("warning", f"{model.name}, round {done.number}: {_failed(record, site, failure)}"))
+            job.watch(Event("warning", f"{model.name}, round {done.number}: {_failed(record, site, failure)}"))
+    for line in record.rounds(model.name):
+        failed = line["failures"].items()
+        ledger.problems += [f"{model.name}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
     return done
 
 
@@ -344,127 +343,50 @@ def initial_weights(study: Study, plans: Plans) -> Tensors:
     return as_stages(cast(nn.Module, network)).state_dict()
 
 
-def _tell(engine: Engine, requests: Mapping[str, Request], *, required: bool = False) -> dict[str, Failure]:
-    """Send what is answered by `Done`; the failures.
-
-    Raises:
-        EngineError: `required`, and a site failed.
-    """
+def _tell(engine: Engine, requests: Mapping[str, Request]) -> dict[str, Failure]:
+    """Send what is answered by `Done`; the failures."""
     wrong = SiteError("ContractError", "wrong_reply", "")
-    failures = {s: r if isinstance(r, Failure) else wrong for s, r in ask(engine, requests) if not isinstance(r, Done)}
-    if failures and required:
-        raise EngineError(
-            "; ".join(f"{s}: {describe(f)}" for s, f in failures.items())
-            + ". All must answer. Mend the sites, then --resume."
-        )
-    return failures
+    return {s: r if isinstance(r, Failure) else wrong for s, r in ask(engine, requests) if not isinstance(r, Done)}
 
 
 # ------------------------------------------------------------------------------------------------- results of one model
 
 
-def _give(model: Model, last: Round, engine: Engine, record: Record, given: Ledger) -> None:
+def _give(job: _Job, model: Model, last: Round, ledger: Ledger) -> None:
     """The final push: server and sites keep the same tensors. A model that stays is kept by its site alone."""
     if model.stays:
-        requests = {site: Keep(model.name, {}) for site in model.steps}
+        requests = dict.fromkeys(model.steps, Keep(model.name, {}))
     else:
         weights = part(last.tensors, WEIGHTS)
-        record.save_weights(model.name, weights)
-        shared = Keep(model.name, weights)
-        requests = {name: shared for name, site in engine.sites.items() if site.role in ("site", "test")}
-    for site, failure in _tell(engine, requests).items():
-        given.problems.append(f"{model.name}, final push: {_failed(record, site, failure)}")
+        job.record.save_weights(model.name, weights)
+        keepers = [name for name, site in job.engine.sites.items() if site.role in ("site", "test")]
+        requests = dict.fromkeys(keepers, Keep(model.name, weights))
+    for site, failure in _tell(job.engine, requests).items():
+        ledger.problems.append(f"{model.name}, final push: {_failed(job.record, site, failure)}")
 
 
-def _score(
-    study: Study, model: Model, engine: Engine, record: Record, given: Ledger, watch: Callable[[Event], None]
-) -> list[dict[str, Any]]:
+def _score(job: _Job, model: Model, ledger: Ledger) -> list[dict[str, Any]]:
     """Scores at every site's validation cases and on the test set; a model that stays is scored at its own site only."""
+    study, record = job.study, job.record
     metrics = tuple(PlugIn(m, {"tolerance": study.validation.tolerance} if m == "nsd" else {}) for m in METRICS)
-    subsets = [("validation", [s for s in study.sites if not model.stays or s in model.steps])]
+    subsets = [("validation", list(model.steps) if model.stays else list(study.sites))]
     if study.test is not None:
         subsets.append(("test", list(model.steps) if model.stays else ["test"]))
     cases: list[dict[str, Any]] = []
     for subset, sites in subsets:
-        watch(Event("stage", f"{model.name}: scoring the {subset} cases", model=model.name))
-        request = Evaluate(model.name, subset, metrics)
-        for site, reply in ask(engine, dict.fromkeys(sites, request)):
-            if isinstance(reply, Evaluated):
-                cases += _rows(f"{model.name}:{site}" if model.stays else model.name, site, subset, reply, record)
-                given.problems += [
-                    f"{model.name}, {subset} at {site}: {e.count} cases not scored ({e.reason})" for e in reply.excluded
-                ]
-            else:
+        job.watch(Event("stage", f"{model.name}: scoring the {subset} cases", model=model.name))
+        for site, reply in ask(job.engine, dict.fromkeys(sites, Evaluate(model.name, subset, metrics))):
+            where = f"{model.name}, {subset} at {site}"
+            if not isinstance(reply, Evaluated):
                 failure = reply if isinstance(reply, Failure) else SiteError("ContractError", "wrong_reply", "")
-                given.problems.append(f"{model.name}, {subset} at {site}: {_failed(record, site, failure)}")
-    watch(Event("scored", model=model.name))
+                ledger.problems.append(f"{where}: {_failed(record, site, failure)}")
+                continue
+            names = record.case_names("test" if subset == "test" else site)
+            cases += score_rows(f"{model.name}:{site}" if model.stays else model.name, site, subset, reply, names)
+            n_scored, n_not = len({s.case for s in reply.scores}), sum(e.count for e in reply.excluded)
+            if n_not:
+                text = f"{where}: {n_not} of {n_scored + n_not} cases not scored ({', '.join(e.reason for e in reply.excluded)})"
+                too_many = n_not > study.study.max_excluded * (n_scored + n_not)
+                (ledger.problems if too_many else ledger.warnings).append(text)
+    job.watch(Event("scored", model=model.name))
     return cases
-
-
-def _rows(model: str, site: str, subset: str, reply: Evaluated, record: Record) -> list[dict[str, Any]]:
-    """Scores as they stand in results.json; in a simulation with the names that the site noted for itself."""
-    where = "test" if subset == "test" else site
-    names = record.case_names(where)
-    rows = []
-    for s in reply.scores:
-        noted = names.get(s.case, {"case": str(s.case), "patient": str(s.patient)})
-        row = {"model": model, "site": where, "subset": subset, **noted, "label": s.label}
-        row |= {metric: s.values.get(metric) for metric in METRICS}
-        row |= {
-            "unit": s.unit,
-            "reference_volume": s.reference_volume,
-            "prediction_volume": s.prediction_volume,
-            "status": s.status,
-        }
-        rows.append(row)
-    return rows
-
-
-def _account(study: Study, model: Model, record: Record, plans: Plans) -> dict[str, Any]:
-    """What a model cost."""
-    lines = record.rounds(model.name)
-    per_site = {
-        site: {
-            key: sum(line["sites"][site][key] for line in lines if site in line["sites"])
-            for key in ("n_steps", "seconds", "bytes_down", "bytes_up")
-        }
-        for site in model.steps
-    }
-    n_steps = [s["n_steps"] for s in per_site.values()]
-    return {
-        "name": model.name,
-        "protocol": model.protocol,
-        "parameters": sum(t.numel() for t in initial_weights(study, plans).values()),
-        "rounds": len(lines),
-        "updates": max(n_steps),
-        "patches": sum(n_steps) * plans.batch_size,
-        "batch_size": plans.batch_size,
-        "seconds": round(sum(line["seconds"] for line in lines), 3),
-        "sites": per_site,
-    }
-
-
-# ------------------------------------------------------------------------------------------------------ results of all
-
-
-def _finish(study: Study, record: Record, finished: Sequence[Mapping[str, Any]], ledger: Ledger) -> Outcome:
-    """Write results.json from what there is."""
-    cases = [case for f in finished for case in f["cases"]]
-    excluded = record.excluded([*study.sites, "test"])
-    if not study.test:
-        ledger.warnings.append("No test set: figures on validation cases are those of one fold.")
-    results = {
-        "version": SCHEMA_VERSION,
-        "study": study.study.name,
-        "seed": study.study.seed,
-        "complete": not ledger.problems,
-        "models": [f["model"] for f in finished],
-        "cases": cases,
-        "summary": summarize(cases, METRICS, seed=study.study.seed),
-        "comparisons": [],
-        "excluded": excluded,
-        "warnings": ledger.warnings,
-        "problems": ledger.problems,
-    }
-    record.write_json("results.json", results)
-    return Outcome(record.folder, results, 4 if ledger.problems else 0)

@@ -162,7 +162,7 @@ def make_optimizer(network: nn.Module, training: Training) -> torch.optim.Optimi
 
 
 def make_objective(job: Job) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
-    """Loss over the scales of deep supervision: each has half the weight of the finer one, the coarsest none (Isensee et al. 2021)."""
+    """Loss over the scales of deep supervision: each weighs half of the finer one, the coarsest nothing (Isensee et al. 2021)."""
     plug_in = job.training.loss
     loss = partial(catalog.load("losses", plug_in.name), batch_dice=job.plan.batch_dice, **plug_in.options)
     weights = deep_supervision_weights(job.plan) if job.training.deep_supervision else (1.0,)

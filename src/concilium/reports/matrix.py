@@ -9,7 +9,6 @@ from typing import Any
 
 from concilium.statistics import FOREGROUND_MEAN
 
-
 TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "95 % Hausdorff distance", "nsd": "Normalised surface Dice"}
 
 

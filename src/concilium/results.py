@@ -1,0 +1,83 @@
+"""results.json: what a run found, in the form that scripts and papers depend on (schema: results.schema.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from concilium.messages import Evaluated
+from concilium.record import Record
+from concilium.statistics import summarize
+from concilium.study import Study
+
+METRICS = ("dice", "iou", "hd95", "nsd")
+VERSION = 1
+"""Of the schema; goes up when a field changes its meaning or disappears."""
+
+
+def score_rows(
+    model: str, site: str, subset: str, evaluated: Evaluated, names: Mapping[int, Mapping[str, str]]
+) -> list[dict[str, Any]]:
+    """A site's scores as they stand in results.json; `names` (private number -> case and patient) is empty unless simulated."""
+    rows = []
+    for s in evaluated.scores:
+        row: dict[str, Any] = {"model": model, "site": "test" if subset == "test" else site, "subset": subset}
+        row |= names.get(s.case, {"case": str(s.case), "patient": str(s.patient)})
+        row |= {"label": s.label, "status": s.status, "unit": s.unit}
+        row |= {metric: s.values.get(metric) for metric in METRICS}
+        row |= {"reference_volume": s.reference_volume, "prediction_volume": s.prediction_volume}
+        rows.append(row)
+    return rows
+
+
+def account(
+    model: str, protocol: str, sites: Sequence[str], rounds: Sequence[Mapping[str, Any]], batch_size: int
+) -> dict[str, Any]:
+    """What training a model took: `updates` in sequence, `patches` in all, seconds, and bytes to and from each site."""
+    counted = ("n_steps", "seconds", "bytes_down", "bytes_up")
+    took = {
+        site: {key: sum(line["sites"][site][key] for line in rounds if site in line["sites"]) for key in counted}
+        for site in sites
+    }
+    n_steps = [t["n_steps"] for t in took.values()]
+    return {
+        "name": model,
+        "protocol": protocol,
+        "rounds": len(rounds),
+        "updates": max(n_steps),
+        "patches": sum(n_steps) * batch_size,
+        "batch_size": batch_size,
+        "seconds": round(sum(line["seconds"] for line in rounds), 3),
+        "sites": took,
+    }
+
+
+def write_results(
+    study: Study,
+    record: Record,
+    finished: Sequence[Mapping[str, Any]],
+    *,
+    warnings: Sequence[str],
+    problems: Sequence[str],
+) -> dict[str, Any]:
+    """Write results.json from the models that are finished; it is complete if nothing went wrong on the way."""
+    cases = [case for f in finished for case in f["cases"]]
+    problems = [*problems, *(text for f in finished for text in f["problems"])]
+    warnings = [*warnings, *(text for f in finished for text in f["warnings"])]
+    if study.test is None:
+        warnings.append("No test set: all figures are on the validation cases of one fold.")
+    results = {
+        "version": VERSION,
+        "study": study.study.name,
+        "seed": study.study.seed,
+        "complete": not problems,
+        "models": [f["model"] for f in finished],
+        "cases": cases,
+        "summary": summarize(cases, METRICS, seed=study.study.seed),
+        "comparisons": [],
+        "excluded": record.excluded([*study.sites, "test"]),
+        "warnings": warnings,
+        "problems": problems,
+    }
+    record.write_json("results.json", results)
+    return results
