@@ -40,6 +40,9 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 }
 """Kind -> parameters that are no options, because Concilium passes them."""
 
+UNANNOTATED = bool | int | float | str
+"""What an option may be whose parameter has no annotation, as in code outside the package."""
+
 
 def names(kind: str) -> tuple[str, ...]:
     """The plug-ins of a kind, without importing any."""
@@ -61,7 +64,7 @@ def load(kind: str, name: str) -> Callable[..., Any]:
         module, function = f"concilium.{kind}.{name}", ENTRIES[kind] or name
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
+    except Exception as e:  # the module is somebody else's, and runs as it is imported
         raise StudyError(
             f"{kind}: {name!r} cannot be loaded ({type(e).__name__}: {e}). Expected `module:function` of an installed module. "
             "Check the spelling, or install the module where the study runs."
@@ -72,8 +75,19 @@ def load(kind: str, name: str) -> Callable[..., Any]:
 
 
 def options(kind: str, name: str) -> Mapping[str, inspect.Parameter]:
-    """The options of a plug-in: its keyword-only parameters without those that Concilium supplies."""
-    signature = inspect.signature(load(kind, name), eval_str=True)
+    """The options of a plug-in: its keyword-only parameters without those that Concilium supplies.
+
+    Raises:
+        StudyError: there is no such plug-in, or its parameters cannot be read.
+    """
+    function = load(kind, name)
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except Exception as e:  # annotations are evaluated
+        raise StudyError(
+            f"{kind}: the parameters of {name!r} cannot be read ({type(e).__name__}: {e}). Expected a function of Python with "
+            "annotations that its own module can evaluate. Correct them there."
+        ) from e
     supplied = SUPPLIED.get(kind, frozenset())
     return {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in supplied}
 
@@ -83,7 +97,7 @@ def fill(kind: str, name: str, given: Mapping[str, Any], where: str) -> tuple[di
     try:
         known = options(kind, name)
     except StudyError as e:
-        return {}, [f"{where} {e}"]
+        return {}, [f"{where} name = {name!r} is not allowed: {e}"]
     problems = [
         f"{where} {key} = {value!r} is not known. {allowed(key, known)}"
         for key, value in given.items()
@@ -117,6 +131,8 @@ def coerce(value: Any, annotation: Any) -> Any:
     Raises:
         ValueError: it is not of that type; the text says what is allowed.
     """
+    if annotation is inspect.Parameter.empty:
+        annotation = UNANNOTATED
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return _first_that_fits(value, arguments, annotation)

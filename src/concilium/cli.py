@@ -84,7 +84,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ConciliumError as e:
-        console.print(f"Error: {e}", style="red", markup=False)
+        console.print(f"Error: {e}", style="red", markup=False, soft_wrap=True)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         console.print("Stopped. The same command with --resume goes on from the last complete round.")

@@ -46,12 +46,15 @@ class Record:
             raise StudyError(
                 f"The study differs from {existing}. A run is resumed with the study it began with. Give another --out."
             )
+        if folder.exists() and not folder.is_dir():
+            raise StudyError(f"{folder} is a file. Expected a new folder for the run. Give another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         environment = self.read_json("environment.json") or {"run": secrets.token_hex(8), "sessions": []}
         environment["sessions"].append(_environment())
         self.run_id: str = environment["run"]
         self.write_json("environment.json", environment)
         self._write(existing, text.encode())
+        self._drop_uncommitted()
 
     # ----------------------------------------------------------------------------------------------------------- files
 
@@ -90,7 +93,7 @@ class Record:
         return [line for line in map(_parsed, lines) if line is not None and line["model"] == model]
 
     def commit(self, model: str, done: Round, *, seconds: float) -> None:
-        """Write a complete round: its line, then the state that the next one starts from."""
+        """Write a complete round: its line, then the state that the next one starts from, which makes the line valid."""
         line = {
             "model": model,
             "round": done.number,
@@ -105,14 +108,10 @@ class Record:
             },
             "failures": {site: {"type": type(f).__name__, "text": describe(f)} for site, f in sorted(done.failures.items())},
         }  # fmt: skip
-        path = self.folder / "rounds.jsonl"
-        kept = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [
-            text
-            for text in kept
-            if (old := _parsed(text)) is not None and (old["model"] != model or old["round"] < done.number)
-        ]
-        self._write(path, "".join(text + "\n" for text in [*kept, json.dumps(line)]).encode())
+        with (self.folder / "rounds.jsonl").open("ab") as file:
+            file.write((json.dumps(line) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
         folder = self.folder / "checkpoints" / model
         write_tensors(
             folder / f"{done.number:06d}.safetensors", done.tensors, {"values": json.dumps(dict(done.values))}
@@ -123,11 +122,27 @@ class Record:
 
     def last_round(self, model: str) -> Round | None:
         """The last complete round, as the state to go on from."""
-        found = sorted((self.folder / "checkpoints" / model).glob("[0-9]*.safetensors"))
-        if not found:
+        number = self._last_number(model)
+        if number == 0:
             return None
-        tensors, about = read_tensors(found[-1])
-        return Round(int(found[-1].stem), tensors, json.loads(about["values"]))
+        tensors, about = read_tensors(self.folder / "checkpoints" / model / f"{number:06d}.safetensors")
+        return Round(number, tensors, json.loads(about["values"]))
+
+    def _last_number(self, model: str) -> int:
+        folder = self.folder / "checkpoints" / model
+        return max((int(path.stem) for path in folder.glob("[0-9]*.safetensors")), default=0)
+
+    def _drop_uncommitted(self) -> None:
+        """Take out of rounds.jsonl what a killed run left: a line that was cut off, lines of rounds without a checkpoint."""
+        path = self.folder / "rounds.jsonl"
+        if path.is_file():
+            before = path.read_bytes()
+            read = [(text, _parsed(text)) for text in before.decode(errors="replace").splitlines()]
+            last = {model: self._last_number(model) for model in {line["model"] for _, line in read if line}}
+            kept = [text + "\n" for text, line in read if line and line["round"] <= last[line["model"]]]
+            after = "".join(kept).encode()
+            if after != before:
+                self._write(path, after)
 
     # -------------------------------------------------------------------------------- what a simulation may look up
 

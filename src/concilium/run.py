@@ -8,45 +8,33 @@ goes on from the last complete round with `resume`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
-
 from concilium import catalog
-from concilium.data.draws import drawn_from
-from concilium.data.fingerprint import merge, to_json
-from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
-from concilium.errors import ConciliumError, DataError, EngineError
+from concilium.errors import ConciliumError
 from concilium.messages import (
     Done,
     Evaluate,
     Evaluated,
-    Examine,
-    Examined,
     Failure,
     Forget,
     Keep,
     PlugIn,
-    Prepare,
-    Prepared,
-    Reply,
     Request,
     Restore,
     SiteError,
     Snapshot,
-    Tensors,
-    describe,
-)  # fmt: skip
-from concilium.networks import as_stages
+)
+from concilium.preparation import Ledger, Plans, failure_line, initial_weights, plan_together, prepare_sites
 from concilium.protocols import WEIGHTS, Round, part, start_with
 from concilium.record import Record
 from concilium.results import METRICS, account, score_rows, write_results
-from concilium.study import Study, training_of
+from concilium.study import Study
 
 
 @dataclass(frozen=True)
@@ -82,25 +70,6 @@ class Model:
     """Whether it stays at its site (and is a different one at each)."""
 
 
-@dataclass
-class Ledger:
-    """What went wrong on the way; a run with an entry ends with exit code 4."""
-
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Plans:
-    """What the sites told, and the plan that was made of it."""
-
-    text: str
-    channels: tuple[str, ...]
-    labels: Mapping[str, int]
-    file_ending: str
-    batch_size: int
-
-
 @dataclass(frozen=True)
 class _Job:
     """What the steps of a run share."""
@@ -126,9 +95,14 @@ def run(
     finished: list[Mapping[str, Any]] = []
     try:
         watch(Event("stage", "Reading every case"))
-        plans = _plan(study, engine, record, ledger, watch)
-        watch(Event("stage", "Preprocessing"))
-        cases = _prepare(study, engine, record, plans, ledger)
+        plans = plan_together(study, engine, record, ledger)
+        patch = "×".join(map(str, plans.patch_size))
+        watch(
+            Event(
+                "stage", f"Planned {study.plan.configuration}: patch {patch}, batch {plans.batch_size}. Preprocessing"
+            )
+        )
+        cases = prepare_sites(study, engine, record, plans, ledger)
         job = _Job(study, engine, record, plans, watch)
         for model in _models(study, cases, plans.batch_size):
             finished.append(_train_and_score(job, model))
@@ -157,105 +131,6 @@ def _connect(study: Study, record: Record) -> Engine:
         cache=e.cache,
     )
     return cast(Engine, engine)
-
-
-# ------------------------------------------------------------------------------------------------- fingerprint and plan
-
-
-def _plan(study: Study, engine: Engine, record: Record, ledger: Ledger, watch: Callable[[Event], None]) -> Plans:
-    """Ask for fingerprints, merge them, plan once."""
-    request = Examine(study.plan.exact_geometry, study.study.max_excluded)
-    asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
-    told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
-    first = next(reply for name, reply in told.items() if name in study.sites)
-    for name, reply in told.items():
-        if (reply.channels, dict(reply.labels)) != (first.channels, dict(first.labels)):
-            raise DataError(
-                f"{name} has channels {list(reply.channels)} and labels {dict(reply.labels)}. "
-                f"Expected {list(first.channels)} and {dict(first.labels)}, as at the other sites. Make their dataset.json agree."
-            )
-    merged = merge([reply.fingerprint for name, reply in sorted(told.items()) if name in study.sites])
-    record.write_text("fingerprint.json", to_json(merged))
-    about = {
-        "channel_names": {str(i): c for i, c in enumerate(first.channels)},
-        "labels": dict(first.labels),
-        "file_ending": first.file_ending,
-    }
-    record.write_json("dataset.json", about)
-    p, t = study.plan, study.training
-    base_features = cast("int | None", study.network.options.get("base_features"))
-    text = make_plans(
-        merged,
-        channels=first.channels,
-        labels=first.labels,
-        file_ending=first.file_ending,
-        configuration=p.configuration,
-        planner=p.planner,
-        memory_gb=p.memory_gb,
-        base_features=base_features,
-        batch_size=t.batch_size,
-        patch_size=t.patch_size,
-    )
-    record.write_text("plans.json", text)
-    plan = open_plan(text, p.configuration)
-    watch(
-        Event(
-            "stage", f"Planned {p.configuration}: patch {'×'.join(map(str, plan.patch_size))}, batch {plan.batch_size}"
-        )
-    )
-    return Plans(text, first.channels, dict(first.labels), first.file_ending, plan.batch_size)
-
-
-def _prepare(study: Study, engine: Engine, record: Record, plans: Plans, ledger: Ledger) -> dict[str, int]:
-    """Have the sites preprocess; the number of training cases of each that is ready."""
-    v = study.validation
-    request = Prepare(
-        plans.text,
-        study.plan.configuration,
-        study.network,
-        training_of(study),
-        v.folds,
-        v.fold,
-        study.study.seed,
-        study.study.max_excluded,
-    )
-    roles = {"site", "test"} | ({"pooled"} if "centralized" in study.protocol.compare else set())
-    asked = {name: request for name, site in engine.sites.items() if site.role in roles}
-    cases: dict[str, int] = {}
-    for name, reply in _must(engine, record, asked, study, ledger):
-        if isinstance(reply, Prepared):
-            cases[name] = reply.n_training
-            ledger.warnings += [f"{name}: {text}" for text in reply.warnings]
-    return cases
-
-
-def _must(
-    engine: Engine, record: Record, requests: Mapping[str, Request], study: Study, ledger: Ledger
-) -> Iterator[tuple[str, Reply]]:
-    """The replies; a site that failed is out, unless its data are unusable or too few sites are left, which stops the run."""
-    replies = dict(ask(engine, requests))
-    for name, reply in sorted(replies.items(), key=lambda item: list(requests).index(item[0])):
-        if not isinstance(reply, Failure):
-            yield name, reply
-            continue
-        text = _failed(record, name, reply)
-        if isinstance(reply, SiteError) and reply.exception in ("DataError", "StudyError"):
-            raise DataError(text)
-        if name not in study.sites:
-            raise EngineError(text)
-        ledger.problems.append(text)
-    left = [name for name in requests if name in study.sites and not isinstance(replies[name], Failure)]
-    if len(left) < (study.protocol.min_sites or 1):
-        raise EngineError(
-            f"{len(left)} sites are ready ({'; '.join(ledger.problems)}). At least {study.protocol.min_sites} must be "
-            "([protocol] min_sites). Mend the sites and start again."
-        )
-
-
-def _failed(record: Record, site: str, failure: Failure) -> str:
-    """One line about a failure, with the site's own words where this is a simulation."""
-    words = record.site_error(site, failure.reference) if isinstance(failure, SiteError) else None
-    return f"{site}: {describe(failure)}" + (f": {words}" if words else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -287,9 +162,9 @@ def _train_and_score(job: _Job, model: Model) -> Mapping[str, Any]:
         last = _train(job, model, ledger)
         _give(job, model, last, ledger)
         cases = _score(job, model, ledger)
-        about = account(
-            model.name, model.protocol, list(model.steps), job.record.rounds(model.name), job.plans.batch_size
-        )
+        rounds, batch_size = job.record.rounds(model.name), job.plans.batch_size
+        about = account(model.name, model.protocol, list(model.steps), rounds, batch_size)
+        about["parameters"] = sum(t.numel() for t in initial_weights(job.study, job.plans).values())
         finished = {"model": about, "cases": cases, "problems": ledger.problems, "warnings": ledger.warnings}
         job.record.write_json(name, finished)
         _tell(job.engine, dict.fromkeys(model.steps, Forget(model.name)))
@@ -302,7 +177,9 @@ def _train(job: _Job, model: Model, ledger: Ledger) -> Round:
     p = study.protocol
     done = record.last_round(model.name) or start_with(initial_weights(study, job.plans))
     for site, failure in _tell(engine, dict.fromkeys(model.steps, Restore(model.name, done.number))).items():
-        ledger.problems.append(f"{model.name}, going back to round {done.number}: {_failed(record, site, failure)}")
+        ledger.problems.append(
+            f"{model.name}, going back to round {done.number}: {failure_line(record, site, failure)}"
+        )
     if done.number:
         job.watch(Event("stage", f"{model.name}: going on after round {done.number}", model=model.name))
     rounds = catalog.load("protocols", model.protocol)(
@@ -326,21 +203,11 @@ def _train(job: _Job, model: Model, ledger: Ledger) -> Round:
         loss = sum(losses) / len(losses) if losses else None
         job.watch(Event("round", model=model.name, round=done.number, rounds=p.rounds, loss=loss))
         for site, failure in done.failures.items():
-            job.watch(Event("warning", f"{model.name}, round {done.number}: {_failed(record, site, failure)}"))
+            job.watch(Event("warning", f"{model.name}, round {done.number}: {failure_line(record, site, failure)}"))
     for line in record.rounds(model.name):
         failed = line["failures"].items()
         ledger.problems += [f"{model.name}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
     return done
-
-
-def initial_weights(study: Study, plans: Plans) -> Tensors:
-    """The weights that every model of a run starts from: a function of the seed and the plan."""
-    build = catalog.load("networks", study.network.name)
-    options = dict(study.network.options) | {"deep_supervision": study.training.deep_supervision}
-    plan = open_plan(plans.text, study.plan.configuration)
-    with drawn_from(study.study.seed, "weights"):
-        network = build(n_channels=len(plans.channels), n_labels=len(plans.labels), plan=plan.architecture, **options)
-    return as_stages(cast(nn.Module, network)).state_dict()
 
 
 def _tell(engine: Engine, requests: Mapping[str, Request]) -> dict[str, Failure]:
@@ -362,7 +229,7 @@ def _give(job: _Job, model: Model, last: Round, ledger: Ledger) -> None:
         keepers = [name for name, site in job.engine.sites.items() if site.role in ("site", "test")]
         requests = dict.fromkeys(keepers, Keep(model.name, weights))
     for site, failure in _tell(job.engine, requests).items():
-        ledger.problems.append(f"{model.name}, final push: {_failed(job.record, site, failure)}")
+        ledger.problems.append(f"{model.name}, final push: {failure_line(job.record, site, failure)}")
 
 
 def _score(job: _Job, model: Model, ledger: Ledger) -> list[dict[str, Any]]:
@@ -379,7 +246,7 @@ def _score(job: _Job, model: Model, ledger: Ledger) -> list[dict[str, Any]]:
             where = f"{model.name}, {subset} at {site}"
             if not isinstance(reply, Evaluated):
                 failure = reply if isinstance(reply, Failure) else SiteError("ContractError", "wrong_reply", "")
-                ledger.problems.append(f"{where}: {_failed(record, site, failure)}")
+                ledger.problems.append(f"{where}: {failure_line(record, site, failure)}")
                 continue
             names = record.case_names("test" if subset == "test" else site)
             cases += score_rows(f"{model.name}:{site}" if model.stays else model.name, site, subset, reply, names)

@@ -128,7 +128,7 @@ class Site:
             case Train():
                 return self._train(request, cancelled)
             case Keep():
-                kept = request.weights or self._learner(request.model).weights()
+                kept = request.weights or self._learner(request.model).trained_weights()
                 write_tensors(self._finished(request.model), kept, {})
             case Evaluate():
                 weights, _ = read_tensors(self._finished(request.model))

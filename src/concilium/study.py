@@ -143,7 +143,7 @@ def read_study(path: Path, *, check_data: bool = True) -> Study:
         raise StudyError(
             f"The study file {path} cannot be read ({e.strerror}). Expected a TOML file. Check the path."
         ) from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # no TOML, no UTF-8, a number or a nesting without end
         raise StudyError(f"The study file {path} is not valid TOML ({e}). Correct it there.") from e
     return parse_study(raw, folder=path.parent.resolve(), source=str(path), check_data=check_data)
 
@@ -180,8 +180,7 @@ def parse_study(raw: Mapping[str, Any], *, folder: Path, source: str = "study", 
                 problems.append(
                     f"{name} data = '{table.data}' is no nnU-Net raw folder: it has no dataset.json. Correct the path."
                 )
-    if not problems:
-        problems += _sense(Study(**found))
+    problems += _contradictions(found, n_sites=len(tables.get("sites", {})))
     if problems:
         raise StudyError(
             f"{source} has {len(problems)} error{'s' * (len(problems) > 1)}:\n"
@@ -235,6 +234,7 @@ def _table(cls: type[T], raw: Mapping[str, Any], where: str, problems: list[str]
             continue
         try:
             values[key] = coerce(value, hints[key])
+            _check_range(where, key, values[key])
         except ValueError as e:
             problems.append(f"{where} {key} = {value!r} is not allowed. {e}")
     for f in dataclasses.fields(typing.cast(Any, cls)):
@@ -275,60 +275,64 @@ def _sites(raw: Mapping[str, Any], problems: list[str]) -> dict[str, SiteTable]:
     return sites
 
 
-RANGES: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
-    ("protocol", "rounds", lambda x: x >= 1, "1 or more"),
-    ("protocol", "steps", lambda x: x >= 1, "1 or more"),
-    ("protocol", "epochs", lambda x: x > 0, "more than 0"),
-    ("protocol", "min_sites", lambda x: x >= 1, "1 to the number of sites"),
-    ("protocol", "round_seconds", lambda x: x > 0, "more than 0"),
-    ("study", "max_excluded", lambda x: 0 <= x <= 1, "0 to 1"),
-    ("plan", "memory_gb", lambda x: x > 0, "more than 0"),
-    ("training", "learning_rate", lambda x: x > 0, "more than 0"),
-    ("training", "weight_decay", lambda x: x >= 0, "0 or more"),
-    ("training", "momentum", lambda x: 0 <= x < 1, "0 to below 1"),
-    ("training", "batch_size", lambda x: x >= 1, "1 or more"),
-    ("training", "patch_size", lambda x: len(x) in (2, 3) and min(x) >= 1, "2 or 3 whole numbers of 1 or more"),
-    ("training", "foreground", lambda x: 0 <= x <= 1, "0 to 1"),
-    ("training", "clip_norm", lambda x: x > 0, "more than 0"),
-    ("training", "loader_workers", lambda x: x >= 0, "0 or more"),
-    ("validation", "folds", lambda x: x >= 2, "2 or more"),
-    ("validation", "fold", lambda x: x >= 0, "0 to folds - 1"),
-    ("validation", "tolerance", lambda x: x > 0, "more than 0"),
-    ("engine", "workers", lambda x: x >= 1, "1 or more"),
-    ("engine", "threads", lambda x: x >= 0, "0 (share the cores) or more"),
-)
-"""Table, key, test of a value that is given, and what is allowed."""
+RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "[study] max_excluded": (lambda x: 0 <= x <= 1, "0 to 1"),
+    "[protocol] rounds": (lambda x: x >= 1, "1 or more"),
+    "[protocol] steps": (lambda x: x >= 1, "1 or more"),
+    "[protocol] epochs": (lambda x: x > 0, "more than 0"),
+    "[protocol] min_sites": (lambda x: x >= 1, "1 to the number of sites"),
+    "[protocol] round_seconds": (lambda x: x > 0, "more than 0"),
+    "[plan] memory_gb": (lambda x: x > 0, "more than 0"),
+    "[training] learning_rate": (lambda x: x > 0, "more than 0"),
+    "[training] weight_decay": (lambda x: x >= 0, "0 or more"),
+    "[training] momentum": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[training] batch_size": (lambda x: x >= 1, "1 or more"),
+    "[training] patch_size": (lambda x: len(x) in (2, 3) and min(x) >= 1, "2 or 3 whole numbers of 1 or more"),
+    "[training] foreground": (lambda x: 0 <= x <= 1, "0 to 1"),
+    "[training] clip_norm": (lambda x: x > 0, "more than 0"),
+    "[training] loader_workers": (lambda x: x >= 0, "0 or more"),
+    "[validation] folds": (lambda x: x >= 2, "2 or more"),
+    "[validation] fold": (lambda x: x >= 0, "0 to folds - 1"),
+    "[validation] tolerance": (lambda x: x > 0, "more than 0"),
+    "[engine] workers": (lambda x: x >= 1, "1 or more"),
+    "[engine] threads": (lambda x: x >= 0, "0 (share the cores) or more"),
+}
+"""Table and key -> test of a value of the right type, and what is allowed; no number may be without end."""
 
 
-def _sense(study: Study) -> list[str]:
-    """What is wrong with values that are each of the right type."""
-    problems = []
-    for table, key, fine, text in RANGES:
-        value = getattr(getattr(study, table), key)
-        if value is not None and not (fine(value) and (not isinstance(value, float) or math.isfinite(value))):
-            problems.append(f"[{table}] {key} = {value!r} is not allowed. Allowed: {text}.")
-    p, v, e = study.protocol, study.validation, study.engine
-    if (p.steps is None) == (p.epochs is None):
-        problems.append(
-            f"[protocol] steps = {p.steps}, epochs = {p.epochs} is not allowed. Allowed: exactly one of the two."
-        )
-    if p.min_sites is not None and p.min_sites > len(study.sites):
-        problems.append(
-            f"[protocol] min_sites = {p.min_sites} is not allowed. Allowed: 1 to {len(study.sites)}, the number of sites."
-        )
-    if v.fold >= v.folds:
-        problems.append(f"[validation] fold = {v.fold} is not allowed. Allowed: 0 to {v.folds - 1}.")
-    if study.plan.configuration not in CONFIGURATIONS:
+def _check_range(where: str, key: str, value: Any) -> None:
+    """Raise ValueError, which says what is allowed, where a value is of the right type and still none of those."""
+    full = f"{where} {key}"
+    known = {
+        "[protocol] name": names("protocols"),
+        "[engine] name": names("engines"),
+        "[plan] configuration": CONFIGURATIONS,
+    }.get(full)
+    if known is not None and value not in known:
         cascade = (
             "The cascade's second network trains on the predictions of the first, which no federation here makes. "
         )
-        reason = cascade if study.plan.configuration == "3d_cascade_fullres" else ""
-        given = study.plan.configuration
-        problems.append(f"[plan] configuration = {given!r} is not allowed. {reason}{allowed(given, CONFIGURATIONS)}")
-    for table, name, known in (("engine", e.name, names("engines")), ("protocol", p.name, names("protocols"))):
-        if name not in known:
-            problems.append(f"[{table}] name = {name!r} is not known. {allowed(name, known)}")
-    if study.training.precision == "float16" and e.device == "cpu":
+        raise ValueError((cascade if value == "3d_cascade_fullres" else "") + allowed(value, known))
+    fine, text = RANGES.get(full, (lambda _: True, ""))
+    if not fine(value) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"Allowed: {text}.")
+
+
+def _contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
+    """What is wrong between values that are each allowed, in the tables that have no error of their own."""
+    p, v, t, e = (found[table] for table in ("protocol", "validation", "training", "engine"))
+    problems = []
+    if p and (p.steps is None) == (p.epochs is None):
+        problems.append(
+            f"[protocol] steps = {p.steps}, epochs = {p.epochs} is not allowed. Allowed: exactly one of the two."
+        )
+    if p and p.min_sites is not None and p.min_sites > n_sites:
+        problems.append(
+            f"[protocol] min_sites = {p.min_sites} is not allowed. Allowed: 1 to {n_sites}, the number of sites."
+        )
+    if v and v.fold >= v.folds:
+        problems.append(f"[validation] fold = {v.fold} is not allowed. Allowed: 0 to {v.folds - 1}.")
+    if t and e and t.precision == "float16" and e.device == "cpu":
         problems.append(
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )

@@ -51,11 +51,18 @@ def pack(message: object) -> bytes:
     """The message as bytes.
 
     Raises:
-        ContractError: the message holds something that is no message type, number, text, tuple, mapping or tensor.
+        ContractError: no type of `messages.py`, or a field holds what its declared type does not allow.
     """
+    _check_type(message)
     tensors: list[torch.Tensor] = []
-    header = json.dumps(_encode(message, tensors), allow_nan=False, separators=(",", ":")).encode()
-    body = save({str(i): t for i, t in enumerate(tensors)})
+    try:
+        header = json.dumps(_encode(message, tensors), allow_nan=False, separators=(",", ":")).encode()
+        body = save({str(i): t for i, t in enumerate(tensors)})
+    except (RuntimeError, ValueError) as e:
+        raise ContractError(
+            f"{type(message).__name__} cannot be packed ({type(e).__name__}). Expected dense tensors that share no memory, "
+            "and whole numbers of at most 4300 digits. Clone the tensors."
+        ) from e
     return b"".join((MAGIC, struct.pack("<I", len(header)), header, body))
 
 
@@ -76,11 +83,22 @@ def unpack(packed: bytes, *, limit: int = LIMIT) -> Any:
     (size,) = struct.unpack_from("<I", packed, 4)
     try:
         header = json.loads(packed[8 : 8 + size])
-        return _build(header, load(packed[8 + size :]), "message")
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        message = _build(header, load(packed[8 + size :]), "message")
+    except ContractError:
+        raise
+    except Exception as e:  # whatever a stranger's bytes provoke
         raise ContractError(
             f"A damaged message arrived ({type(e).__name__}). The sender must pack it with this version."
         ) from e
+    _check_type(message)
+    return message
+
+
+def _check_type(message: object) -> None:
+    if type(message) not in _TYPES.values():
+        raise ContractError(
+            f"{type(message).__name__} is no message. Only the types in messages.py may cross a site's boundary. Send one."
+        )
 
 
 def _encode(value: object, tensors: list[torch.Tensor]) -> Any:
@@ -88,7 +106,7 @@ def _encode(value: object, tensors: list[torch.Tensor]) -> Any:
         case None | bool() | int() | str():
             return value
         case float():
-            return value if math.isfinite(value) else {"~": repr(value)}
+            return float(value) if math.isfinite(value) else {"~": repr(float(value))}
         case torch.Tensor():
             tensors.append(value.detach().cpu().contiguous())
             return {"#": len(tensors) - 1}
@@ -98,13 +116,14 @@ def _encode(value: object, tensors: list[torch.Tensor]) -> Any:
             if not all(isinstance(k, str) for k in value):
                 raise ContractError(f"A mapping in a message has keys {list(value)[:3]}. Only text can be a key.")
             return {"%": [[k, _encode(v, tensors)] for k, v in value.items()]}
-    name = type(value).__name__
-    if _TYPES.get(name) is not type(value):
-        raise ContractError(
-            f"{type(value).__name__} cannot be sent. Only the types in messages.py may cross a site's boundary."
-        )
-    fields = {f.name: _encode(getattr(value, f.name), tensors) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
-    return {"@": name, **fields}
+    _check_type(value)
+    cls: type = type(value)
+    fields: dict[str, Any] = {}
+    for key, hint in _hints(cls).items():
+        held = getattr(value, key)
+        _check_fits(held, hint, f"{cls.__name__}.{key}")
+        fields[key] = _encode(held, tensors)
+    return {"@": cls.__name__, **fields}
 
 
 @functools.cache
@@ -114,11 +133,15 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _decode(value: Any, expected: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
     decoded = _build(value, tensors, where)
-    if not _fits(decoded, expected):
-        raise ContractError(
-            f"{where} holds {type(decoded).__name__}. Expected {expected}. The sender must pack it with this version."
-        )
+    _check_fits(decoded, expected, where)
     return decoded
+
+
+def _check_fits(value: object, expected: Any, where: str) -> None:
+    if not _fits(value, expected):
+        raise ContractError(
+            f"{where} holds {type(value).__name__}. Expected {expected}. The sender must pack it with this version."
+        )
 
 
 def _build(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
@@ -144,27 +167,33 @@ def _build(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
 
 
 def _fits(value: Any, expected: Any) -> bool:
-    if expected is Any:
-        return True
     if isinstance(expected, typing.ForwardRef):  # `Json` refers to itself
-        expected = _json()
+        return _is_json(value)
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, a) for a in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
     if origin is collections.abc.Mapping:
-        return isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values())
+        return isinstance(value, collections.abc.Mapping) and all(_fits(v, arguments[1]) for v in value.values())
     if expected in (None, types.NoneType):
         return value is None
-    if expected is float:
-        return type(value) in (float, int)
+    if expected is float:  # a whole number will do, if it can be made a float
+        return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+    if expected is torch.Tensor:
+        return isinstance(value, torch.Tensor)
     return type(value) is expected
 
 
-@functools.cache
-def _json() -> Any:
-    return None | bool | int | float | str | tuple[Any, ...] | collections.abc.Mapping[str, Any]
+def _is_json(value: Any) -> bool:
+    match value:
+        case None | bool() | int() | float() | str():
+            return True
+        case tuple():
+            return all(map(_is_json, value))
+        case collections.abc.Mapping():
+            return all(map(_is_json, value.values()))
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------ tensors on disk

@@ -55,6 +55,18 @@ class Learner:
         """A copy of the weights, on the CPU."""
         return {name: t.detach().cpu().clone() for name, t in self.network.state_dict().items()}
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The weights, of a model that has any but those it was built with.
+
+        Raises:
+            ContractError: it never received nor trained any.
+        """
+        if not self.trained:
+            raise ContractError(
+                "A model that never trained here was asked for. Only one that did can be kept. Train it first."
+            )
+        return self.weights()
+
     def save(self, path: Path) -> None:
         """Write weights and optimiser, at once or not at all."""
         tensors = {f"weights/{n}": t for n, t in self.weights().items()}

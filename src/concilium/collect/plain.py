@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
-from concilium.aggregation import Sum, check_like
+from concilium.aggregation import LARGEST_WEIGHT, Sum, check_like
 from concilium.collect import Answer, Ask, Collected
 from concilium.errors import ContractError
 from concilium.messages import Failure, Reply, SiteError, Tensors, Train, Trained
@@ -38,8 +39,10 @@ def _problem(reply: Reply | Failure, like: Tensors) -> Failure | None:
         check_like(reply.weights, like)
     except ContractError:
         return SiteError("ContractError", "wrong_tensors", "")
-    if reply.n_cases < 1:
-        return SiteError("ContractError", "no_cases", "")
+    if not 1 <= reply.n_cases <= LARGEST_WEIGHT:
+        return SiteError("ContractError", "no_cases" if reply.n_cases < 1 else "too_many_cases", "")
+    if not math.isfinite(reply.loss) or not math.isfinite(reply.seconds):
+        return SiteError("FloatingPointError", "not_finite", "")
     # a sum is not finite exactly if an element is not, or if it overflows: one pass, no temporary of the tensor's size
     if not all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in reply.weights.values()):
         return SiteError("FloatingPointError", "not_finite", "")

@@ -8,10 +8,12 @@ nnU-Net is imported where it is first needed, so that listing a folder stays qui
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +231,8 @@ def _images(folder: Path, channels: Sequence[str], ending: str) -> dict[str, tup
 def _read(paths: Sequence[Path], ending: str, name: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """What the reader makes of these files; the reason, where it fails, is found by reading them one by one."""
     read = reader(ending)().read_images
+    for path in paths:
+        _check_whole(path, name)
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             image, properties = read([str(p) for p in paths])
@@ -254,6 +258,18 @@ def _read(paths: Sequence[Path], ending: str, name: str) -> tuple[NDArray[np.flo
             code="geometry_mismatch",
         )
     raise _unreadable(name, paths[0], failure) from failure
+
+
+def _check_whole(path: Path, name: str) -> None:
+    """Check that a compressed file is whole: SimpleITK fills what a truncated one lacks with zeros, and says nothing."""
+    if path.suffix != ".gz":
+        return
+    try:
+        with gzip.open(path) as file:
+            while file.read(1 << 22):
+                pass
+    except (OSError, EOFError, zlib.error) as e:
+        raise _unreadable(name, path, e) from e
 
 
 def _unreadable(name: str, path: Path, error: Exception) -> DataError:

@@ -1,0 +1,151 @@
+"""Before training: the sites' fingerprints become one plan, and every site prepares its cases by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import nn
+
+from concilium import catalog
+from concilium.data.draws import drawn_from
+from concilium.data.fingerprint import merge, to_json
+from concilium.data.plan import make_plans, open_plan
+from concilium.engines import Engine, ask
+from concilium.errors import DataError, EngineError
+from concilium.messages import (
+    Examine,
+    Examined,
+    Failure,
+    Prepare,
+    Prepared,
+    Reply,
+    Request,
+    SiteError,
+    Tensors,
+    describe,
+)
+from concilium.networks import as_stages
+from concilium.record import Record
+from concilium.study import Study, training_of
+
+
+@dataclass
+class Ledger:
+    """What went wrong on the way; a run with an entry ends with exit code 4."""
+
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What the sites told, and the plan that was made of it."""
+
+    text: str
+    channels: tuple[str, ...]
+    labels: Mapping[str, int]
+    patch_size: tuple[int, ...]
+    batch_size: int
+
+
+def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Plans:
+    """Ask for fingerprints, merge them, plan once."""
+    request = Examine(study.plan.exact_geometry, study.study.max_excluded)
+    asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
+    told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
+    first = next(reply for name, reply in told.items() if name in study.sites)
+    for name, reply in told.items():
+        if (reply.channels, dict(reply.labels)) != (first.channels, dict(first.labels)):
+            raise DataError(
+                f"{name} has channels {list(reply.channels)} and labels {dict(reply.labels)}. "
+                f"Expected {list(first.channels)} and {dict(first.labels)}, as at the other sites. Make their dataset.json agree."
+            )
+    merged = merge([reply.fingerprint for name, reply in sorted(told.items()) if name in study.sites])
+    record.write_text("fingerprint.json", to_json(merged))
+    about = {
+        "channel_names": {str(i): c for i, c in enumerate(first.channels)},
+        "labels": dict(first.labels),
+        "file_ending": first.file_ending,
+    }
+    record.write_json("dataset.json", about)
+    p, t = study.plan, study.training
+    base_features = cast("int | None", study.network.options.get("base_features"))
+    text = make_plans(
+        merged,
+        channels=first.channels,
+        labels=first.labels,
+        file_ending=first.file_ending,
+        configuration=p.configuration,
+        planner=p.planner,
+        memory_gb=p.memory_gb,
+        base_features=base_features,
+        batch_size=t.batch_size,
+        patch_size=t.patch_size,
+    )
+    record.write_text("plans.json", text)
+    plan = open_plan(text, p.configuration)
+    return Plans(text, first.channels, dict(first.labels), plan.patch_size, plan.batch_size)
+
+
+def prepare_sites(study: Study, engine: Engine, record: Record, plans: Plans, ledger: Ledger) -> dict[str, int]:
+    """Have the sites preprocess; the number of training cases of each that is ready."""
+    v = study.validation
+    request = Prepare(
+        plans.text,
+        study.plan.configuration,
+        study.network,
+        training_of(study),
+        v.folds,
+        v.fold,
+        study.study.seed,
+        study.study.max_excluded,
+    )
+    roles = {"site", "test"} | ({"pooled"} if "centralized" in study.protocol.compare else set())
+    asked = {name: request for name, site in engine.sites.items() if site.role in roles}
+    cases: dict[str, int] = {}
+    for name, reply in _must(engine, record, asked, study, ledger):
+        if isinstance(reply, Prepared):
+            cases[name] = reply.n_training
+            ledger.warnings += [f"{name}: {text}" for text in reply.warnings]
+    return cases
+
+
+def _must(
+    engine: Engine, record: Record, requests: Mapping[str, Request], study: Study, ledger: Ledger
+) -> Iterator[tuple[str, Reply]]:
+    """The replies; a site that failed is out, unless its data are unusable or too few sites are left, which stops the run."""
+    replies = dict(ask(engine, requests))
+    for name, reply in sorted(replies.items(), key=lambda item: list(requests).index(item[0])):
+        if not isinstance(reply, Failure):
+            yield name, reply
+            continue
+        text = failure_line(record, name, reply)
+        if isinstance(reply, SiteError) and reply.exception in ("DataError", "StudyError"):
+            raise DataError(text)
+        if name not in study.sites:
+            raise EngineError(text)
+        ledger.problems.append(text)
+    left = [name for name in requests if name in study.sites and not isinstance(replies[name], Failure)]
+    if len(left) < (study.protocol.min_sites or 1):
+        raise EngineError(
+            f"{len(left)} sites are ready ({'; '.join(ledger.problems)}). At least {study.protocol.min_sites} must be "
+            "([protocol] min_sites). Mend the sites and start again."
+        )
+
+
+def failure_line(record: Record, site: str, failure: Failure) -> str:
+    """One line about a failure, with the site's own words where this is a simulation."""
+    words = record.site_error(site, failure.reference) if isinstance(failure, SiteError) else None
+    return f"{site}: {describe(failure)}" + (f": {words}" if words else "")
+
+
+def initial_weights(study: Study, plans: Plans) -> Tensors:
+    """The weights that every model of a run starts from: a function of the seed and the plan."""
+    build = catalog.load("networks", study.network.name)
+    options = dict(study.network.options) | {"deep_supervision": study.training.deep_supervision}
+    plan = open_plan(plans.text, study.plan.configuration)
+    with drawn_from(study.study.seed, "weights"):
+        network = build(n_channels=len(plans.channels), n_labels=len(plans.labels), plan=plan.architecture, **options)
+    return as_stages(cast(nn.Module, network)).state_dict()

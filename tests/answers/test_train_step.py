@@ -1,0 +1,111 @@
+"""One optimisation step of ours against one `nnUNetTrainer.train_step` of the installed nnU-Net."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import Tensor
+
+from concilium.answers.train import make_objective, make_optimizer
+from concilium.data.fingerprint import fingerprint_of_case, merge
+from concilium.data.plan import Plan, make_plans, open_plan
+from concilium.local_updates import Local
+from concilium.local_updates.plain import step
+from concilium.messages import PlugIn, Training
+from concilium.networks.nnunet import build, to_library
+
+TRAINING = Training(
+    "sgd", 0.01, 3e-5, 0.99, "float32", 0.33, True, "nnunet", 12.0, True, 0, PlugIn("dice_ce"), PlugIn("plain")
+)  # fmt: skip
+
+
+def plan_for(configuration: str, planner: str) -> Plan:
+    """A small plan by nnU-Net's planner."""
+    rng = np.random.default_rng(0)
+    shape = (1, 40, 36) if configuration == "2d" else (24, 40, 36)
+    image = rng.normal(100, 20, (2, *shape)).astype(np.float32)
+    label = np.zeros((1, *shape), np.float32)
+    label[..., 10:20, 10:20] = 1
+    label[..., 22:30, 12:20] = 2
+    fingerprint = merge([fingerprint_of_case(image, label, (2.0, 1.0, 1.0), exact_geometry=False)] * 6)
+    plans = make_plans(
+        fingerprint, channels=("T1", "T2"), labels={"background": 0, "a": 1, "b": 2}, file_ending=".nii.gz",
+        configuration=configuration, planner=planner, base_features=4, batch_size=2,
+    )  # fmt: skip
+    return open_plan(plans, configuration)
+
+
+def batch(plan: Plan) -> tuple[Tensor, list[Tensor]]:
+    """Random patches and label maps at every scale."""
+    generator = torch.Generator().manual_seed(5)
+    image = torch.randn(2, 2, *plan.patch_size, generator=generator)
+    label = torch.randint(0, 3, (2, 1, *plan.patch_size), generator=generator).float()
+    scales = [plan.patch_size // stride for stride in np.cumprod(np.array(plan.strides), axis=0)[:-1]]
+    return image, [torch.nn.functional.interpolate(label, size=scale.tolist()) for scale in scales]
+
+
+def trainer(plan: Plan, network: torch.nn.Module) -> Any:
+    """nnU-Net's own trainer, without the folders its constructor wants."""
+    made = object.__new__(nnUNetTrainer)
+    made.device = torch.device("cpu")
+    made.network = network
+    made.grad_scaler = None
+    made.is_ddp = False
+    made.enable_deep_supervision = True
+    made.configuration_manager = plan.configuration
+    made.label_manager = SimpleNamespace(has_regions=False, ignore_label=None)
+    made.initial_lr, made.weight_decay, made.num_epochs = 0.01, 3e-5, 1000
+    made.loss = made._build_loss()
+    made.optimizer, _ = made.configure_optimizers()
+    return made
+
+
+@pytest.mark.parametrize("planner", ["default", "resenc_m"])
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_a_step_is_nnu_nets_step(configuration: str, planner: str) -> None:
+    plan = plan_for(configuration, planner)
+    network = plan.configuration
+    torch.manual_seed(1)
+    ours = build(n_channels=2, n_labels=3, plan=plan.architecture, deep_supervision=True)
+    torch.manual_seed(1)
+    theirs = get_network_from_plans(
+        network.network_arch_class_name, network.network_arch_init_kwargs, network.network_arch_init_kwargs_req_import,
+        2, 3, allow_init=True, deep_supervision=True,
+    )  # fmt: skip
+    image, labels = batch(plan)
+    stock = trainer(plan, theirs)
+    job: Any = SimpleNamespace(plan=plan, training=TRAINING)
+    local = Local(ours, make_optimizer(ours, TRAINING), make_objective(job), nullcontext, {}, TRAINING.clip_norm)
+    for _ in range(2):  # the second step has momentum
+        expected = stock.train_step({"data": image, "target": labels})["loss"]
+        loss = step(local, image, labels)
+        assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+    gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in ours.named_parameters()}
+    mapped = to_library(gradients, plan=plan.architecture, n_channels=2, n_labels=3)
+    for name, parameter in theirs.named_parameters():
+        expected_gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(mapped[name], expected_gradient, rtol=0, atol=1e-5), name
+    after = to_library(ours.state_dict(), plan=plan.architecture, n_channels=2, n_labels=3)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.allclose(after[name], tensor, rtol=0, atol=1e-5), name
+
+
+def test_clipping_is_part_of_it() -> None:
+    """With another clip norm the step differs, so the test above would notice."""
+    plan = plan_for("2d", "default")
+    results = []
+    for clip_norm in (12.0, 0.01):
+        torch.manual_seed(1)
+        ours = build(n_channels=2, n_labels=3, plan=plan.architecture, deep_supervision=True)
+        job: Any = SimpleNamespace(plan=plan, training=TRAINING)
+        local = Local(ours, make_optimizer(ours, TRAINING), make_objective(job), nullcontext, {}, clip_norm)
+        step(local, *batch(plan))
+        results.append(torch.cat([p.detach().flatten() for p in ours.parameters()]))
+    assert not torch.allclose(results[0], results[1], rtol=0, atol=1e-5)

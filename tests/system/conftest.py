@@ -1,0 +1,41 @@
+"""A study on the phantom that runs in seconds, and faults to put into it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from concilium.study import Study, parse_study
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that studies can name `faults:...`
+
+
+@pytest.fixture(scope="session")
+def small_study(phantom: Path) -> Callable[..., Study]:
+    """`small_study(rounds=2, ...)`: keyword arguments replace whole keys of tables, named table__key."""
+
+    def make(
+        *, sites: tuple[str, ...] = ("north", "south", "west"), data: Path = phantom, test: bool = True, **changes: Any
+    ) -> Study:
+        raw: dict[str, dict[str, Any]] = {
+            "study": {"name": "small", "seed": 3},
+            "sites": {name: {"data": str(data / name)} for name in sites},
+            "protocol": {"rounds": 2, "steps": 2, "compare": []},
+            "network": {"base_features": 4},
+            "training": {"optimizer": "adamw", "batch_size": 2, "patch_size": [16, 16, 8], "mirror": False},
+            "engine": {"threads": 1, "device": "cpu"},
+        }
+        if test:
+            raw["test"] = {"data": str(phantom / "test")}
+        for name, value in changes.items():
+            table, key = name.split("__")
+            raw.setdefault(table, {})[key] = value
+            if value is None:
+                del raw[table][key]
+        return parse_study(raw, folder=phantom)
+
+    return make

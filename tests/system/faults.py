@@ -1,0 +1,71 @@
+"""Plug-ins that are wrong on purpose: what they break must be noticed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from concilium.aggregation import Sum
+from concilium.local_updates import Local
+from concilium.local_updates.plain import step as plain
+from concilium.messages import Tensors
+
+SECRET = "PATIENT-4711-ON-/mnt/secret"
+
+
+def burns(fuse: str) -> bool:
+    """True once: the file is there, and now gone."""
+    if not Path(fuse).exists():
+        return False
+    Path(fuse).unlink(missing_ok=True)
+    return True
+
+
+def raises(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -> Tensor:
+    """A step that fails once."""
+    loss = plain(local, image, labels)
+    if burns(fuse):
+        raise RuntimeError(SECRET)
+    return loss
+
+
+def diverges(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -> Tensor:
+    """A step whose loss is once not finite."""
+    loss = plain(local, image, labels)
+    return loss * float("nan") if burns(fuse) else loss
+
+
+def dies(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -> Tensor:
+    """A step in which the process is once killed."""
+    loss = plain(local, image, labels)
+    if burns(fuse):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+
+
+def sleeps(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str, seconds: float) -> Tensor:
+    """A step that once takes long."""
+    loss = plain(local, image, labels)
+    if burns(fuse):
+        time.sleep(seconds)
+    return loss
+
+
+def nothing(total: Sum, state: Tensors) -> tuple[Tensors, Tensors]:
+    """An aggregation that does nothing: it gives back zeros of what it was given."""
+    return {name: tensor * 0 for name, tensor in total.mean().items()}, state
+
+
+def swapped(total: Sum, state: Tensors) -> tuple[Tensors, Tensors]:
+    """An aggregation that mixes up two tensors of equal shape."""
+    mean = total.mean()
+    pairs = itertools.combinations(mean, 2)
+    first, second = next((a, b) for a, b in pairs if mean[a].shape == mean[b].shape and not mean[a].equal(mean[b]))
+    mean[first], mean[second] = mean[second], mean[first]
+    return mean, state
