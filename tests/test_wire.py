@@ -106,7 +106,7 @@ def raw(header: Any, tensors: Mapping[str, Tensor] | None = None) -> bytes:
     return wire.MAGIC + struct.pack("<I", len(text)) + text + save(dict(tensors or {}))
 
 
-def refused(packed: bytes, match: str = "") -> None:
+def refused(packed: bytes, match: str | None = None) -> None:
     with pytest.raises(ContractError, match=match):
         wire.unpack(packed)
 
@@ -193,8 +193,8 @@ SiteLost = dataclasses.make_dataclass("SiteLost", [])  # the name of one
 @pytest.mark.parametrize(
     "message",
     [
-        None, 5, "text", (), {}, [], set(), b"", object(), Secret(), Secret, Done, Subclass(), SiteLost(), Path("/data"), TENSORS[0],
-        np.zeros(2), wire.Envelope("r", 0, 1), len,
+        None, 5, "text", (), {}, [], set(), b"", object(), len, Path("/data"), TENSORS[0], np.zeros(2),
+        Secret(), Secret, Done, Subclass(), SiteLost(), wire.Envelope("r", 0, 1),
     ],
     ids=lambda m: type(m).__name__,
 )  # fmt: skip
@@ -205,11 +205,15 @@ def test_what_is_no_message_is_not_packed(message: object) -> None:
 
 @pytest.mark.parametrize(
     "held",
-    [Path("/data"), [1], {1, 2}, b"raw", object(), np.zeros(2), np.int64(3), np.bool_(True), 1j, TENSORS[0], Done(), (Done(),), ((TENSORS[0],),)],
+    [
+        Path("/data"), [1], {1, 2}, b"raw", object(), np.zeros(2), np.int64(3), np.bool_(True), 1j,
+        TENSORS[0], Done(), (Done(),), ((TENSORS[0],),),
+    ],
     ids=lambda m: type(m).__name__,
 )  # fmt: skip
 def test_a_message_holds_nothing_else(held: Any) -> None:
-    for message in (SiteError("E", "c", held), PlugIn("p", {"option": held}), PlugIn("p", {"option": {"deep": (held,)}})):
+    deep = {"option": {"deep": (held,)}}
+    for message in (SiteError("E", "c", held), PlugIn("p", {"option": held}), PlugIn("p", deep)):
         with pytest.raises(ContractError):
             wire.pack(message)
 
@@ -217,19 +221,18 @@ def test_a_message_holds_nothing_else(held: Any) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        Excluded("r", typing.cast(Any, True)),
-        Excluded("r", typing.cast(Any, 1.0)),
-        Excluded(typing.cast(Any, None), 1),
-        SiteTimeout(typing.cast(Any, True)),
-        SiteTimeout(10**400),
-        Evaluate("m", "test", typing.cast(Any, ("dice",))),
-        Keep("m", typing.cast(Any, {1: TENSORS[0]})),
-        Keep("m", {"x": torch.eye(2).to_sparse()}),
-        Keep("m", {"x": TENSORS[0], "y": TENSORS[0]}),
-        Excluded("r", 10**5000),
+        pytest.param(Excluded("r", typing.cast(Any, True)), id="bool for int"),
+        pytest.param(Excluded("r", typing.cast(Any, 1.0)), id="float for int"),
+        pytest.param(Excluded("r", 10**5000), id="more digits than Python writes"),
+        pytest.param(Excluded(typing.cast(Any, None), 1), id="None for text"),
+        pytest.param(SiteTimeout(typing.cast(Any, True)), id="bool for float"),
+        pytest.param(SiteTimeout(10**400), id="no float is so large"),
+        pytest.param(Evaluate("m", "test", typing.cast(Any, ("dice",))), id="text for a plug-in"),
+        pytest.param(Keep("m", typing.cast(Any, {1: TENSORS[0]})), id="number for a key"),
+        pytest.param(Keep("m", {"x": torch.eye(2).to_sparse()}), id="sparse tensor"),
+        pytest.param(Keep("m", {"x": TENSORS[0], "y": TENSORS[0]}), id="one tensor twice"),
     ],
-    ids=["bool for int", "float for int", "None", "bool for float", "huge for float", "text for a plug-in", "key", "sparse", "shared", "digits"],
-)  # fmt: skip
+)
 def test_fields_hold_what_they_are_declared_to(message: object) -> None:
     with pytest.raises(ContractError):
         wire.pack(message)
@@ -239,7 +242,20 @@ def test_fields_hold_what_they_are_declared_to(message: object) -> None:
 
 
 def test_unknown_types_are_refused_and_never_made() -> None:
-    for name in ("Envelope", "Path", "Tensor", "os.system", "object", "type", "__class__", "", None, 3, ["Done"], {"@": "Done"}):
+    for name in (
+        "Envelope",
+        "Path",
+        "Tensor",
+        "os.system",
+        "object",
+        "type",
+        "__class__",
+        "",
+        None,
+        3,
+        ["Done"],
+        {"@": "Done"},
+    ):
         refused(raw({"@": name}), match="Known are: PlugIn")
         refused(raw({"@": "Examined", "x": {"@": name}}))
 
@@ -252,7 +268,9 @@ def test_fields_must_be_those_of_the_type() -> None:
     assert wire.unpack(raw({"@": "Excluded", "reason": "r", "count": 1})) == Excluded("r", 1)
 
 
-@pytest.mark.parametrize("value", [None, "1", 1.0, True, [], [1], {"%": []}, {"~": "nan"}, {"#": 0}, {"@": "Done"}], ids=json.dumps)
+@pytest.mark.parametrize(
+    "value", [None, "1", 1.0, True, [], [1], {"%": []}, {"~": "nan"}, {"#": 0}, {"@": "Done"}], ids=json.dumps
+)
 def test_fields_must_be_of_their_type(value: Any) -> None:
     refused(raw({"@": "Excluded", "reason": "r", "count": value}, {"0": TENSORS[0]}), match="count holds")
 
@@ -261,28 +279,31 @@ def test_fields_must_be_of_their_type(value: Any) -> None:
 @pytest.mark.parametrize("hidden", [{"#": 0}, {"@": "Done"}], ids=["tensor", "message"])
 def test_json_holds_neither_tensors_nor_messages(hidden: Any, deep: Any) -> None:
     """Refused at every depth: settings that a person wrote hold none."""
-    refused(raw({"@": "PlugIn", "name": "p", "options": {"%": [["x", deep(hidden)]]}}, {"0": TENSORS[0]}), match="options holds")
+    header = {"@": "PlugIn", "name": "p", "options": {"%": [["x", deep(hidden)]]}}
+    refused(raw(header, {"0": TENSORS[0]}), match="options holds")
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        b"", b"{", b"\xff\xfe", b"null", b"5", b'"Done"', b"[]", b"{}", b'{"@": "Done"} x', b'{"#": 0}', b'{"#": 1}', b'{"#": Infinity}',
-        b'{"#": "x"}', b'{"#": [1]}', b'{"~": "nan"}', b'{"~": "1"}', b'{"~": []}', b'{"%": 1}', b'{"%": [[1]]}', b'{"%": [["a", 1, 2]]}',
-        b'{"%": "ab"}', b'{"%": [["a", 1]]}', b'{"@": "Done", "%": []}', b'{"@": "SiteTimeout", "seconds": 1' + b"0" * 400 + b"}",
-        b'{"@": "SiteTimeout", "seconds": 1' + b"0" * 5000 + b"}", b'{"@": "SiteTimeout", "seconds": {"~": "9"}}',
+        b"", b"{", b"\xff\xfe", b"null", b"5", b'"Done"', b"[]", b"{}", b'{"@": "Done"} x', b'{"@": "Done", "%": []}',
+        b'{"#": 0}', b'{"#": 1}', b'{"#": Infinity}', b'{"#": "x"}', b'{"#": [1]}',
+        b'{"~": "nan"}', b'{"~": "1"}', b'{"~": []}', b'{"@": "SiteTimeout", "seconds": {"~": "9"}}',
+        b'{"%": 1}', b'{"%": [[1]]}', b'{"%": [["a", 1, 2]]}', b'{"%": "ab"}', b'{"%": [["a", 1]]}',
+        b'{"@": "SiteTimeout", "seconds": 1' + b"0" * 400 + b"}",
+        b'{"@": "SiteTimeout", "seconds": 1' + b"0" * 5000 + b"}",
     ],
 )  # fmt: skip
 def test_headers_that_are_none_are_refused(header: bytes) -> None:
     refused(raw(header, {"0": TENSORS[0]}))
 
 
-@pytest.mark.parametrize("depth", [500, 5_000, 1_000_000])
-@pytest.mark.parametrize(("before", "after"), [(b"[", b"]"), (b'{"%":[["a",', b"]]}"), (b'{"a":', b"}")], ids=["list", "mapping", "dict"])
+@pytest.mark.parametrize("depth", [1_000, 5_000, 1_000_000])
+@pytest.mark.parametrize(("before", "after"), [(b"[", b"]"), (b'{"%":[["a",', b"]]}")], ids=["tuples", "mappings"])
 def test_deep_nesting_is_refused(before: bytes, after: bytes, depth: int) -> None:
-    start = b'{"@":"PlugIn","name":"p","options":{"%":[["x",'
-    refused(raw(before * depth + b"1" + after * depth))
-    refused(raw(start + before * depth + b"1" + after * depth + b"]]}}") if depth > 500 or before == b'{"a":' else b"")
+    nested = before * depth + b"1" + after * depth
+    refused(raw(nested))
+    refused(raw(b'{"@":"PlugIn","name":"p","options":{"%":[["x",' + nested + b"]]}}"))
     refused(raw(before * depth))
 
 
@@ -297,8 +318,9 @@ def test_a_message_nested_beyond_reason_is_not_packed() -> None:
 @pytest.mark.parametrize(
     ("dtype", "shape", "size"),
     [
-        ("F32", [0, 2**62, 2**62], 0), ("F32", [2**63, 0], 0), ("F32", [2**64 - 1, 0], 0), ("F32", [-1], 0), ("F32", [1.5], 0),
-        ("F32", [2**40], 4), ("F32", [2], 4), ("F4", [16], 8), ("XX", [1], 4), (None, [1], 4), ("F32", None, 4), ("PICKLE", [4], 4),
+        ("F32", [0, 2**62, 2**62], 0), ("F32", [2**63, 0], 0), ("F32", [2**64 - 1, 0], 0), ("F32", [-1], 0),
+        ("F32", [1.5], 0), ("F32", [2**40], 4), ("F32", [2], 4), ("F32", None, 4),
+        ("F4", [16], 8), ("XX", [1], 4), (None, [1], 4), ("PICKLE", [4], 4),
     ],
 )  # fmt: skip
 def test_damaged_tensors_are_refused(dtype: Any, shape: Any, size: int) -> None:
@@ -367,17 +389,14 @@ def test_damaged_json_does_no_harm() -> None:
     """Parts of headers put in each other's places: well-formed, and wrong."""
     rng = random.Random(3)
     parts: list[Any] = [
-        None, True, 0, -1, 0.5, "x", "nan", [], [[]], {}, {"#": 0}, {"#": 9}, {"#": None}, {"~": "nan"}, {"~": None}, {"%": []}, {"%": None},
-        {"%": [["x", {"#": 0}]]}, {"@": "Done"}, {"@": "SiteTimeout", "seconds": 1.0}, {"@": "PlugIn", "name": "x", "options": {"%": []}},
+        None, True, 0, -1, 0.5, "x", "nan", [], [[]], {}, {"#": 0}, {"#": 9}, {"#": None}, {"~": "nan"}, {"~": None},
+        {"%": []}, {"%": None}, {"%": [["x", {"#": 0}]]}, {"@": "Done"}, {"@": "SiteTimeout", "seconds": 1.0},
+        {"@": "PlugIn", "name": "x", "options": {"%": []}}, {"@": "Excluded", "reason": "x", "count": 1},
     ]  # fmt: skip
     for _ in range(3000):
         cls = rng.choice(TYPES)
         header = {"@": cls.__name__} | {f.name: rng.choice(parts) for f in dataclasses.fields(cls)}
-        parts[rng.randrange(10, len(parts))] = header
         harmless(raw(header, {"0": TENSORS[0]}))
-        parts = parts[:21]
-        if len(json.dumps(header)) > 5000:
-            parts[10:] = [{"#": 0}] * 11
 
 
 def test_nothing_is_executed(tmp_path: Path) -> None:
@@ -448,8 +467,22 @@ def test_replies_tell_only_what_is_listed() -> None:
 
 def test_no_reply_has_a_field_for_a_name_or_a_path() -> None:
     names = {name.partition(".")[2] for cls in REPLIES + FAILURES for name, _ in fields_of(cls)}
-    for word in ("name", "path", "file", "folder", "text", "message", "host", "user", "date", "id", "uid", "image", "voxels"):
-        assert not {n for n in names - {"file_ending"} if word in n.split("_")}, word
+    words = {
+        "name",
+        "path",
+        "file",
+        "folder",
+        "text",
+        "message",
+        "host",
+        "user",
+        "date",
+        "id",
+        "uid",
+        "image",
+        "voxels",
+    }
+    assert not {n for n in names - {"file_ending"} if words & set(n.split("_"))}
     hints = {name: hint for cls in REPLIES for name, hint in fields_of(cls)}
     assert hints["Score.case"] is int
     assert hints["Score.patient"] is int
@@ -483,7 +516,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert wire.read_tensors(path)[0]["x"].sum() == 2
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\x80\x04.", b"garbage" * 100], ids=["missing", "empty", "pickle", "garbage"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\x80\x04.", b"garbage" * 100], ids=["missing", "empty", "pickle", "garbage"]
+)
 def test_a_file_that_is_none_is_refused(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     if content is not None:

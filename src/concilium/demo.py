@@ -19,7 +19,7 @@ def demo_study(out: Path) -> Study:
         "study": {"name": "demo", "seed": 1},
         "sites": {name: {"data": name} for name in SITES},
         "test": {"data": "test"},
-        "protocol": {"name": "federated", "rounds": 8, "steps": 20, "compare": ["local", "centralized"]},
+        "protocol": {"name": "federated", "rounds": 8, "steps": 18, "compare": ["local", "centralized"]},
         "network": {"base_features": 8},
         "training": {
             "optimizer": "adamw",
@@ -28,5 +28,6 @@ def demo_study(out: Path) -> Study:
             "patch_size": [32, 32, 24],
             "mirror": False,
         },
+        "engine": {"threads": 1},  # the network is too small for more
     }
     return parse_study(raw, folder=data.resolve(), source="demo")

@@ -198,12 +198,12 @@ def _train(job: _Job, model: Model, ledger: Ledger) -> Round:
         unsaved = _tell(engine, dict.fromkeys(model.steps, Snapshot(model.name, done.number)))
         done = replace(done, failures={**unsaved, **done.failures})
         record.commit(model.name, done, seconds=time.monotonic() - began)
-        began = time.monotonic()
         losses = [a.loss for a in done.answers.values()]
         loss = sum(losses) / len(losses) if losses else None
         job.watch(Event("round", model=model.name, round=done.number, rounds=p.rounds, loss=loss))
         for site, failure in done.failures.items():
             job.watch(Event("warning", f"{model.name}, round {done.number}: {failure_line(record, site, failure)}"))
+        began = time.monotonic()
     for line in record.rounds(model.name):
         failed = line["failures"].items()
         ledger.problems += [f"{model.name}, round {line['round']}: {site}: {f['text']}" for site, f in failed]

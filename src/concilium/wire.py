@@ -203,7 +203,8 @@ def write_tensors(path: Path, tensors: messages.Tensors, about: collections.abc.
     """Write a safetensors file with `about` in its header, at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=dict(about))
+    # with neither tensors nor `about`, safetensors 0.8 writes an empty `about` that it cannot read
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=dict(about) or None)
     with unfinished.open("rb+") as file:
         os.fsync(file.fileno())
     unfinished.replace(path)

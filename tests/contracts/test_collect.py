@@ -1,0 +1,182 @@
+"""What every way to collect updates keeps to (see `concilium.collect`). Its signature: tests/test_catalog.py."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from concilium import catalog
+from concilium.collect import Collected
+from concilium.messages import (
+    Done,
+    Failure,
+    Reply,
+    Request,
+    SiteError,
+    SiteLost,
+    SiteRefused,
+    SiteTimeout,
+    Tensors,
+    Train,
+    Trained,
+)
+
+every_way = pytest.mark.parametrize("name", catalog.names("collect"))
+
+LIKE = {"a": torch.zeros(2, 3), "n": torch.tensor(0)}
+GOOD = Trained({"a": torch.full((2, 3), 4.0), "n": torch.tensor(4)}, 3, 5, 0.5, 1.25)
+
+
+def collect_of(name: str) -> Callable[..., Collected]:
+    options, problems = catalog.fill("collect", name, {}, "[collect]")
+    assert not problems
+    return partial(catalog.load("collect", name), **options)
+
+
+def collected(name: str, replies: Mapping[str, Any], like: Tensors = LIKE) -> Collected:
+    """One round in which the sites answer so."""
+    requests = {site: Train("m", 1, 0, 5, 5, like, True) for site in replies}
+
+    def ask(asked: Mapping[str, Request]) -> Iterator[tuple[str, Reply | Failure]]:
+        assert dict(asked) == requests
+        yield from replies.items()
+
+    return collect_of(name)(ask, requests, like=like)
+
+
+def update(value: float, *, n_cases: int = 1, **changes: Tensor) -> Trained:
+    tensors = {"a": torch.full((2, 3), value), "n": torch.tensor(int(value))}
+    return Trained(tensors | changes, n_cases, 5, 0.5, 1.0)
+
+
+def test_plain_is_found() -> None:
+    assert "plain" in catalog.names("collect")
+
+
+@every_way
+def test_the_sum_is_weighted_by_cases(name: str) -> None:
+    """(1 * 2 + 3 * 6) / 4 = 5."""
+    got = collected(name, {"north": update(2.0, n_cases=1), "south": update(6.0, n_cases=3)})
+    assert got.total.weight == 4
+    assert got.total.mean()["a"].eq(5.0).all()
+    assert got.total.mean()["n"] == 5
+    assert got.failures == {}
+
+
+@every_way
+def test_what_a_site_told_is_kept(name: str) -> None:
+    got = collected(name, {"north": GOOD})
+    answer = got.answers["north"]
+    assert (answer.n_cases, answer.n_steps, answer.loss, answer.seconds) == (3, 5, 0.5, 1.25)
+
+
+@every_way
+@pytest.mark.parametrize("failure", [SiteTimeout(3.0), SiteLost(), SiteRefused("policy"), SiteError("E", "c", "r")])
+def test_a_failure_is_passed_on(name: str, failure: Failure) -> None:
+    got = collected(name, {"north": failure, "south": GOOD})
+    assert got.failures == {"north": failure}
+    assert list(got.answers) == ["south"]
+    assert got.total.weight == 3
+
+
+SPOILT = update(2.0).weights["a"].clone()
+SPOILT[1, 2] = math.nan
+HUGE = torch.full((2, 3), 3e38)  # finite, and its sum is not
+WRONG: dict[str, tuple[Any, str]] = {
+    "one NaN": (update(2.0, a=SPOILT), "not_finite"),
+    "infinite": (update(2.0, a=torch.full((2, 3), -math.inf)), "not_finite"),
+    "infinities that cancel": (update(2.0, a=torch.tensor([[math.inf, -math.inf, 0]] * 2)), "not_finite"),
+    "loss NaN": (Trained(GOOD.weights, 3, 5, math.nan, 1.0), "not_finite"),
+    "endless": (Trained(GOOD.weights, 3, 5, 0.5, math.inf), "not_finite"),
+    "missing": (Trained({"a": torch.ones(2, 3)}, 3, 5, 0.5, 1.0), "wrong_tensors"),
+    "none": (Trained({}, 3, 5, 0.5, 1.0), "wrong_tensors"),
+    "unknown": (update(2.0, b=torch.ones(1)), "wrong_tensors"),
+    "shape": (update(2.0, a=torch.ones(3, 2)), "wrong_tensors"),
+    "type": (update(2.0, a=torch.ones(2, 3).double()), "wrong_tensors"),
+    "no cases": (update(2.0, n_cases=0), "no_cases"),
+    "fewer than no cases": (update(2.0, n_cases=-3), "no_cases"),
+    "more cases than there are": (update(2.0, n_cases=2**70), "too_many_cases"),
+    "wrong reply": (Done(), "wrong_reply"),
+}
+
+
+@every_way
+@pytest.mark.parametrize("reason", WRONG)
+def test_a_wrong_update_is_a_failure_and_not_added(name: str, reason: str) -> None:
+    wrong, code = WRONG[reason]
+    for replies in ({"north": wrong, "south": GOOD}, {"south": GOOD, "north": wrong}):
+        got = collected(name, replies)
+        failure = got.failures["north"]
+        assert isinstance(failure, SiteError)
+        assert failure.code == code
+        assert list(got.answers) == ["south"]
+        assert (got.total.weight, got.total.count) == (3, 1)
+        assert all(torch.equal(got.total.mean()[n], GOOD.weights[n]) for n in LIKE)
+
+
+@every_way
+def test_large_numbers_are_no_failure(name: str) -> None:
+    got = collected(name, {"north": update(0.0, a=HUGE)})
+    assert got.failures == {}
+    assert torch.equal(got.total.mean()["a"], HUGE)
+
+
+@every_way
+def test_nobody_answered(name: str) -> None:
+    got = collected(name, {"north": SiteLost(), "south": SiteLost()})
+    assert (got.total.weight, dict(got.answers), set(got.failures)) == (0, {}, {"north", "south"})
+
+
+@every_way
+def test_the_order_of_arrival_changes_no_bit(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    replies = {f"s{i}": update(1.0, n_cases=i + 1, a=torch.randn(2, 3, generator=generator)) for i in range(4)}
+    results = set()
+    for order in itertools.permutations(replies):
+        mean = collected(name, {site: replies[site] for site in order}).total.mean()
+        results.add(mean["a"].numpy().tobytes())
+    assert len(results) == 1
+
+
+class Arriving:
+    """Replies that exist from when they are asked for; like an engine, it keeps none."""
+
+    def __init__(self, sites: Mapping[str, Request]) -> None:
+        self.left = list(sites)
+        self.made: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def __iter__(self) -> Arriving:
+        return self
+
+    def __next__(self) -> tuple[str, Reply | Failure]:
+        self.most = max(self.most, sum(ref() is not None for ref in self.made))
+        if not self.left:
+            raise StopIteration
+        i = len(self.made)
+        tensor = torch.full((2, 3), math.nan if i % 3 == 1 else float(i))
+        self.made.append(weakref.ref(tensor))
+        return self.left.pop(), Trained({"a": tensor, "n": torch.tensor(1)}, 0 if i % 3 == 2 else 1, 1, 0.5, 1.0)
+
+
+def test_one_update_is_in_memory_at_a_time() -> None:
+    """With `plain`, what came before is gone when the next one is unpacked, whether it was added or not."""
+    requests = {f"s{i}": Train("m", 1, 0, 5, 5, LIKE, True) for i in range(9)}
+    arriving = Arriving(requests)
+    gc.disable()  # nothing may wait for the collector: updates are large
+    try:
+        got = collect_of("plain")(lambda _: arriving, requests, like=LIKE)
+    finally:
+        gc.enable()
+    assert (len(got.answers), len(got.failures)) == (3, 6)
+    assert len(arriving.made) == 9
+    assert arriving.most == 0

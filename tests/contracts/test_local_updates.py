@@ -1,0 +1,184 @@
+"""What every local update keeps to (see `concilium.local_updates`). Its signature: tests/test_catalog.py."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from concilium import catalog
+from concilium.local_updates import Local
+
+every_update = pytest.mark.parametrize("name", catalog.names("local_updates"))
+
+
+class Small(nn.Module):
+    """Logits of two scales, finest first, from a convolution with a batch norm; and a parameter that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.norm = nn.BatchNorm2d(2)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        y: Tensor = self.norm(self.conv(image))
+        return y, y[..., ::2, ::2]
+
+
+def objective(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+    scales = zip(logits, labels, strict=True)
+    return torch.stack([nn.functional.cross_entropy(x, y[:, 0].long()) for x, y in scales]).mean()
+
+
+def lent(
+    *, clip_norm: float = 12.0, rate: float = 0.1, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> Local:
+    torch.manual_seed(0)
+    network = Small().train()
+    received = {n: t.clone() for n, t in network.state_dict().items()}
+    return Local(network, torch.optim.SGD(network.parameters(), rate), objective, autocast, received, clip_norm)
+
+
+def batch(seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(2, 1, 8, 8, generator=generator)
+    labels = (image > 0).float()
+    return image, [labels, labels[..., ::2, ::2]]
+
+
+def step_of(name: str) -> Callable[..., Tensor]:
+    options, problems = catalog.fill("local_updates", name, {}, "[local_update]")
+    assert not problems
+    return partial(catalog.load("local_updates", name), **options)
+
+
+def weights(local: Local) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in local.network.state_dict().items()}
+
+
+def test_plain_is_found() -> None:
+    assert "plain" in catalog.names("local_updates")
+
+
+@every_update
+def test_a_step_changes_the_weights_and_gives_one_finite_number(name: str) -> None:
+    local = lent()
+    loss = step_of(name)(local, *batch())
+    assert loss.numel() == 1
+    assert not loss.requires_grad
+    assert math.isfinite(float(loss))
+    after = weights(local)
+    assert not torch.equal(after["conv.weight"], local.received["conv.weight"])
+    assert torch.equal(after["unused"], local.received["unused"])
+    assert after["norm.num_batches_tracked"] == 1, "one pass through the network in training mode"
+
+
+@every_update
+def test_steps_lower_the_loss(name: str) -> None:
+    local = lent()
+    step = step_of(name)
+    losses = [float(step(local, *batch())) for _ in range(40)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@every_update
+def test_the_gradient_of_the_last_step_does_not_count_again(name: str) -> None:
+    """Two steps are those of two optimisers that each begin without a gradient."""
+    local, fresh = lent(), lent()
+    step = step_of(name)
+    step(local, *batch(0))
+    step(fresh, *batch(0))
+    for parameter in fresh.network.parameters():
+        parameter.grad = None
+    step(local, *batch(1))
+    step(fresh, *batch(1))
+    assert all(torch.equal(weights(local)[n], t) for n, t in weights(fresh).items())
+
+
+@every_update
+def test_the_gradient_is_clipped(name: str) -> None:
+    """With plain SGD the weights move by at most rate times `clip_norm`."""
+    for clip_norm in (1e-3, 1e-2):
+        local = lent(clip_norm=clip_norm, rate=1.0)
+        step_of(name)(local, *batch())
+        moved = [(p.detach() - local.received[n]).flatten() for n, p in local.network.named_parameters()]
+        assert float(torch.cat(moved).norm()) == pytest.approx(clip_norm, rel=1e-2)
+
+
+@every_update
+def test_the_same_step_from_the_same_state_is_the_same(name: str) -> None:
+    local = lent()
+    step = step_of(name)
+    step(local, *batch(0))
+    other = copy.deepcopy(local)
+    torch.manual_seed(5)
+    a = step(local, *batch(1))
+    torch.manual_seed(5)
+    b = step(other, *batch(1))
+    assert torch.equal(a, b)
+    assert all(torch.equal(weights(local)[n], t) for n, t in weights(other).items())
+
+
+@every_update
+def test_what_it_is_given_stays_as_it_is(name: str) -> None:
+    local = lent()
+    received = {n: t.clone() for n, t in local.received.items()}
+    image, labels = batch()
+    before = image.clone(), [y.clone() for y in labels]
+    step_of(name)(local, image, labels)
+    assert all(torch.equal(local.received[n], t) for n, t in received.items())
+    assert torch.equal(image, before[0])
+    assert all(torch.equal(a, b) for a, b in zip(labels, before[1], strict=True))
+
+
+@every_update
+def test_the_forward_pass_is_in_the_precision_that_was_asked_for(name: str) -> None:
+    """And the loss in float32, whatever that is."""
+    seen: list[torch.dtype] = []
+    local = lent(autocast=partial(torch.autocast, "cpu", torch.bfloat16))
+    local.network.conv.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    loss = step_of(name)(local, *batch())
+    assert set(seen) == {torch.bfloat16}
+    assert loss.dtype == torch.float32
+    assert all(t.dtype == local.received[n].dtype for n, t in weights(local).items())
+
+
+# --------------------------------------------------------------------------------------------------------------- plain
+
+
+def test_plain_is_a_step_of_gradient_descent() -> None:
+    """w - rate * gradient, worked out with a second copy of the network."""
+    local = lent(clip_norm=1e9)
+    network = copy.deepcopy(local.network)
+    image, labels = batch()
+    expected_loss = objective(network(image), labels)
+    used = {n: p for n, p in network.named_parameters() if n != "unused"}
+    gradients = torch.autograd.grad(expected_loss, list(used.values()))
+    loss = step_of("plain")(local, image, labels)
+    assert torch.equal(loss, expected_loss.detach()), "the loss is that before the step"
+    after = dict(local.network.named_parameters())
+    for (name, parameter), gradient in zip(used.items(), gradients, strict=True):
+        torch.testing.assert_close(after[name], parameter - 0.1 * gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_a_loss_scale_is_taken_out_again() -> None:
+    """With a scaler (float16) the step is the same; where a gradient overflows, none is taken and the scale falls."""
+    plain, scaled = lent(), lent()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaled = Local(**{**vars(scaled), "scaler": scaler})
+    image, labels = batch()
+    a, b = step_of("plain")(plain, image, labels), step_of("plain")(scaled, image, labels)
+    assert torch.equal(a, b), "the loss is not scaled"
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(scaled)[name], tensor, rtol=1e-5, atol=1e-6)
+    before = weights(scaled)["conv.weight"]
+    step_of("plain")(scaled, image * math.inf, labels)
+    assert torch.equal(weights(scaled)["conv.weight"], before)
+    assert scaler.get_scale() == 2.0**7

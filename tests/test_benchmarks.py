@@ -1,0 +1,181 @@
+"""Each benchmark runs, at its smallest, and counts what it says. How quick anything is, is not tested."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+from concilium import wire
+from concilium.messages import Trained
+from concilium.study import read_study
+
+pytestmark = pytest.mark.slow
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+STUDY = """
+[study]
+name = "small"
+[sites.north]
+data = "{data}/north"
+[sites.south]
+data = "{data}/south"
+[test]
+data = "{data}/test"
+[protocol]
+rounds = 7
+{length}
+compare = ["local"]
+[network]
+base_features = 4
+[training]
+batch_size = 2
+patch_size = [16, 16, 16]
+precision = "bfloat16"
+"""
+
+
+def load(name: str) -> ModuleType:
+    spec = spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def aggregation() -> ModuleType:
+    return load("aggregation")
+
+
+@pytest.fixture(scope="module")
+def overhead() -> ModuleType:
+    return load("federation_overhead")
+
+
+# ------------------------------------------------------------------------------------------------------------ aggregation
+
+
+def test_aggregation_runs(aggregation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    small = ["--parameters", "20000", "--sites", "3", "2", "--timed-sites", "2", "--threads", "1"]
+    figures = aggregation.main([*small, "--out", str(tmp_path / "figures.json")])
+    assert json.loads((tmp_path / "figures.json").read_text())["parameters"] == figures["parameters"]
+    assert figures["parameters"] == pytest.approx(20_000, rel=0.2)
+    assert [m["sites"] for m in figures["memory"]] == [2, 3]
+    (times,) = figures["times"]
+    assert len(times["ours"]) == len(times["floor"]) == len(times["in_place"]) == 2  # the warm-up is not among them
+    assert min(*times["ours"], *times["floor"], *times["in_place"]) > 0
+    assert "growth / update" in capsys.readouterr().out
+    torch.set_num_threads(threads)
+
+
+def test_the_update_is_as_large_as_a_network_of_nnunet(aggregation: ModuleType) -> None:
+    n = len(aggregation.WIDTHS)
+    with torch.device("meta"):
+        network = PlainConvUNet(
+            1, n, aggregation.WIDTHS, torch.nn.Conv3d, 3, [1] + [2] * (n - 1), 2, 3, 2, conv_bias=True,
+            norm_op=torch.nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=torch.nn.LeakyReLU, deep_supervision=True,
+        )  # fmt: skip
+    theirs = sorted(tuple(p.shape) for p in network.parameters())
+    assert sorted(aggregation.shapes(aggregation.WIDTHS).values()) == theirs
+
+
+def test_a_round_gives_the_update_that_all_sites_sent(aggregation: ModuleType, tmp_path: Path) -> None:
+    like = aggregation.write_reply(20_000, tmp_path / "reply")
+    sent = wire.unpack((tmp_path / "reply").read_bytes())
+    assert isinstance(sent, Trained)
+    mean = aggregation.run_round(aggregation.answering(tmp_path / "reply"), 3, like)
+    assert mean.keys() == sent.weights.keys()
+    for name, tensor in sent.weights.items():
+        assert torch.equal(mean[name], tensor), name
+
+
+def test_a_refused_update_is_not_measured(aggregation: ModuleType, tmp_path: Path) -> None:
+    like = aggregation.write_reply(20_000, tmp_path / "reply")
+    with pytest.raises(RuntimeError, match="3 updates were refused"):
+        aggregation.run_round(aggregation.answering(tmp_path / "reply"), 3, {"other": next(iter(like.values()))})
+
+
+# ----------------------------------------------------------------------------------------------------- federation overhead
+
+
+def study_file(tmp_path: Path, phantom: Path, length: str) -> Path:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(data=phantom.as_posix(), length=length))
+    return path
+
+
+def test_federation_overhead_runs(
+    overhead: ModuleType, phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    taken: list[int] = []
+    steps = overhead.Plain.steps
+
+    def counted(plain: Any, n: int) -> float:
+        before = [p.detach().clone() for p in plain.network.parameters()]
+        seconds = steps(plain, n)
+        taken.append(n)
+        assert any(not torch.equal(a, b) for a, b in zip(before, plain.network.parameters(), strict=True))
+        return float(seconds)
+
+    monkeypatch.setattr(overhead.Plain, "steps", counted)
+    study = study_file(tmp_path, phantom, "steps = 9")
+    small = ["--rounds", "2", "--steps", "3", "--threads", "1", "--repeats", "2"]
+    f = overhead.main(["--study", str(study), *small, "--out", str(tmp_path / "figures.json")])
+    assert json.loads((tmp_path / "figures.json").read_text())["pairs"] == f["pairs"]
+    assert taken == [1, 6, 6] * 2  # a warm-up, then as many as both sites take in a round
+    assert len(f["federated_s"]) == len(f["plain_s"]) == len(f["pairs"]) == 4
+    assert (f["sites"], f["rounds"], f["steps"], f["precision"]) == (2, 2, 3, "bfloat16")
+    assert sum(f["parts_s"].values()) == pytest.approx(sum(f["federated_s"]) / 2)
+    assert (
+        min(f["parts_s"].values()) > -0.01
+    )  # rounds.jsonl is written in milliseconds; the plain loop's turn is not in it
+    assert min(f["federated_s"]) > 0
+    assert 1 < f["bytes"]["ratio_down"] < 1.5  # the network is so small that names and shapes weigh
+    assert 1 < f["bytes"]["ratio_up"] < 1.5
+    assert not list(tmp_path.glob("run*"))
+    torch.set_num_threads(threads)
+
+
+def test_both_sides_have_the_same_parameters(overhead: ModuleType, phantom: Path, tmp_path: Path) -> None:
+    study = read_study(study_file(tmp_path, phantom, "steps = 1"))
+    study = overhead.comparable(study, rounds=1, steps=1, threads=1, cache=tmp_path / "cache")
+    overhead.federate(study, tmp_path / "run", float)
+    overhead.copy_cases(
+        tmp_path / "cache",
+        tmp_path / "cases",
+        overhead.open_plan((tmp_path / "run/plans.json").read_text(), "3d_fullres"),
+    )
+    plain = overhead.plain_training(study, tmp_path / "run", tmp_path / "cases")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints" / "federated").glob("*.safetensors")
+    ours = [t for name, t in wire.read_tensors(checkpoint)[0].items() if name.startswith("weights/")]
+    assert sorted(tuple(t.shape) for t in ours) == sorted(tuple(p.shape) for p in plain.network.parameters())
+    assert len(plain.loader.indices) == 20  # the cases of both sites
+    assert plain.optimizer.param_groups[0]["lr"] == study.training.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("length", "message"), [("epochs = 1", "counts epochs"), ("steps = 1\nname = 'local'", "The study has local")]
+)
+def test_a_study_that_would_do_something_else_is_refused(
+    overhead: ModuleType,
+    phantom: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    length: str,
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        overhead.main(["--study", str(study_file(tmp_path, phantom, length))])
+    assert message in capsys.readouterr().err

@@ -1,0 +1,454 @@
+"""The study file: what is filled in, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import concilium
+from concilium.errors import StudyError
+from concilium.messages import PlugIn
+from concilium.study import RANGES, RESERVED, Study, parse_study, read_study, to_toml, training_of
+
+SMALL: dict[str, dict[str, Any]] = {
+    "study": {"name": "small"},
+    "sites": {"north": {"data": "n"}, "south": {"data": "s"}},
+    "protocol": {"rounds": 3, "steps": 2},
+}
+
+
+def raw(**tables: Any) -> dict[str, Any]:
+    """The smallest study, with keys of tables added; `None` takes one out."""
+    merged = {name: dict(table) for name, table in SMALL.items()}
+    for name, table in tables.items():
+        merged[name] = {k: v for k, v in (merged.get(name, {}) | table).items() if v is not None}
+    return merged
+
+
+def parse(folder: Path = Path("/studies"), **tables: Any) -> Study:
+    return parse_study(raw(**tables), folder=folder, check_data=False)
+
+
+def errors(document: dict[str, Any]) -> list[str]:
+    """The errors of a study, one by one."""
+    with pytest.raises(StudyError) as e:
+        parse_study(document, folder=Path("/studies"), source="my.toml", check_data=False)
+    first, *lines = str(e.value).splitlines()
+    assert first == f"my.toml has {len(lines)} error{'s' if len(lines) > 1 else ''}:"
+    assert all(line.startswith("  - ") for line in lines)
+    return [line.removeprefix("  - ") for line in lines]
+
+
+# -------------------------------------------------------------------------------------------------------- what is read
+
+
+def test_defaults_are_filled_in() -> None:
+    study = parse()
+    assert study.network.name == "nnunet"
+    assert "base_features" in study.network.options
+    assert study.aggregation == PlugIn("mean", {})
+    assert study.loss == PlugIn("dice_ce", {"dice_weight": 1.0, "ce_weight": 1.0})
+    assert study.protocol.name == "federated"
+    assert study.protocol.min_sites == 2
+    assert study.training.learning_rate == 0.01
+    assert study.engine.threads >= 1
+    assert study.test is None
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.01), ("adam", 0.001), ("adamw", 0.001)])
+def test_the_learning_rate_goes_with_the_optimiser(optimizer: str, rate: float) -> None:
+    assert parse(training={"optimizer": optimizer}).training.learning_rate == rate
+    assert training_of(parse(training={"optimizer": optimizer})).learning_rate == rate
+    assert parse(training={"optimizer": optimizer, "learning_rate": 1}).training.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(("n_sites", "expected"), [(1, 1), (2, 2), (5, 2)])
+def test_at_least_two_sites_must_answer_where_there_are_two(n_sites: int, expected: int) -> None:
+    study = raw() | {"sites": {f"s{i}": {"data": "d"} for i in range(n_sites)}}
+    assert parse_study(study, folder=Path("/"), check_data=False).protocol.min_sites == expected
+
+
+def test_a_whole_number_is_a_number() -> None:
+    study = parse(protocol={"steps": None, "epochs": 1, "round_seconds": 60}, training={"momentum": 0})
+    assert [type(x) for x in (study.protocol.epochs, study.protocol.round_seconds, study.training.momentum)] == [
+        float
+    ] * 3
+
+
+def test_a_site_trains_as_the_study_says() -> None:
+    study = parse(training={"optimizer": "adamw", "precision": "bfloat16", "mirror": False, "clip_norm": 1.5})
+    training = training_of(study)
+    for name in (
+        "optimizer",
+        "learning_rate",
+        "weight_decay",
+        "momentum",
+        "precision",
+        "foreground",
+        "mirror",
+        "augmentation",
+    ):
+        assert getattr(training, name) == getattr(study.training, name)
+    assert (training.clip_norm, training.deep_supervision, training.loader_workers) == (1.5, True, 0)
+    assert (training.loss, training.local_update) == (study.loss, study.local_update)
+
+
+def test_paths_are_relative_to_the_study_file(tmp_path: Path) -> None:
+    file = tmp_path / "sub" / "study.toml"
+    file.parent.mkdir()
+    file.write_text(
+        textwrap.dedent(
+            """
+            [study]
+            name = "x"
+            [sites.a]
+            data = "../data/a"
+            [sites.b]
+            data = "/elsewhere/b"
+            [test]
+            data = "t"
+            [protocol]
+            rounds = 1
+            steps = 1
+            [engine]
+            cache = "cache"
+            """
+        )
+    )
+    study = read_study(file, check_data=False)
+    folder = tmp_path.resolve()
+    assert study.sites["a"].data == folder / "data" / "a"
+    assert study.sites["b"].data == Path("/elsewhere/b")
+    assert study.test is not None
+    assert study.test.data == folder / "sub" / "t"
+    assert study.engine.cache == folder / "sub" / "cache"
+
+
+FULL: dict[str, dict[str, Any]] = {
+    "study": {"name": 'Größe "1" \\ 2', "seed": -3, "max_excluded": 0.25},
+    "sites": {"a": {"data": "a b"}, "B-2_c": {"data": "/x"}, "3": {"data": "ö"}},
+    "test": {"data": "t"},
+    "protocol": {
+        "name": "federated", "rounds": 3, "epochs": 0.1, "compare": ["local", "centralized"], "min_sites": 3,
+        "round_seconds": 1e-3,
+    },
+    "plan": {"configuration": "2d", "planner": "resenc_l", "memory_gb": 11, "exact_geometry": True},
+    "network": {"name": "nnunet", "base_features": 8},
+    "training": {
+        "optimizer": "adam", "learning_rate": 1 / 3, "batch_size": 4, "patch_size": [16, 32, 8], "precision": "bfloat16",
+    },
+    "aggregation": {"name": "mean"},
+    "collect": {"name": "plain"},
+    "loss": {"name": "dice_ce", "ce_weight": 0},
+    "local_update": {"name": "plain"},
+    "validation": {"folds": 3, "fold": 2, "tolerance": 2},
+    "engine": {"workers": 2, "threads": 3, "device": "cpu", "cache": "c"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("document", [SMALL, FULL], ids=["small", "full"])
+def test_the_resolved_study_is_read_back_as_it_was(document: dict[str, Any], tmp_path: Path) -> None:
+    study = parse_study(document, folder=tmp_path, check_data=False)
+    file = tmp_path / "elsewhere" / "study.toml"
+    file.parent.mkdir()
+    file.write_text(to_toml(study), encoding="utf-8")
+    assert read_study(file, check_data=False) == study
+    assert to_toml(read_study(file, check_data=False)) == to_toml(study)
+
+
+def test_the_resolved_study_says_everything() -> None:
+    written = tomllib.loads(to_toml(parse()))
+    assert written["loss"] == {"name": "dice_ce", "dice_weight": 1.0, "ce_weight": 1.0}
+    assert written["training"]["learning_rate"] == 0.01
+    assert written["engine"]["threads"] >= 1
+    tables = {f.name for f in dataclasses.fields(Study)}
+    assert set(written) == tables - {"test"}
+
+
+def test_the_presets_are_studies() -> None:
+    presets = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
+    assert presets
+    for preset in presets:
+        assert read_study(preset, check_data=False).sites
+
+
+# ------------------------------------------------------------------------------------------------------- what is wrong
+
+TEN = """
+[studdy]
+[study]
+seed = "seven"
+[sites.test]
+data = "t"
+[sites.north]
+dta = "n"
+[protocol]
+rouns = 3
+rounds = 0
+steps = 2
+[network]
+name = "nnunett"
+[training]
+optimizer = "sdg"
+momentum = true
+[loss]
+dice_weigth = 1
+[validation]
+folds = 5
+fold = 5
+"""
+
+
+def test_a_file_with_many_errors_is_told_all_of_them_at_once(tmp_path: Path) -> None:
+    (tmp_path / "ten.toml").write_text(TEN)
+    with pytest.raises(StudyError) as e:
+        read_study(tmp_path / "ten.toml", check_data=False)
+    lines = str(e.value).splitlines()
+    assert lines[0] == f"{tmp_path / 'ten.toml'} has 13 errors:"
+    expected = [
+        "[studdy] is not a known table. Did you mean 'study'? Known: ",
+        "[study] seed = 'seven' is not allowed. Allowed: a whole number.",
+        "[study] name is missing. Expected text. Add it.",
+        "[protocol] rouns = 3 is not known. Did you mean 'rounds'? Known: compare, ",
+        "[protocol] rounds = 0 is not allowed. Allowed: 1 or more.",
+        "[training] optimizer = 'sdg' is not allowed. Allowed: 'sgd', 'adam', 'adamw'.",
+        "[training] momentum = True is not allowed. Allowed: a number.",
+        "[network] name = 'nnunett' is not allowed: networks has no 'nnunett'. Did you mean 'nnunet'? Known: ",
+        "[loss] dice_weigth = 1 is not known. Did you mean 'dice_weight'? Known: ce_weight, dice_weight.",
+        "[sites.test] is not a name for a site. Allowed: letters, digits, - and _, but not test, pooled, server. Rename it.",
+        "[sites.north] dta = 'n' is not known. Did you mean 'data'? Known: data.",
+        "[sites.north] data is missing. Expected a path. Add it.",
+        "[validation] fold = 5 is not allowed. Allowed: 0 to 4.",
+    ]
+    for line, start in zip(lines[1:], expected, strict=True):
+        assert line.startswith(f"  - {start}")
+
+
+ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
+    (
+        {"protocol": {"name": "federatd"}},
+        "[protocol] name = 'federatd' is not allowed. Did you mean 'federated'? Known: ",
+    ),
+    (
+        {"engine": {"name": "simulaton"}},
+        "[engine] name = 'simulaton' is not allowed. Did you mean 'simulation'? Known: ",
+    ),
+    (
+        {"plan": {"configuration": "4d"}},
+        "[plan] configuration = '4d' is not allowed. Did you mean '2d'? Known: 2d, 3d_fullres,",
+    ),
+    (
+        {"plan": {"configuration": "3d_cascade_fullres"}},
+        "[plan] configuration = '3d_cascade_fullres' is not allowed. The cascade",
+    ),
+    (
+        {"protocol": {"steps": None}},
+        "[protocol] steps = None, epochs = None is not allowed. Allowed: exactly one of the two.",
+    ),
+    (
+        {"protocol": {"epochs": 1}},
+        "[protocol] steps = 2, epochs = 1.0 is not allowed. Allowed: exactly one of the two.",
+    ),
+    ({"protocol": {"min_sites": 3}}, "[protocol] min_sites = 3 is not allowed. Allowed: 1 to 2, the number of sites."),
+    (
+        {"protocol": {"compare": ["locl"]}},
+        "[protocol] compare = ['locl'] is not allowed. Allowed: 'local', 'centralized'.",
+    ),
+    (
+        {"protocol": {"compare": "local"}},
+        "[protocol] compare = 'local' is not allowed. Allowed: a list, each 'local', 'central",
+    ),
+    (
+        {"engine": {"device": "cpu"}, "training": {"precision": "float16"}},
+        "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'.",
+    ),
+    (
+        {"training": {"patch_size": [8]}},
+        "[training] patch_size = [8] is not allowed. Allowed: 2 or 3 whole numbers of 1 or more.",
+    ),
+    (
+        {"training": {"patch_size": 8}},
+        "[training] patch_size = 8 is not allowed. Allowed: a list, each a whole number.",
+    ),
+    ({"training": {"batch_size": True}}, "[training] batch_size = True is not allowed. Allowed: a whole number."),
+    ({"training": {"batch_size": 2.0}}, "[training] batch_size = 2.0 is not allowed. Allowed: a whole number."),
+    ({"training": {"mirror": 0}}, "[training] mirror = 0 is not allowed. Allowed: true or false."),
+    ({"network": {"name": 3}}, "[network] name = 3 is not allowed. Known: "),
+    (
+        {"network": {"base_feature": 8}},
+        "[network] base_feature = 8 is not known. Did you mean 'base_features'? Known: ",
+    ),
+    (
+        {"aggregation": {"name": "not_there:rule"}},
+        "[aggregation] name = 'not_there:rule' is not allowed: aggregation: ",
+    ),
+    ({"sites": {"north": {"data": 3}}}, "[sites.north] data = 3 is not allowed. Allowed: a path."),
+    ({"sites": {"north": {}}}, "[sites.north] data is missing. Expected a path. Add it."),
+    ({"test": {}}, "[test] data is missing. Expected a path. Add it."),
+)
+
+
+@pytest.mark.parametrize(("tables", "expected"), ONE_ERROR)
+def test_each_error_names_table_key_value_and_what_is_allowed(tables: dict[str, Any], expected: str) -> None:
+    (line,) = errors(raw(**tables))
+    assert line.startswith(expected)
+
+
+@pytest.mark.parametrize("full", RANGES)
+def test_every_range_is_checked(full: str) -> None:
+    """Values that are out of each range, or have no end; and one that is in it."""
+    table, key = full[1:].split("] ")
+    outside: dict[str, Any] = {
+        "patch_size": [16, 0],
+        "max_excluded": 1.5,
+        "foreground": -0.1,
+        "momentum": 1,
+        "folds": 1,
+    }
+    extra = {"steps": None} if key == "epochs" else {}
+    given = outside.get(key, -1)
+    (line,) = errors(raw(**{table: {key: given} | extra}))
+    assert line.startswith(f"{full} = ")
+    assert line.endswith(f" is not allowed. Allowed: {RANGES[full][1]}.")
+    inside = {"patch_size": [16, 16, 8], "folds": 2}.get(key, 0 if key in ("foreground", "momentum", "fold") else 1)
+    parse(**{table: {key: inside} | extra})
+    if not isinstance(getattr(getattr(parse(), table), key), int | None) or key in (
+        "epochs",
+        "memory_gb",
+        "round_seconds",
+    ):
+        for endless in (float("nan"), float("inf")):
+            assert errors(raw(**{table: {key: endless} | extra}))[0].startswith(f"{full} = {endless!r} is not allowed.")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "a/b", ".", "-a", "_a", "a.b", "ä", "x:y", *RESERVED])
+def test_names_that_no_site_may_have(name: str) -> None:
+    (line,) = errors(raw() | {"sites": {name: {"data": "d"}, "other": {"data": "d"}}})
+    assert "is not a name for a site. Allowed: letters, digits" in line
+
+
+@pytest.mark.parametrize("table", ["study", "test", "network", "sites"])
+def test_a_table_is_no_value(table: str) -> None:
+    found = errors(raw() | {table: 3})
+    assert f"{table} = 3 is not allowed. Expected a table [{table}]." in found
+    assert "[sites.x] = 3 is not allowed. Expected a table with data = PATH." in errors(raw(sites={"x": 3}))
+
+
+def test_an_empty_study_says_what_is_missing() -> None:
+    assert errors({}) == [
+        "[study] name is missing. Expected text. Add it.",
+        "[protocol] rounds is missing. Expected a whole number. Add it.",
+        "[sites.NAME] is missing. Expected a table for each site, with its data. Add at least one.",
+    ]
+
+
+def test_a_required_option_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needs_an_option.py").write_text("def rule(total, state, *, mu: float, n: int = 1): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "needs_an_option:rule"
+    (line,) = errors(raw(aggregation={"name": name}))
+    assert line == f"[aggregation] mu is missing. {name} needs it (a number). Add it."
+    assert parse(aggregation={"name": name, "mu": 1}).aggregation == PlugIn(name, {"mu": 1.0, "n": 1})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[study", b"a = 1\na = 2", b"\xff\xfe", b"a = " + b"[" * 5000, b"a = 1" + b"0" * 5000],
+    ids=["cut off", "twice", "no UTF-8", "nested", "digits"],
+)
+def test_a_file_that_is_no_toml_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(content)
+    with pytest.raises(StudyError, match=r"x\.toml is not valid TOML \(.*\)\. Correct it there\."):
+        read_study(tmp_path / "x.toml")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"none\.toml cannot be read \(No such file or directory\)"):
+        read_study(tmp_path / "none.toml")
+    with pytest.raises(StudyError, match=r"cannot be read \(Is a directory\)"):
+        read_study(tmp_path)
+
+
+def test_data_must_be_there_unless_it_is_not_asked_for(tmp_path: Path) -> None:
+    document = raw(test={"data": "t"})
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "dataset.json").write_text("{}")
+    with pytest.raises(StudyError) as e:
+        parse_study(document, folder=tmp_path)
+    assert str(e.value).splitlines() == [
+        "study has 2 errors:",
+        "  - [test] data = 't' is no nnU-Net raw folder: it has no dataset.json. Correct the path.",
+        "  - [sites.south] data = 's' is no nnU-Net raw folder: it has no dataset.json. Correct the path.",
+    ]
+    assert parse_study(document, folder=tmp_path, check_data=False).sites
+
+
+# ------------------------------------------------------------------------------------- every message of the package
+
+OURS = {"StudyError", "DataError", "EngineError", "PrivacyError", "ContractError"}
+PASSED_ON = {"run.py", "preparation.py", "training.py"}
+"""Files that raise with a sentence made elsewhere, from a site's failure."""
+WITHOUT_A_VALUE = (
+    "A model that never trained here was asked for.",
+    "There are 0 cases to train on.",  # the value is 0
+    "No fingerprint to merge.",
+    "No case has foreground.",
+    "Exact and binned geometry do not add up.",
+)
+"""Beginnings of messages that have nothing to show but what they say."""
+ONE_SENTENCE = ("{} has {} error{}:",)
+"""A heading: each line below it says what to do."""
+
+
+def text_of(node: ast.expr) -> str | None:
+    """The message with `{}` for each value; `None` where it is made elsewhere."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join("{}" if isinstance(p, ast.FormattedValue) else ast.literal_eval(p) for p in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            a, b = text_of(left), text_of(right)
+            return None if a is None and b is None else f"{a or '{}'}{b or '{}'}"
+    return None
+
+
+def made() -> Iterator[tuple[str, str | None]]:
+    """Every place in the package where one of our exceptions is made: where, and its message."""
+    root = Path(concilium.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in OURS and node.args:
+                yield path.relative_to(root).as_posix(), text_of(node.args[0])
+
+
+def test_every_message_shows_what_was_given_and_says_what_to_do() -> None:
+    found = list(made())
+    assert len(found) > 50
+    assert {where for where, text in found if text is None} <= PASSED_ON
+    for where, text in found:
+        if text is None:
+            continue
+        sentences = re.split(r"(?<=[.!?]) +", text.strip())
+        assert len(sentences) >= 2 or text.startswith(ONE_SENTENCE), f"{where}: {text!r} does not say what to do"
+        if not text.startswith(WITHOUT_A_VALUE):
+            assert "{}" in text, f"{where}: {text!r} does not show what was given"
+
+
+def test_the_check_of_messages_sees_a_bad_one() -> None:
+    def read(code: str) -> str | None:
+        call = ast.parse(code, mode="eval").body
+        assert isinstance(call, ast.Call)
+        return text_of(call.args[0])
+
+    assert read("E(f'{x!r} is ' 'wrong')") == "{} is wrong"
+    assert read("E('; '.join(x) + '. Mend it.')") == "{}. Mend it."
+    assert read("E(text)") is None
