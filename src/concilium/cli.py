@@ -144,7 +144,7 @@ def _show(outcome: Outcome) -> None:
         title=table_text.title, title_justify="left", caption=" ".join(table_text.notes), caption_justify="left"
     )
     for i, name in enumerate(table_text.header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(name.replace("_", " "), justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     for row in table_text.rows:
         table.add_row(*row)
     shown.print(table)

@@ -31,19 +31,22 @@ def matrix(results: Mapping[str, Any], metric: str = "dice") -> Matrix:
     labels = {s["label"] for s in results["summary"]}
     label = FOREGROUND_MEAN if FOREGROUND_MEAN in labels else next(iter(sorted(labels)), "")
     cells: dict[tuple[str, str, str], list[float]] = {}
-    patients: dict[tuple[str, str], int] = {}
+    patients: dict[tuple[str, str], set[int]] = {}
     for s in results["summary"]:
         if s["metric"] == metric and s["label"] == label and s["mean"] is not None:
             cells.setdefault((s["site"], s["subset"], s["model"].split(":")[0]), []).append(s["mean"])
-            patients[s["site"], s["subset"]] = s["n"]
+            patients.setdefault((s["site"], s["subset"]), set()).add(s["n"])
     models = [m["name"] for m in results["models"]]
-    rows = [
-        (f"{site} ({subset}, n = {n})", *(_cell(cells.get((site, subset, model))) for model in models))
-        for (site, subset), n in patients.items()
-    ]
-    notes = ["n: patients."]
+    rows = []
+    for (site, subset), n in patients.items():
+        name = "test set" if subset == "test" else site
+        several = "–".join(
+            str(x) for x in sorted({min(n), max(n)})
+        )  # the metric is undefined for some under some model
+        rows.append((f"{name}, n = {several}", *(_cell(cells.get((site, subset, model))) for model in models)))
+    notes = ["Sites: their validation cases. n: patients."]
     if any(len(v) > 1 for v in cells.values()):
-        notes.append("local: each site's own model; on the test set the mean over these models (lowest to highest).")
+        notes.append("local: each site's own model; on the test set the mean over these models.")
     title = f"{TITLES.get(metric, metric)}, {'mean over the foreground labels' if label == FOREGROUND_MEAN else label}"
     return Matrix(title, ("site", *models), tuple(rows), tuple(notes))
 
@@ -59,4 +62,4 @@ def _cell(values: Sequence[float] | None) -> str:
         return "–"
     if len(values) == 1:
         return f"{values[0]:.3f}"
-    return f"{fmean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+    return f"{fmean(values):.3f}"

@@ -1,0 +1,365 @@
+"""What every protocol keeps to (see `concilium.protocols`), with sites that train by arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from concilium import catalog, wire
+from concilium.aggregation.mean import rule as mean
+from concilium.collect.plain import collect as plain
+from concilium.engines import SiteInfo, Traffic
+from concilium.errors import EngineError, PrivacyError
+from concilium.messages import Done, Failure, Reply, Request, SiteError, SiteLost, SiteTimeout, Tensors, Train, Trained
+from concilium.protocols import WEIGHTS, Round, part, require, start_with
+
+# ------------------------------------------------------------------------------------------- an engine without a network
+
+
+class ToySite:
+    """Trains by arithmetic: each step halves the distance of every weight to the site's `target`."""
+
+    def __init__(self, target: float, n_cases: int) -> None:
+        self.target, self.n_cases = target, n_cases
+        self.weights: dict[str, Tensor] = {}
+
+    def answer(self, request: Request) -> Reply | Failure:
+        assert isinstance(request, Train)
+        if request.weights:
+            self.weights = dict(request.weights)
+        if not self.weights:
+            return SiteError("ContractError", "contract", "r1")
+        for _ in range(request.steps):
+            self.weights = {n: (t + self.target) / 2 for n, t in self.weights.items()}
+        sent = self.weights if request.send_weights else {}
+        return Trained(sent, self.n_cases, request.steps, self.target / request.round, 0.25)
+
+
+class ToyEngine:
+    """Delivers in memory what was packed and unpacked; the order of replies is drawn. `failing` says who fails when, and how."""
+
+    def __init__(self, sites: Mapping[str, ToySite], failing: Mapping[tuple[str, int], Any] | None = None) -> None:
+        self.members = dict(sites)
+        self.sites = {n: SiteInfo(n, n if n in ("pooled", "test") else "site") for n in sites}
+        self.traffic = {n: Traffic() for n in sites}
+        self.failing = dict(failing or {})
+        self.outstanding: dict[str, bytes] = {}
+        self.sent: list[tuple[str, Train]] = []
+        self.bytes: list[tuple[str, int, int]] = []
+        self.deadlines: list[float | None] = []
+        self.packed_at_once: list[int] = []
+        self.random = random.Random(0)
+
+    def send(self, requests: Mapping[str, Request], *, deadline_s: float | None = None) -> None:
+        assert not self.outstanding.keys() & requests.keys(), "one request outstanding per site"
+        self.packed_at_once.append(len({id(r) for r in requests.values()}))
+        self.deadlines.append(deadline_s)
+        for name, request in requests.items():
+            self.outstanding[name] = wire.pack(request)
+            self.traffic[name].down += len(self.outstanding[name])
+
+    def replies(self) -> Iterator[tuple[str, Reply | Failure]]:
+        while self.outstanding:
+            name = self.random.choice(sorted(self.outstanding))
+            packed = self.outstanding.pop(name)
+            request = wire.unpack(packed)
+            self.sent.append((name, request))
+            reply = self.failing.get((name, request.round)) or self.members[name].answer(request)
+            back = wire.pack(reply)
+            lost = isinstance(reply, SiteLost | SiteTimeout)  # these are the engine's own words
+            self.traffic[name].up += 0 if lost else len(back)
+            self.bytes.append((name, len(packed), 0 if lost else len(back)))
+            yield name, wire.unpack(back)
+
+    def cancel(self, sites: Iterable[str]) -> None:
+        raise AssertionError("nobody cancels here")
+
+    def close(self) -> None:
+        self.outstanding.clear()
+
+    def requests(self, site: str) -> list[Train]:
+        return [request for name, request in self.sent if name == site]
+
+
+START = start_with({"conv": torch.tensor([[0.0, 8.0]]), "norm": torch.tensor([16.0])})
+
+
+def north_and_south(failing: Mapping[tuple[str, int], Any] | None = None, **more: ToySite) -> ToyEngine:
+    return ToyEngine({"north": ToySite(2.0, 1), "south": ToySite(10.0, 3), **more}, failing)
+
+
+def pool() -> ToyEngine:
+    return north_and_south(pooled=ToySite(5.0, 4))
+
+
+def running(name: str, engine: ToyEngine, start: Round = START, **changes: Any) -> Iterator[Round]:
+    """The rounds of a protocol with everything that `run.py` supplies."""
+    sites = [s for s, info in engine.sites.items() if (info.role == "pooled") == (name == "centralized")]
+    supplied: dict[str, Any] = {
+        "model": "m", "collect": plain, "rule": mean, "rounds": 3, "steps": dict.fromkeys(sites, 1), "min_sites": 1,
+        "deadline_s": 60.0,
+    }  # fmt: skip
+    function: Callable[..., Iterator[Round]] = catalog.load("protocols", name)
+    return function(engine, start, **supplied | changes)
+
+
+def values(round_: Round, name: str = "conv") -> list[float]:
+    return part(round_.tensors, WEIGHTS)[name].flatten().tolist()
+
+
+every_protocol = pytest.mark.parametrize("name", catalog.names("protocols"))
+
+# ----------------------------------------------------------------------------------------------------------- all of them
+
+
+def test_the_baselines_and_federated_are_found() -> None:
+    assert {"local", "centralized", "federated"} <= set(catalog.names("protocols"))
+
+
+@every_protocol
+def test_rounds_are_yielded_one_by_one_with_nothing_outstanding(name: str) -> None:
+    engine = pool()
+    rounds = running(name, engine)
+    assert engine.sent == [], "nothing is sent before it is asked for"
+    for number in (1, 2, 3):
+        done = next(rounds)
+        assert done.number == number
+        assert not engine.outstanding
+        assert {r.round for _, r in engine.sent} == set(range(1, number + 1)), "a round is not begun before its turn"
+        assert all(isinstance(t, Tensor) for t in done.tensors.values())
+    assert list(rounds) == []
+
+
+@every_protocol
+def test_every_site_answers_and_says_what_it_did(name: str) -> None:
+    engine = pool()
+    steps = {"pooled": 2} if name == "centralized" else {"north": 2, "south": 3}
+    for done in running(name, engine, steps=steps):
+        assert set(done.answers) == set(steps)
+        assert done.failures == {}
+        for site, answer in done.answers.items():
+            assert (answer.n_cases, answer.n_steps) == (engine.members[site].n_cases, steps[site])
+            assert (answer.loss, answer.seconds) == (engine.members[site].target / done.number, 0.25)
+    for site, n in steps.items():
+        assert [(r.model, r.round, r.first_step, r.steps, r.total_steps) for r in engine.requests(site)] == [
+            ("m", 1, 0, n, 3 * n), ("m", 2, n, n, 3 * n), ("m", 3, 2 * n, n, 3 * n),
+        ]  # fmt: skip
+    assert {name for name, _ in engine.sent} == set(steps), "nobody else is asked"
+
+
+@every_protocol
+def test_bytes_are_those_that_were_packed(name: str) -> None:
+    engine = pool()
+    for done in running(name, engine):
+        of_round = engine.bytes[-len(done.answers) :]
+        assert {s: (t.down, t.up) for s, t in done.traffic.items()} == {s: (down, up) for s, down, up in of_round}
+        assert all(t.down > 100 and t.up > 100 for t in done.traffic.values())
+
+
+@every_protocol
+def test_it_goes_on_from_any_round_as_if_never_stopped(name: str, tmp_path: Path) -> None:
+    """From what `record.py` would have written of the round, and with sites as they were then."""
+    engine = pool()
+    states = [(START, copy.deepcopy(engine))]
+    uninterrupted = []
+    for done in running(name, engine):
+        uninterrupted.append(done)
+        states.append((done, copy.deepcopy(engine)))
+    for number, (state, engine) in enumerate(states):
+        wire.write_tensors(tmp_path / "round.safetensors", state.tensors, {"values": "{}"})
+        tensors, _ = wire.read_tensors(tmp_path / "round.safetensors")
+        resumed = list(running(name, engine, Round(number, tensors, state.values)))
+        assert len(resumed) == 3 - number
+        for a, b in zip(resumed, uninterrupted[number:], strict=True):
+            assert (a.number, a.values, a.answers, a.n_tensors) == (b.number, b.values, b.answers, b.n_tensors)
+            assert {s: vars(t) for s, t in a.traffic.items()} == {s: vars(t) for s, t in b.traffic.items()}
+            assert a.tensors.keys() == b.tensors.keys()
+            assert all(torch.equal(a.tensors[n], b.tensors[n]) for n in b.tensors)
+
+
+@every_protocol
+def test_the_deadline_is_passed_on(name: str) -> None:
+    engine = pool()
+    list(running(name, engine, deadline_s=7.5))
+    assert engine.deadlines == [7.5] * 3
+
+
+@every_protocol
+def test_a_round_that_is_given_is_not_changed(name: str) -> None:
+    engine = pool()
+    first = next(running(name, engine))
+    for start in (START, first):
+        before = {n: t.clone() for n, t in start.tensors.items()}
+        list(running(name, engine, start))
+        assert start.tensors.keys() == before.keys()
+        assert all(torch.equal(start.tensors[n], t) for n, t in before.items())
+
+
+# ------------------------------------------------------------------------------------------------------------- federated
+
+
+def test_federated_worked_out_by_hand() -> None:
+    """One case pulls half way to 2, three pull half way to 10: w' = (1 * (w + 2) / 2 + 3 * (w + 10) / 2) / 4 = w / 2 + 4."""
+    engine = north_and_south()
+    rounds = list(running("federated", engine))
+    assert [values(r) for r in rounds] == [[4.0, 8.0], [6.0, 8.0], [7.0, 8.0]]
+    assert [values(r, "norm") for r in rounds] == [[12.0], [10.0], [9.0]]
+    assert [r.n_tensors for r in rounds] == [2, 2, 2]
+
+
+def test_federated_with_steps_of_each_sites_own() -> None:
+    """Two steps at the south: (1 * (w + 2) / 2 + 3 * (w + 30) / 4) / 4 for w = 0: (1 + 22.5) / 4."""
+    engine = north_and_south()
+    first = next(running("federated", engine, steps={"north": 1, "south": 2}))
+    assert values(first) == [23.5 / 4, ((8 + 2) / 2 + 3 * (8 + 30) / 4) / 4]
+
+
+def test_federated_sends_and_asks_for_weights_every_round() -> None:
+    engine = north_and_south()
+    rounds = [START, *running("federated", engine)]
+    for site in ("north", "south"):
+        for request in engine.requests(site):
+            shared = part(rounds[request.round - 1].tensors, WEIGHTS)
+            assert request.send_weights
+            assert all(torch.equal(request.weights[n], t) for n, t in shared.items())
+
+
+def test_a_request_that_sites_share_is_packed_once() -> None:
+    engine = north_and_south(west=ToySite(0.0, 1))
+    list(running("federated", engine, rounds=1, steps={"north": 2, "south": 2, "west": 2}))
+    list(running("federated", engine, rounds=1, steps={"north": 2, "south": 3, "west": 2}))
+    assert engine.packed_at_once == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        SiteLost(),
+        SiteTimeout(60.0),
+        SiteError("MemoryError", "out_of_memory", "r2"),
+        Done(),
+        Trained({}, 3, 1, 0.5, 0.1),
+    ],
+    ids=lambda f: type(f).__name__,
+)
+def test_federated_goes_on_without_a_site_that_fails(failure: Any) -> None:
+    """Round 2 has the north alone: w' = (w + 2) / 2; in round 3 the south is back, from the weights that it was sent."""
+    engine = north_and_south({("south", 2): failure})
+    rounds = list(running("federated", engine))
+    assert [values(r)[0] for r in rounds] == [4.0, 3.0, 5.5]
+    assert [set(r.answers) for r in rounds] == [{"north", "south"}, {"north"}, {"north", "south"}]
+    assert [set(r.failures) for r in rounds] == [set(), {"south"}, set()]
+    assert set(rounds[1].traffic) == {"north", "south"}
+
+
+def test_federated_stops_where_too_few_sites_answer() -> None:
+    engine = north_and_south({("south", 2): SiteLost(), ("north", 2): SiteTimeout(60.0)})
+    rounds = running("federated", engine, min_sites=2)
+    assert next(rounds).number == 1
+    with pytest.raises(EngineError) as e:
+        next(rounds)
+    message = str(e.value)
+    assert "m, round 2: 0 of 2 sites answered" in message
+    assert "south: lost" in message
+    assert "north: no reply within 60 s" in message
+    assert "At least 2 must ([protocol] min_sites)" in message
+    assert not engine.outstanding
+
+
+def test_require_counts_the_sites() -> None:
+    answers = dict.fromkeys(["a", "b"])
+    require(answers, {"c": SiteLost()}, min_sites=2, model="m", number=1)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match=r"2 of 3 sites answered \(c: lost\)\. At least 3"):
+        require(answers, {"c": SiteLost()}, min_sites=3, model="m", number=1)  # type: ignore[arg-type]
+
+
+def test_federated_hands_the_rules_state_from_round_to_round() -> None:
+    """A rule that counts its rounds; the count is a tensor of the round."""
+
+    def counting(total: Any, state: Tensors) -> tuple[Tensors, Tensors]:
+        return total.mean(), {"count": state.get("count", torch.tensor(0)) + 1}
+
+    engine = north_and_south()
+    rounds = list(running("federated", engine, rule=counting))
+    assert [int(r.tensors["rule/count"]) for r in rounds] == [1, 2, 3]
+    (again,) = running("federated", north_and_south(), rounds[1], rule=counting)
+    assert int(again.tensors["rule/count"]) == 3
+    assert "rule/count" not in engine.requests("north")[-1].weights
+
+
+def test_federated_uses_the_collect_and_the_options_it_is_given() -> None:
+    seen: list[tuple[set[str], set[str]]] = []
+
+    def collect(ask: Any, requests: Mapping[str, Train], *, like: Tensors) -> Any:
+        seen.append((set(requests), set(like)))
+        return plain(ask, requests, like=like)
+
+    list(running("federated", north_and_south(), collect=partial(collect)))
+    assert seen == [({"north", "south"}, {"conv", "norm"})] * 3
+
+
+# ----------------------------------------------------------------------------------------------------------------- local
+
+
+def test_local_sends_the_initial_weights_and_nothing_else() -> None:
+    engine = north_and_south()
+    rounds = list(running("local", engine))
+    for site in ("north", "south"):
+        requests = engine.requests(site)
+        assert [bool(r.weights) for r in requests] == [True, False, False]
+        assert not any(r.send_weights for r in requests)
+        assert torch.equal(requests[0].weights["conv"], torch.tensor([[0.0, 8.0]]))
+    assert all(r.tensors == {} for r in rounds), "the models stay at their sites"
+    assert rounds[1].traffic["north"].down < rounds[0].traffic["north"].down
+    assert engine.members["north"].weights["conv"].tolist() == [[1.75, 2.75]]  # 0 and 8, half way to 2 three times
+    assert engine.members["south"].weights["conv"].tolist() == [[8.75, 9.75]]
+
+
+def test_local_goes_on_whoever_fails() -> None:
+    engine = north_and_south({("south", 2): SiteLost(), ("north", 2): Done()})
+    rounds = list(running("local", engine, min_sites=2))
+    assert [set(r.failures) for r in rounds] == [set(), {"north", "south"}, set()]
+    assert rounds[1].failures["south"] == SiteLost()
+    assert rounds[1].failures["north"] == SiteError("ContractError", "wrong_reply", "")
+    assert engine.members["south"].weights["conv"].tolist() == [[7.5, 9.5]]  # two steps in three rounds
+
+
+# ----------------------------------------------------------------------------------------------------------- centralized
+
+
+def test_centralized_trains_the_pool_and_fetches_the_weights_at_the_end() -> None:
+    engine = pool()
+    rounds = list(running("centralized", engine))
+    requests = engine.requests("pooled")
+    assert [bool(r.weights) for r in requests] == [True, False, False]
+    assert [r.send_weights for r in requests] == [False, False, True]
+    assert [bool(r.tensors) for r in rounds] == [False, False, True]
+    assert values(rounds[-1]) == [5 - 5 / 8, 5 + 3 / 8]
+    assert values(rounds[-1], "norm") == [5 + 11 / 8]
+
+
+@pytest.mark.parametrize("steps", [{"north": 1}, {"pooled": 1, "north": 1}, {"north": 1, "south": 1}])
+def test_centralized_refuses_real_sites(steps: dict[str, int]) -> None:
+    """Before anything is sent."""
+    engine = pool()
+    with pytest.raises(PrivacyError, match="Real sites never pool them"):
+        next(running("centralized", engine, steps=steps))
+    assert engine.sent == []
+
+
+def test_centralized_stops_where_the_pool_fails() -> None:
+    engine = ToyEngine({"pooled": ToySite(5.0, 4)}, {("pooled", 2): SiteError("MemoryError", "out_of_memory", "r3")})
+    rounds = running("centralized", engine)
+    next(rounds)
+    with pytest.raises(
+        EngineError, match=r"round 2: 0 of 1 sites answered \(pooled: out_of_memory \(MemoryError; reference r3"
+    ):
+        next(rounds)

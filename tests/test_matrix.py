@@ -1,0 +1,94 @@
+"""Site by model: which figure stands in which cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from concilium.reports.matrix import Matrix, matrix, to_markdown
+from concilium.statistics import FOREGROUND_MEAN
+
+
+def row(model: str, site: str, mean: float | None, *, n: int = 4, **more: Any) -> dict[str, Any]:
+    subset = "test" if site == "test" else "validation"
+    about = {"model": model, "site": site, "subset": subset, "label": FOREGROUND_MEAN, "metric": "dice"}
+    return about | {"mean": mean, "n": n} | more
+
+
+def table(*summary: dict[str, Any], models: tuple[str, ...] = ("federated", "local"), metric: str = "dice") -> Matrix:
+    return matrix({"summary": list(summary), "models": [{"name": m} for m in models]}, metric)
+
+
+def test_each_site_has_a_row_and_each_model_a_column() -> None:
+    got = table(
+        row("federated", "north", 0.8123, n=5),
+        row("federated", "south", 0.5, n=7),
+        row("local:north", "north", 0.7, n=5),
+        row("local:south", "south", 0.45, n=7),
+    )
+    assert got.header == ("site", "federated", "local")
+    assert got.rows == (
+        ("north, n = 5", "0.812", "0.700"),
+        ("south, n = 7", "0.500", "0.450"),
+    )
+    assert got.notes == ("Sites: their validation cases. n: patients.",)
+    assert got.title == "Dice, mean over the foreground labels"
+
+
+def test_on_the_test_set_the_sites_own_models_share_a_cell() -> None:
+    """The mean over these models: (0.6 + 0.8 + 0.4) / 3."""
+    got = table(
+        row("federated", "test", 0.9),
+        row("local:north", "test", 0.6),
+        row("local:south", "test", 0.8),
+        row("local:west", "test", 0.4),
+    )
+    assert got.rows == (("test set, n = 4", "0.900", "0.600"),)
+    assert len(got.notes) == 2
+    assert got.notes[1].startswith("local: each site's own model")
+
+
+def test_the_order_of_columns_is_that_of_the_models() -> None:
+    models = ("federated", "local", "centralized", "centralized_long")
+    got = table(*[row(m, "north", 0.1 * i) for i, m in enumerate(models)], models=models)
+    assert got.header == ("site", *models)
+    assert got.rows == (("north, n = 4", "0.000", "0.100", "0.200", "0.300"),)
+
+
+def test_a_cell_without_a_figure_is_a_dash() -> None:
+    got = table(row("federated", "north", None), row("local:north", "north", 0.5), row("federated", "south", 0.4))
+    assert got.rows == (("north, n = 4", "–", "0.500"), ("south, n = 4", "0.400", "–"))
+
+
+def test_only_the_mean_over_the_labels_of_the_metric_counts() -> None:
+    got = table(
+        row("federated", "north", 0.1, label="liver"),
+        row("federated", "north", 0.5),
+        row("federated", "north", 9.0, metric="hd95"),
+    )
+    assert got.rows == (("north, n = 4", "0.500", "–"),)
+
+
+def test_one_label_stands_for_itself() -> None:
+    got = table(row("federated", "north", 3.25, label="liver", metric="hd95"), metric="hd95")
+    assert got.title == "95 % Hausdorff distance, liver"
+    assert got.rows[0][1] == "3.250"
+
+
+def test_models_with_other_numbers_of_patients_share_a_row() -> None:
+    """`n` names the fewest and the most: the metric is undefined for some patients under some model."""
+    models = ("federated", "local", "centralized")
+    got = table(
+        *(row(m, "north", 0.5, n=n) for m, n in zip(models, (7, 5, 6), strict=True)),
+        row("federated", "south", 0.5),
+        models=models,
+    )
+    assert [r[0] for r in got.rows] == ["north, n = 5–7", "south, n = 4"]
+
+
+def test_no_results_give_an_empty_table() -> None:
+    assert table(models=()).rows == ()
+
+
+def test_markdown() -> None:
+    got = table(row("federated", "north", 0.5), models=("federated",))
+    assert to_markdown(got) == "| site | federated |\n| --- | --- |\n| north, n = 4 | 0.500 |"
