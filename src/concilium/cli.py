@@ -26,7 +26,7 @@ console = Console(stderr=True, highlight=False)
 shown = Console(highlight=False)
 
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Run folder to write. Default: runs/NAME beside the current directory.")
+    Path | None, typer.Option("--out", help="Run folder to write. Default: runs/NAME in the current directory.")
 ]
 
 
@@ -86,9 +86,6 @@ def main() -> None:
     except ConciliumError as e:
         console.print(f"Error: {e}", style="red", markup=False, soft_wrap=True)
         sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command with --resume goes on from the last complete round.")
-        sys.exit(130)
     except Exception:
         console.print(traceback.format_exc(), markup=False)
         console.print(
@@ -101,8 +98,13 @@ def main() -> None:
 def _run(study: Any, out: Path, *, resume: bool) -> None:
     from concilium.run import run as run_study
 
-    with _progress() as progress:
-        outcome = run_study(study, out, resume=resume, watch=_shower(progress))
+    try:
+        with _progress() as progress:
+            outcome = run_study(study, out, resume=resume, watch=_shower(progress))
+    except KeyboardInterrupt as e:  # typer would end without a word
+        again = f"concilium run {out / 'study.toml'} --out {out} --resume"
+        console.print(f"Stopped. This goes on from the last complete round: {again}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from e
     _show(outcome)
     raise typer.Exit(outcome.exit_code)
 

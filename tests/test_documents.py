@@ -1,0 +1,54 @@
+"""What the documents say is true of the program."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from concilium.study import parse_study, read_study
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("decisions/*.md")]
+)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_study_files_in_documents_are_valid(path: Path) -> None:
+    for block in blocks(path, "toml"):
+        parse_study(tomllib.loads(block), folder=ROOT, check_data=False)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("studies/*.toml")), ids=lambda p: p.name)
+def test_preset_studies_are_valid(path: Path) -> None:
+    assert read_study(path, check_data=False).study.name == path.stem
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_in_documents_exist(path: Path) -> None:
+    from concilium.cli import app
+
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    code = "\n".join(re.findall(r"^ {4}(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    for command in re.findall(r"(?:^|\s|/)concilium (\w+)", code):
+        assert command in known, command
+
+
+def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:
+    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.search(r"^ {4}\./test ", readme, re.MULTILINE)
+    assert re.search(r"^\./test", ci, re.MULTILINE)
