@@ -214,7 +214,7 @@ def account(record: Path, clock: Clock, network: nn.Module) -> tuple[dict[str, f
     lines = [json.loads(line) for line in (record / "rounds.jsonl").read_text().splitlines()]
     sites = [site for line in lines for site in line["sites"].values()]
     at_sites = sum(site["seconds"] for site in sites)
-    rounds = sum(line["seconds"] for line in lines) - sum(clock.plain[:-1])  # a line counts from the line before it
+    rounds = sum(line["seconds"] for line in lines)
     rest = sum(clock.federated) - rounds
     down, up = (max(site[f"bytes_{way}"] for site in sites) for way in ("down", "up"))
     unique = {id(t): t.numel() * t.element_size() for t in network.state_dict(keep_vars=True).values()}

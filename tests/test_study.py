@@ -133,8 +133,8 @@ def test_paths_are_relative_to_the_study_file(tmp_path: Path) -> None:
 
 
 FULL: dict[str, dict[str, Any]] = {
-    "study": {"name": 'Größe "1" \\ 2', "seed": -3, "max_excluded": 0.25},
-    "sites": {"a": {"data": "a b"}, "B-2_c": {"data": "/x"}, "3": {"data": "ö"}},
+    "study": {"name": "size-1_2.a", "seed": -3, "max_excluded": 0.25},
+    "sites": {"a": {"data": "a b"}, "B-2_c": {"data": "/x"}, "3": {"data": 'ö "1" \\ 2'}},
     "test": {"data": "t"},
     "protocol": {
         "name": "federated", "rounds": 3, "epochs": 0.1, "compare": ["local", "centralized"], "min_sites": 3,

@@ -56,6 +56,10 @@ def predict(
     )
     network.load_state_dict(weights)
     network.eval()
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise StudyError(
+            f"Device {device!r} is not available. Allowed: auto, cpu, and cuda where there is a GPU. Choose with --device."
+        )
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     torch.set_num_threads(study.engine.threads)
     cases = list_images(images, channels, ending)

@@ -322,6 +322,11 @@ def _contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
     """What is wrong between values that are each allowed, in the tables that have no error of their own."""
     p, v, t, e = (found[table] for table in ("protocol", "validation", "training", "engine"))
     problems = []
+    s = found["study"]
+    if s and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", s.name):
+        problems.append(
+            f"[study] name = {s.name!r} is not allowed. Allowed: letters, digits, - . and _ (it names a folder)."
+        )
     if p and (p.steps is None) == (p.epochs is None):
         problems.append(
             f"[protocol] steps = {p.steps}, epochs = {p.epochs} is not allowed. Allowed: exactly one of the two."
@@ -329,6 +334,11 @@ def _contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
     if p and p.min_sites is not None and p.min_sites > n_sites:
         problems.append(
             f"[protocol] min_sites = {p.min_sites} is not allowed. Allowed: 1 to {n_sites}, the number of sites."
+        )
+    if p and p.name == "centralized":
+        problems.append(
+            "[protocol] name = 'centralized' is not allowed: it pools all cases. Allowed: another protocol with "
+            "compare = ['centralized'], in a simulation."
         )
     if v and v.fold >= v.folds:
         problems.append(f"[validation] fold = {v.fold} is not allowed. Allowed: 0 to {v.folds - 1}.")

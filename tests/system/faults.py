@@ -35,6 +35,11 @@ def raises(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) 
     return loss
 
 
+def never(local: Local, image: Tensor, labels: Sequence[Tensor]) -> Tensor:
+    """A step that always fails."""
+    raise RuntimeError(SECRET)
+
+
 def diverges(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -> Tensor:
     """A step whose loss is once not finite."""
     loss = plain(local, image, labels)

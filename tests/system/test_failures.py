@@ -67,12 +67,23 @@ def test_a_site_that_fails_is_left_out_of_its_round_and_everything_says_so(
 
 
 def test_a_failed_step_leaves_the_site_as_it_was(small_study: Make, fuse: str, tmp_path: Path) -> None:
-    """A local model whose first round failed has no weights, and does not train on from half a round."""
+    """A local model whose first round failed begins in the second from the initial weights, not from half a round."""
     study = faulty(small_study, "raises", fuse, protocol__name="local", sites=("north", "south"))
     outcome = run(study, tmp_path / "run")
     assert outcome.exit_code == 4
-    assert set(lines(tmp_path / "run")[1]["failures"]) == {"north"}
-    assert {c["model"] for c in outcome.results["cases"]} == {"local:south"}
+    first, second = lines(tmp_path / "run")
+    assert (set(first["failures"]), set(second["sites"])) == ({"north"}, {"north", "south"})
+    assert second["sites"]["north"]["bytes_down"] > 10 * second["sites"]["south"]["bytes_down"]
+    (model,) = outcome.results["models"]
+    assert {site: took["n_steps"] for site, took in model["sites"].items()} == {"north": 2, "south": 4}
+
+
+def test_a_site_that_never_trained_gives_no_model(small_study: Make, tmp_path: Path) -> None:
+    study = small_study(local_update__name="faults:never", protocol__name="local", protocol__rounds=1, sites=("north",))
+    outcome = run(study, tmp_path / "run")
+    assert outcome.exit_code == 4
+    assert outcome.results["cases"] == []
+    assert any("final push: north" in problem for problem in outcome.results["problems"])
 
 
 def test_too_few_sites_stop_the_run_and_what_there_is_is_kept(small_study: Make, fuse: str, tmp_path: Path) -> None:

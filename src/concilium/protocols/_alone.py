@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+from torch import Tensor
 
 from concilium.collect import Answer
 from concilium.engines import Engine, ask
-from concilium.messages import Failure, SiteError, Tensors, Trained
+from concilium.messages import Failure, Json, SiteError, Tensors, Trained
 from concilium.protocols import WEIGHTS, Round, copy_traffic, part, traffic_since, train_requests
 
 
@@ -20,20 +23,29 @@ def train_alone(
     deadline_s: float | None,
     fetch: bool,
 ) -> Iterator[Round]:
-    """Yield after each round. Each site goes on from its own weights; with `fetch` they are sent after the last round."""
+    """Yield after each round. Each site goes on from its own weights; with `fetch` they are sent after the last round.
+
+    A site receives the initial weights until it has trained once; a round keeps them as long as one is waiting for them.
+    """
     initial: Tensors = part(start.tensors, WEIGHTS)
+    waiting = set(steps) if start.number == 0 else {str(site) for site in cast(Sequence[Json], start.values["waiting"])}
     for number in range(start.number + 1, rounds + 1):
         before = copy_traffic(engine, steps)
-        weights: Tensors = initial if number == 1 else {}
-        requests = train_requests(model, number, rounds, steps, weights, send_weights=fetch and number == rounds)
+        fetches = fetch and number == rounds
+        begin = train_requests(model, number, rounds, steps, initial, send_weights=fetches)
+        go_on = train_requests(model, number, rounds, steps, {}, send_weights=fetches)
+        requests = {site: (begin if site in waiting else go_on)[site] for site in steps}
         answers: dict[str, Answer] = {}
         failures: dict[str, Failure] = {}
-        tensors: dict[str, Tensors] = {}
+        fetched: dict[str, Tensor] = {}
         for site, reply in ask(engine, requests, deadline_s=deadline_s):
             if isinstance(reply, Trained):
                 answers[site] = Answer(reply.n_cases, reply.n_steps, reply.loss, reply.seconds)
-                tensors[site] = reply.weights
+                fetched |= {WEIGHTS + name: tensor for name, tensor in reply.weights.items()}
             else:
                 failures[site] = reply if isinstance(reply, Failure) else SiteError("ContractError", "wrong_reply", "")
-        fetched = {WEIGHTS + n: t for update in tensors.values() for n, t in update.items()}
-        yield Round(number, fetched, {}, answers, failures, traffic_since(engine, steps, before))
+        waiting -= answers.keys()
+        kept = fetched or ({WEIGHTS + name: tensor for name, tensor in initial.items()} if waiting else {})
+        yield Round(
+            number, kept, {"waiting": tuple(sorted(waiting))}, answers, failures, traffic_since(engine, steps, before)
+        )
