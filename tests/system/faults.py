@@ -6,10 +6,11 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from concilium.aggregation import Sum
 from concilium.local_updates import Local
@@ -74,3 +75,9 @@ def swapped(total: Sum, state: Tensors) -> tuple[Tensors, Tensors]:
     first, second = next((a, b) for a, b in pairs if mean[a].shape == mean[b].shape and not mean[a].equal(mean[b]))
     mean[first], mean[second] = mean[second], mean[first]
     return mean, state
+
+
+def blob(*, n_channels: int, n_labels: int, plan: Mapping[str, Any], deep_supervision: bool, width: int) -> nn.Module:
+    """Nothing wrong with it: a network that is no list of stages, with dropout to draw from the generators."""
+    layers = [nn.Conv3d(n_channels, width, 3, padding=1), nn.Dropout(0.2), nn.ReLU(), nn.Conv3d(width, n_labels, 1)]
+    return nn.Sequential(*layers)
