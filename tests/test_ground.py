@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "concilium"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc", "base", "manager"}
 MAX_LINES, MAX_FUNCTION_LINES = 300, 50
-LONGER = {"messages.py": 400, "study.py": 380, "data/dataset.py": 320}
+LONGER = {"messages.py": 400, "study.py": 400, "data/dataset.py": 320}
 """File -> lines it may have. `messages.py` is the one list of what may leave a site, `study.py` that of what a study may say."""
 UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 UNSAFE_CALLS = {"torch.load", "torch.save", "eval", "exec"}

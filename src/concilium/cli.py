@@ -73,7 +73,7 @@ def predict(
             watch=lambda case, n, total: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
     for case, reason in skipped:
-        console.print(f"[red]Skipped {case}:[/red] {reason}", markup=True)
+        console.print(f"Skipped {case}: {reason}", style="red", markup=False)
     shown.print(f"Label maps are in {out}")
     if skipped:
         raise typer.Exit(4)

@@ -14,7 +14,9 @@ def demo_study(out: Path) -> Study:
     """Write the phantom into `out`/data and return the study on it."""
     data = out / "data"
     if not data.exists():
-        write_phantom(data)
+        unfinished = out / "data.unfinished"
+        write_phantom(unfinished)
+        unfinished.rename(data)
     raw = {
         "study": {"name": "demo", "seed": 1},
         "sites": {name: {"data": name} for name in SITES},

@@ -14,6 +14,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+CODES = frozenset({
+    "unusable", "unreadable", "not_finite", "unknown_label", "missing_channel", "missing_label", "channel_mismatch",
+    "shape_mismatch", "geometry_mismatch", "sites_differ", "no_foreground", "no_such_subset", "no_training_cases",
+    "too_many_excluded",
+})  # fmt: skip
+"""What a `DataError` may tell outside its site."""
+
 
 class ConciliumError(Exception):
     """Root of the errors that are reported without a traceback."""
@@ -30,14 +37,15 @@ class StudyError(ConciliumError):
 class DataError(ConciliumError):
     """A data set, or one case of it, cannot be used.
 
-    `code` is a word from a fixed list that may leave the site; the message may not (it holds paths and case ids).
+    `code` is one of `CODES` and may leave the site; the message may not (it holds paths and case ids). Any other code, as of a
+    plug-in from outside, becomes `unusable`.
     """
 
     exit_code = 3
 
     def __init__(self, message: str, *, code: str = "unusable") -> None:
         super().__init__(message)
-        self.code = code
+        self.code = code if code in CODES else "unusable"
 
 
 class EngineError(ConciliumError):

@@ -296,4 +296,5 @@ def describe(failure: Failure) -> str:
         case SiteRefused(rule):
             return f"refused by its policy ({rule})"
         case SiteError(exception, code, reference):
-            return f"{code} ({exception}; reference {reference} in the site's own log)"
+            where = f"; reference {reference} in the site's own log" if reference else ""
+            return f"{code} ({exception}{where})"

@@ -63,7 +63,7 @@ def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) 
                 f"Expected {list(first.channels)} and {dict(first.labels)}, as at the other sites. Make their dataset.json agree."
             )
     merged = merge([reply.fingerprint for name, reply in sorted(told.items()) if name in study.sites])
-    record.write_text("fingerprint.json", to_json(merged))
+    _keep(record, "fingerprint.json", to_json(merged))
     about = {
         "channel_names": {str(i): c for i, c in enumerate(first.channels)},
         "labels": dict(first.labels),
@@ -84,9 +84,24 @@ def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) 
         batch_size=t.batch_size,
         patch_size=t.patch_size,
     )
-    record.write_text("plans.json", text)
+    _keep(record, "plans.json", text)
     plan = open_plan(text, p.configuration)
     return Plans(text, first.channels, dict(first.labels), plan.patch_size, plan.batch_size)
+
+
+def _keep(record: Record, name: str, text: str) -> None:
+    """Write the file. Once a round is complete, it must come out as it was.
+
+    Raises:
+        DataError: it does not.
+    """
+    path = record.folder / name
+    if record.begun and path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise DataError(
+            f"{path} would change. The run began with other data, fewer or more sites that answered, or other versions, and "
+            "models that began with one plan cannot go on with another. Put it back as it was, or give another --out."
+        )
+    record.write_text(name, text)
 
 
 def prepare_sites(study: Study, engine: Engine, record: Record, plans: Plans, ledger: Ledger) -> dict[str, int]:

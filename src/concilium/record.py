@@ -10,6 +10,7 @@ sites/SITE/                                               in a simulation: what 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -49,12 +50,18 @@ class Record:
         if folder.exists() and not folder.is_dir():
             raise StudyError(f"{folder} is a file. Expected a new folder for the run. Give another --out.")
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(folder)
         environment = self.read_json("environment.json") or {"run": secrets.token_hex(8), "sessions": []}
         environment["sessions"].append(_environment())
+        self._sessions: list[dict[str, Any]] = environment["sessions"]
         self.run_id: str = environment["run"]
         self.write_json("environment.json", environment)
         self._write(existing, text.encode())
         self._drop_uncommitted()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        os.close(self._lock)
 
     # ----------------------------------------------------------------------------------------------------------- files
 
@@ -83,6 +90,16 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+
+    @property
+    def changes(self) -> list[str]:
+        """What is not as it was in the run's first session: the bits may not be those of a run without a stop."""
+        then, now = (
+            {**s["packages"], "python": s["python"], "GPU": s["gpu"]} for s in (self._sessions[0], self._sessions[-1])
+        )
+        return [
+            f"The run began with {k} {then.get(k)} and went on with {now[k]}." for k in now if then.get(k) != now[k]
+        ]
 
     # ---------------------------------------------------------------------------------------------------------- rounds
 
@@ -119,6 +136,11 @@ class Record:
         for old_file in folder.glob("[0-9]*.safetensors"):
             if int(old_file.stem) < done.number:
                 old_file.unlink()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a complete round of any model."""
+        return any(self.folder.glob("checkpoints/*/[0-9]*.safetensors"))
 
     def last_round(self, model: str) -> Round | None:
         """The last complete round, as the state to go on from."""
@@ -163,11 +185,34 @@ class Record:
 
     def excluded(self, sites: Iterable[str]) -> list[dict[str, str]]:
         """Cases that simulated sites set aside, with the reason."""
-        found = []
+        found = {}
         for site in sites:
-            for case, (code, text) in (self.read_json(f"sites/{site}/excluded.json") or {}).items():
-                found.append({"site": site, "case": case.split("/", 1)[-1], "reason": code, "text": text})
-        return found
+            for key, (code, text) in (self.read_json(f"sites/{site}/excluded.json") or {}).items():
+                member, _, case = key.partition("/")  # a site may also have met cases of the test set
+                found[key] = {"site": member, "case": case, "reason": code, "text": text}
+        return list(found.values())
+
+
+def _locked(folder: Path) -> int:
+    """The lock of a run folder, as an open file's number: held until that is closed, at the latest by the process's end.
+
+    Raises:
+        StudyError: another process holds it.
+    """
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # Windows has none of this kind
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):  # any other: the disk cannot lock
+            os.close(file)
+            raise StudyError(
+                f"{folder} is in use by another process. One at a time may run there. Wait for it, or end it first."
+            ) from e
+    return file
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

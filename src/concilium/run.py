@@ -28,6 +28,7 @@ from concilium.messages import (
     Request,
     Restore,
     SiteError,
+    SiteTimeout,
     Snapshot,
 )
 from concilium.preparation import Ledger, Plans, failure_line, initial_weights, plan_together, prepare_sites
@@ -35,6 +36,9 @@ from concilium.protocols import WEIGHTS, Round, part, start_with
 from concilium.record import Record
 from concilium.results import METRICS, account, score_rows, write_results
 from concilium.study import Study
+
+NOT_READY = SiteError("EngineError", "not_prepared", "")
+"""A site of the study that failed before training began."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def run(
         StudyError, DataError, EngineError, PrivacyError: the run could not be finished; what there is lies in `out`.
     """
     record = Record(out, study, resume=resume)
-    ledger = Ledger()
+    ledger = Ledger(warnings=record.changes)
     engine = _connect(study, record)
     finished: list[Mapping[str, Any]] = []
     try:
@@ -114,6 +118,7 @@ def run(
     finally:
         engine.close()
         results = write_results(study, record, finished, warnings=ledger.warnings, problems=ledger.problems)
+        record.close()
     return Outcome(record.folder, results, 0 if results["complete"] else 4)
 
 
@@ -154,19 +159,22 @@ def _models(study: Study, cases: Mapping[str, int], batch_size: int) -> list[Mod
 
 
 def _train_and_score(job: _Job, model: Model) -> Mapping[str, Any]:
-    """Train one model and score it at every site; on resumption, take what is there."""
+    """Train one model and score it at every site; on resumption, take what is there, and score again what failed to be."""
     name = f"checkpoints/{model.name}/finished.json"
     finished: dict[str, Any] | None = job.record.read_json(name)
-    if finished is None:
-        ledger = Ledger()
-        last = _train(job, model, ledger)
-        _give(job, model, last, ledger)
-        cases = _score(job, model, ledger)
+    if finished is None or finished["again"]:
+        training, scoring = Ledger(), Ledger()
+        last = _train(job, model, training)
+        _give(job, model, last, scoring)
+        cases = _score(job, model, scoring)
         rounds, batch_size = job.record.rounds(model.name), job.plans.batch_size
         about = account(model.name, model.protocol, list(model.steps), rounds, batch_size)
         about["parameters"] = sum(t.numel() for t in initial_weights(job.study, job.plans).values())
-        finished = {"model": about, "cases": cases, "problems": ledger.problems, "warnings": ledger.warnings}
+        problems, warnings = training.problems + scoring.problems, training.warnings + scoring.warnings
+        again = bool(scoring.problems)
+        finished = {"model": about, "cases": cases, "problems": problems, "warnings": warnings, "again": again}
         job.record.write_json(name, finished)
+    if not finished["again"]:  # told once more on resumption: a kill may have come between
         _tell(job.engine, dict.fromkeys(model.steps, Forget(model.name)))
     return finished
 
@@ -191,12 +199,16 @@ def _train(job: _Job, model: Model, ledger: Ledger) -> Round:
         rounds=p.rounds,
         steps=model.steps,
         min_sites=min(p.min_sites or 1, len(model.steps)),
-        deadline_s=p.round_seconds,
+        deadline_s=None if model.protocol == "centralized" else p.round_seconds,  # a site's, and the pool is none
     )
     began = time.monotonic()
+    missing = [site for site in study.sites if site not in model.steps and model.protocol != "centralized"]
     for done in rounds:
-        unsaved = _tell(engine, dict.fromkeys(model.steps, Snapshot(model.name, done.number)))
-        done = replace(done, failures={**unsaved, **done.failures})
+        # whether a late site trained after all is a matter of chance: it goes back to where it was
+        late = [site for site, failure in done.failures.items() if isinstance(failure, SiteTimeout)]
+        unsaved = _tell(engine, dict.fromkeys(late, Restore(model.name, done.number - 1)))
+        unsaved |= _tell(engine, dict.fromkeys(model.steps, Snapshot(model.name, done.number)))
+        done = replace(done, failures={**dict.fromkeys(missing, NOT_READY), **unsaved, **done.failures})
         record.commit(model.name, done, seconds=time.monotonic() - began)
         losses = [a.loss for a in done.answers.values()]
         loss = sum(losses) / len(losses) if losses else None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
 import time
 import traceback
@@ -57,23 +59,25 @@ class Site:
         self._job: Job | None = None
         self._resident: tuple[str, Learner] | None = None
         self._dirty = False
-        self._last: tuple[int, bytes] | None = None
-        self._failures = 0
+        self._last: tuple[int, bytes | Path] | None = None
+        """The last reply, or the file it lies in, with the number of its request."""
         settings.folder.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------------------------------ from the network
 
     def handle(self, packed: bytes, envelope: Envelope, cancelled: Check) -> bytes:
         """The packed reply to a packed request; the same request again (by its envelope) gives the same reply again."""
-        if self._last is not None and envelope.sequence == self._last[0]:
-            return self._last[1]
+        number, last = self._last or (-1, b"")
+        if (envelope.run, envelope.epoch) != (self.run, self.epoch) or envelope.sequence < number:
+            e = ContractError(
+                f"Request {envelope.sequence} for run {envelope.run}, epoch {envelope.epoch} arrived. This site is at request "
+                f"{number} of run {self.run}, epoch {self.epoch}. Restore its state first."
+            )
+            return wire.pack(self._failure(e))
+        if envelope.sequence == number:
+            return last if isinstance(last, bytes) else last.read_bytes()
         started = time.monotonic()
         try:
-            if (envelope.run, envelope.epoch) != (self.run, self.epoch):
-                raise ContractError(
-                    f"A request for run {envelope.run}, epoch {envelope.epoch} arrived. "
-                    f"This site is in run {self.run}, epoch {self.epoch}. Restore its state first."
-                )
             request = wire.unpack(packed)
             if not isinstance(request, REQUESTS):
                 raise ContractError(
@@ -83,14 +87,15 @@ class Site:
             reply = wire.pack(self.answer(cast(Request, request), cancelled))
         except Cancelled:
             reply = wire.pack(SiteTimeout(time.monotonic() - started))
-        except Exception as e:  # a site answers whatever happens; what happened stays in its log
+        except (Exception, SystemExit) as e:  # a site answers whatever happens; what happened stays in its log
             reply = wire.pack(self._failure(e))
         self._last = (envelope.sequence, reply)
         return reply
 
-    def _failure(self, e: Exception) -> Failure:
-        self._failures += 1
-        reference = f"{self.settings.name}-{self.epoch}-{self._failures}"
+    def _failure(self, e: BaseException) -> Failure:
+        reference = f"{self.settings.name}-{secrets.token_hex(4)}"  # one that no earlier life has left in the log
+        # a name that Python or Concilium gave; that of a class from outside may say anything
+        name = next(c.__name__ for c in type(e).__mro__ if c.__module__ in ("builtins", "concilium.errors"))
         self.log("failure", reference=reference, error="".join(traceback.format_exception(e)))
         match e:
             case PrivacyError():
@@ -102,19 +107,22 @@ class Site:
             case FloatingPointError():
                 return SiteError("FloatingPointError", "not_finite", reference)
             case MemoryError() | torch.OutOfMemoryError():
-                return SiteError(type(e).__name__, "out_of_memory", reference)
+                return SiteError(name, "out_of_memory", reference)
             case RuntimeError() if "can't allocate memory" in str(e) or "out of memory" in str(e):
-                return SiteError(type(e).__name__, "out_of_memory", reference)
+                return SiteError(name, "out_of_memory", reference)
             case OSError():
-                return SiteError(type(e).__name__, "disk", reference)
+                return SiteError(name, "disk", reference)
             case ConciliumError():
-                return SiteError(type(e).__name__, "concilium", reference)
-        return SiteError(type(e).__name__ if type(e).__module__ == "builtins" else "Exception", "failed", reference)
+                return SiteError(name, "concilium", reference)
+        return SiteError(name, "failed", reference)
 
     # -------------------------------------------------------------------------------------------------------- requests
 
     def answer(self, request: Request, cancelled: Check) -> Reply:
         """The reply to a request; whatever goes wrong is raised."""
+        model = getattr(request, "model", "none")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", model):  # it names files here, and comes from outside
+            raise ContractError(f"A model is called {model!r}. Allowed: letters, digits, - and _. Rename it.")
         match request:
             case Examine():
                 examined, excluded = examine(self.settings, request, cancelled)
@@ -152,6 +160,8 @@ class Site:
         learner = self._learner(request.model)
         try:
             trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
+            if cancelled():  # in the last step: whoever asked has given it up, so it must not have happened
+                raise Cancelled
         except BaseException:
             self._drop(request.model)  # the state on disk is the one before this request
             raise
@@ -198,10 +208,14 @@ class Site:
         return learner
 
     def park(self) -> None:
-        """Write the model in memory to disk and let go of it."""
+        """Write the model in memory, and the last reply, to disk and let go of them."""
         if self._resident is not None:
             self._write_working()
             self._resident = None
+        if self._last is not None and isinstance(self._last[1], bytes):
+            path = self.settings.folder / "last.reply"
+            path.write_bytes(self._last[1])
+            self._last = (self._last[0], path)
 
     def _write_working(self) -> None:
         if self._resident is not None and self._dirty:
@@ -216,12 +230,7 @@ class Site:
         if self._resident is not None and self._resident[0] == model:
             self._write_working()
         if self._working(model).is_file():  # a site that never trained has no state, and its snapshot is none
-            target, link = self._numbered(model, number), self._states(model) / "link.unfinished"
-            link.unlink(missing_ok=True)
-            os.link(
-                self._working(model), link
-            )  # files are replaced, never written into: two names of one file are safe
-            link.replace(target)
+            _same_file(self._working(model), self._numbered(model, number))
         for old in self._states(model).glob("[0-9]*.safetensors"):
             if int(old.stem) < number - 1:
                 old.unlink()
@@ -230,9 +239,13 @@ class Site:
         self._drop(model)
         self._working(model).unlink(missing_ok=True)
         snapshot = self._numbered(model, number)
+        others = {int(p.stem): p for p in self._states(model).glob("[0-9]*.safetensors")}
+        for other, path in others.items():
+            if other > number:
+                path.unlink()  # of a round that was never complete: it is taken again
         if snapshot.is_file():
-            os.link(snapshot, self._working(model))
-        elif number > 0 and any(int(p.stem) <= number for p in self._states(model).glob("[0-9]*.safetensors")):
+            _same_file(snapshot, self._working(model))
+        elif number > 0 and any(other <= number for other in others):
             raise ContractError(
                 f"{self.settings.name} has no snapshot {number} of {model}, but others. Expected {snapshot}. Start the run again."
             )
@@ -269,3 +282,14 @@ class Site:
     def _noted(self, name: str) -> Any:
         path = self.settings.folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _same_file(source: Path, target: Path) -> None:
+    """Give the file a second name, or where the disk knows no such thing a copy; files are replaced, never written into."""
+    unfinished = target.with_suffix(".unfinished")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except OSError:
+        shutil.copyfile(source, unfinished)
+    unfinished.replace(target)

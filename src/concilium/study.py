@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -181,6 +182,7 @@ def parse_study(raw: Mapping[str, Any], *, folder: Path, source: str = "study", 
                     f"{name} data = '{table.data}' is no nnU-Net raw folder: it has no dataset.json. Correct the path."
                 )
     problems += _contradictions(found, n_sites=len(tables.get("sites", {})))
+    problems += _confusions(found["sites"], found["test"], folder)
     if problems:
         raise StudyError(
             f"{source} has {len(problems)} error{'s' * (len(problems) > 1)}:\n"
@@ -346,6 +348,21 @@ def _contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
         problems.append(
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )
+    return problems
+
+
+def _confusions(sites: Mapping[str, SiteTable], test: SiteTable | None, folder: Path) -> list[str]:
+    """Sites that would be taken for one another, or for the held-out set."""
+    problems = [
+        f"[sites.{name}] is also written [sites.{other}]. Some disks take both for one folder. Rename one."
+        for name, other in itertools.combinations(sites, 2)
+        if name.casefold() == other.casefold()
+    ]
+    for name, site in sites.items():
+        if test is not None and (folder / site.data).resolve() == (folder / test.data).resolve():
+            problems.append(
+                f"[test] data = '{test.data}' is that of [sites.{name}] too. Nobody may train on a held-out set. Give another."
+            )
     return problems
 
 

@@ -81,3 +81,11 @@ def blob(*, n_channels: int, n_labels: int, plan: Mapping[str, Any], deep_superv
     """Nothing wrong with it: a network that is no list of stages, with dropout to draw from the generators."""
     layers = [nn.Conv3d(n_channels, width, 3, padding=1), nn.Dropout(0.2), nn.ReLU(), nn.Conv3d(width, n_labels, 1)]
     return nn.Sequential(*layers)
+
+
+def ruins(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -> Tensor:
+    """A step that once leaves a weight that is no number, after a loss that is one."""
+    loss = plain(local, image, labels)
+    if burns(fuse):
+        next(local.network.parameters()).data.view(-1)[0] = float("nan")
+    return loss

@@ -102,7 +102,7 @@ class Learner:
         Raises:
             ContractError: the weights are not this network's, or there never were any.
             DataError: there is nothing to train on.
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss, or a weight, is not finite.
             Cancelled: the request was cancelled.
         """
         started = time.monotonic()
@@ -120,6 +120,9 @@ class Learner:
             )
         self.network.train()
         losses = self._steps(batches, request, site, cancelled)
+        # a loss is that before its step: the last step may have ruined the weights unnoticed
+        if not all(bool(torch.isfinite(t).all()) for t in self.network.parameters()):
+            raise FloatingPointError(f"Weights of {request.model} are not finite after round {request.round}.")
         weights = self.weights() if request.send_weights else {}
         n_cases = len(self.job.entries["training"])
         return Trained(weights, n_cases, request.steps, sum(losses) / len(losses), time.monotonic() - started)

@@ -53,6 +53,9 @@ class Worker(Protocol):
     def restart(self, epochs: Mapping[str, int]) -> None:
         """Begin a new life after `lost`."""
 
+    def kill(self) -> None:
+        """End what it is doing, and it; `lost` follows."""
+
     def close(self) -> None:
         """End it."""
 
@@ -101,6 +104,9 @@ class InlineWorker:
     def restart(self, epochs: Mapping[str, int]) -> None:
         raise NotImplementedError("This process cannot outlive itself.")
 
+    def kill(self) -> None:
+        """Nothing: when this process has time to ask for it, no call is being served."""
+
     def close(self) -> None:
         self._calls.clear()
 
@@ -136,6 +142,9 @@ class SpawnedWorker:
         self.process.start()
         theirs.close()
 
+    def kill(self) -> None:
+        self.process.kill()
+
     def close(self) -> None:
         self.connection.close()  # the worker ends when it finds nobody at the other end
         self.process.join(5)
@@ -154,7 +163,8 @@ def _serve(connection: Connection, settings: Sequence[Settings], run: str, epoch
                 raw["site"], Envelope(**raw["envelope"]), Path(raw["request"]), Path(raw["reply"]), raw["deadline_s"]
             )
             connection.send_bytes(json.dumps(asdict(News("started", call.envelope.sequence))).encode())
-            host.serve(call)
+            with contextlib.suppress(FileNotFoundError):  # it was given up meanwhile, and its files cleared away
+                host.serve(call)
             connection.send_bytes(json.dumps(asdict(News("done", call.envelope.sequence))).encode())
         except (EOFError, OSError, KeyboardInterrupt):
             return

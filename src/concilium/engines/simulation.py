@@ -4,12 +4,14 @@ With `workers` = 1 the sites answer in turn, in this process. With more, each wo
 libraries draw from global generators), and site number i belongs to worker i modulo `workers`. A worker keeps one site's model in
 memory; those of its other sites wait on disk. Beside the sites there are `pooled`, which has the cases of all, and `test`.
 
-A site's deadline counts from when its turn comes. A worker that dies loses its sites for the requests at hand; it is started
-again, and its sites, in a new epoch, are prepared anew and brought back to their last snapshot.
+A site's deadline counts from when its turn comes; a worker process that is still at it long after is taken to hang, and killed.
+A worker that dies loses its sites for the requests at hand; it is started again, and its sites, in a new epoch, are prepared
+anew and brought back to their last snapshot. A site that thereby loses what it had learnt since counts as lost once more.
 """
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +27,9 @@ from concilium.errors import ContractError
 from concilium.messages import (
     FAILURES,
     REPLIES,
+    Done,
     Failure,
+    Forget,
     Prepare,
     Reply,
     Request,
@@ -34,8 +38,13 @@ from concilium.messages import (
     SiteLost,
     SiteTimeout,
     Snapshot,
+    Train,
+    Trained,
 )
 from concilium.wire import Envelope
+
+GRACE_S = 60.0
+"""A worker that is still at a request so long [s] after its deadline, and as long again as the deadline, is taken to hang."""
 
 
 def connect(
@@ -71,6 +80,7 @@ class _Pending:
     """A request on its way."""
 
     call: Call
+    request: Request
     started: float | None = None
     """When the site's turn came, on the monotonic clock."""
 
@@ -84,14 +94,20 @@ class Simulation:
         self.dropped = 0
         """Replies that came after their deadline."""
         self._run = run
-        self._spool = spool
         shutil.rmtree(spool, ignore_errors=True)
-        spool.mkdir(parents=True)
+        self._spool = spool / secrets.token_hex(4)  # a worker that outlived a killed run must not find it
+        self._spool.mkdir(parents=True)
         self._sequence = 0
         self._epochs = {s.name: 0 for s in settings}
         self._pending: dict[str, _Pending] = {}
         self._recover: dict[str, dict[str, Path]] = {s.name: {} for s in settings}
         self._lost: set[str] = set()
+        self._ahead: set[tuple[str, str]] = set()
+        """Sites that trained a model since their last snapshot of it."""
+        self._lapsed: set[str] = set()
+        """Those of them that were lost then, which nobody was told yet."""
+        self._late: dict[int, tuple[int, float]] = {}
+        """Worker -> the request that it has not given up, and when it is taken to hang."""
         self._worker_of = {s.name: i % workers for i, s in enumerate(settings)}
         groups = [[s for s in settings if self._worker_of[s.name] == i] for i in range(workers)]
         kind = InlineWorker if workers == 1 else SpawnedWorker
@@ -117,8 +133,11 @@ class Simulation:
         for site, request in requests.items():
             path, size = packed[id(request)]
             self._bring_back(site)
-            self._remember(site, request, path)
-            self._pending[site] = _Pending(self._post(site, path, deadline_s))
+            if isinstance(request, Prepare):
+                kept = self._spool / f"{site}.prepare"
+                shutil.copyfile(path, kept)
+                self._recover[site] = {"": kept}
+            self._pending[site] = _Pending(self._post(site, path, deadline_s), request)
             self.traffic[site].down += size
 
     def replies(self) -> Iterator[tuple[str, Reply | Failure]]:
@@ -144,7 +163,7 @@ class Simulation:
         self.cancel(list(self._pending))
         for worker in self._workers:
             worker.close()
-        shutil.rmtree(self._spool, ignore_errors=True)
+        shutil.rmtree(self._spool.parent, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------------- internals
 
@@ -157,15 +176,10 @@ class Simulation:
 
     def _on(self, index: int, news: News) -> Iterator[tuple[str, Reply | Failure]]:
         if news.event == "lost":
-            self._lost |= {site for site, i in self._worker_of.items() if i == index}
-            for site in self._lost & self._pending.keys():
-                del self._pending[site]
-                yield site, SiteLost()
-            for site in self._lost:
-                if self._worker_of[site] == index:
-                    self._epochs[site] += 1
-            self._workers[index].restart(self._epochs)
+            yield from self._on_lost(index)
             return
+        if news.event == "done" and self._late.get(index, (None,))[0] == news.sequence:
+            del self._late[index]
         found = [s for s, p in self._pending.items() if p.call.envelope.sequence == news.sequence]
         if not found:  # its deadline has passed, or it was the engine's own
             return
@@ -174,11 +188,43 @@ class Simulation:
             pending.started = time.monotonic()
             return
         deadline = pending.call.deadline_s
-        if deadline is not None and pending.started is not None and time.monotonic() - pending.started > deadline:
-            yield from self._overdue()
-            return
         del self._pending[found[0]]
-        yield found[0], self._open(found[0], pending.call.reply)
+        if deadline is not None and pending.started is not None and time.monotonic() - pending.started > deadline:
+            self.dropped += 1
+            yield found[0], SiteTimeout(deadline)
+        else:
+            yield found[0], self._settle(found[0], pending.request, self._open(found[0], pending.call.reply))
+
+    def _on_lost(self, index: int) -> Iterator[tuple[str, Reply | Failure]]:
+        gone = {site for site, i in self._worker_of.items() if i == index}
+        told = gone & self._pending.keys()
+        self._lapsed |= {site for site, _ in self._ahead if site in gone} - told
+        self._ahead = {(site, model) for site, model in self._ahead if site not in gone}
+        self._lost |= gone
+        self._late.pop(index, None)
+        for site in gone:
+            self._epochs[site] += 1
+            self._pending.pop(site, None)
+        self._workers[index].restart(self._epochs)
+        for site in sorted(told):
+            yield site, SiteLost()
+
+    def _settle(self, site: str, request: Request, reply: Reply | Failure) -> Reply | Failure:
+        """Note what a restarted site must be told again. The reply, or that the site has lost what it had learnt."""
+        match request, reply:
+            case ((Snapshot(model, number) | Restore(model, number)), Done()):
+                kept = self._spool / f"{site}.{model}.restore"
+                kept.write_bytes(wire.pack(Restore(model, number)))
+                self._recover[site][model] = kept
+                self._ahead.discard((site, model))
+            case Forget(model), Done():
+                self._recover[site].pop(model, None)
+            case Train(model), Trained():
+                self._ahead.add((site, model))
+        if site in self._lapsed:
+            self._lapsed.discard(site)
+            return SiteLost()
+        return reply
 
     def _open(self, site: str, path: Path) -> Reply | Failure:
         content = path.read_bytes()
@@ -197,27 +243,19 @@ class Simulation:
             if deadline is not None and pending.started is not None and now - pending.started > deadline:
                 pending.call.cancel.touch()
                 self.dropped += 1
+                self._late[self._worker_of[site]] = (pending.call.envelope.sequence, now + deadline + GRACE_S)
                 del self._pending[site]
                 yield site, SiteTimeout(deadline)
+        for index, (_, until) in list(self._late.items()):
+            if now > until:
+                self._workers[index].kill()  # its news will say that it is lost
 
     def _sleep(self) -> None:
         """Until a worker has news or the next deadline passes."""
         connections = [w.connection for w in self._workers if isinstance(w, SpawnedWorker)]
         if connections and self._pending:
-            wait(connections, timeout=0.5 if any(p.call.deadline_s is not None for p in self._pending.values()) else 60)
-
-    def _remember(self, site: str, request: Request, path: Path) -> None:
-        """Keep what a restarted site must be told again."""
-        match request:
-            case Prepare():
-                kept = path.with_suffix(".prepare")
-                if not kept.exists():
-                    kept.hardlink_to(path)
-                self._recover[site] = {"prepare": kept}
-            case Snapshot(model, number) | Restore(model, number):
-                kept = self._spool / f"{site}-{model}.restore"
-                kept.write_bytes(wire.pack(Restore(model, number)))
-                self._recover[site][model] = kept
+            soon = bool(self._late) or any(p.call.deadline_s is not None for p in self._pending.values())
+            wait(connections, timeout=0.5 if soon else 60)
 
     def _bring_back(self, site: str) -> None:
         """Tell a site that was lost what it needs to go on."""
