@@ -286,6 +286,11 @@ REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Evaluated, Done)
 FAILURES: tuple[type, ...] = (SiteTimeout, SiteLost, SiteRefused, SiteError)
 
 
+def as_failure(reply: Reply | Failure) -> Failure:
+    """A failure as it is; for a reply of a type that was not asked for, the failure that it is."""
+    return reply if isinstance(reply, Failure) else SiteError("ContractError", "wrong_reply", "")
+
+
 def describe(failure: Failure) -> str:
     """One line for a person."""
     match failure:

@@ -6,17 +6,15 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import nn
 
 from concilium import catalog
 from concilium.answers.evaluate import segment
 from concilium.data.dataset import Dataset, list_images, reader
 from concilium.data.plan import open_plan
 from concilium.errors import DataError, StudyError
-from concilium.networks import as_stages
+from concilium.networks import make_network
 from concilium.study import read_study
 from concilium.wire import read_tensors
 
@@ -49,10 +47,12 @@ def predict(
     about = json.loads((run / "dataset.json").read_text(encoding="utf-8"))
     channels, labels, ending = tuple(about["channel_names"].values()), about["labels"], about["file_ending"]
     plan = open_plan((run / "plans.json").read_text(encoding="utf-8"), study.plan.configuration)
-    build = catalog.load("networks", study.network.name)
-    options = dict(study.network.options) | {"deep_supervision": study.training.deep_supervision}
-    network = as_stages(
-        cast(nn.Module, build(n_channels=len(channels), n_labels=len(labels), plan=plan.architecture, **options))
+    network = make_network(
+        study.network,
+        n_channels=len(channels),
+        n_labels=len(labels),
+        plan=plan.architecture,
+        deep_supervision=study.training.deep_supervision,
     )
     network.load_state_dict(weights)
     network.eval()

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from torch import nn
-
-from concilium import catalog
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.plan import make_plans, open_plan
@@ -26,7 +23,7 @@ from concilium.messages import (
     Tensors,
     describe,
 )
-from concilium.networks import as_stages
+from concilium.networks import make_network
 from concilium.record import Record
 from concilium.study import Study, training_of
 
@@ -158,9 +155,13 @@ def failure_line(record: Record, site: str, failure: Failure) -> str:
 
 def initial_weights(study: Study, plans: Plans) -> Tensors:
     """The weights that every model of a run starts from: a function of the seed and the plan."""
-    build = catalog.load("networks", study.network.name)
-    options = dict(study.network.options) | {"deep_supervision": study.training.deep_supervision}
     plan = open_plan(plans.text, study.plan.configuration)
     with drawn_from(study.study.seed, "weights"):
-        network = build(n_channels=len(plans.channels), n_labels=len(plans.labels), plan=plan.architecture, **options)
-    return as_stages(cast(nn.Module, network)).state_dict()
+        network = make_network(
+            study.network,
+            n_channels=len(plans.channels),
+            n_labels=len(plans.labels),
+            plan=plan.architecture,
+            deep_supervision=study.training.deep_supervision,
+        )
+    return network.state_dict()

@@ -30,6 +30,7 @@ from concilium.messages import (
     SiteError,
     SiteTimeout,
     Snapshot,
+    as_failure,
 )
 from concilium.preparation import Ledger, Plans, failure_line, initial_weights, plan_together, prepare_sites
 from concilium.protocols import WEIGHTS, Round, part, start_with
@@ -224,8 +225,7 @@ def _train(job: _Job, model: Model, ledger: Ledger) -> Round:
 
 def _tell(engine: Engine, requests: Mapping[str, Request]) -> dict[str, Failure]:
     """Send what is answered by `Done`; the failures."""
-    wrong = SiteError("ContractError", "wrong_reply", "")
-    return {s: r if isinstance(r, Failure) else wrong for s, r in ask(engine, requests) if not isinstance(r, Done)}
+    return {site: as_failure(reply) for site, reply in ask(engine, requests) if not isinstance(reply, Done)}
 
 
 # ------------------------------------------------------------------------------------------------- results of one model
@@ -257,8 +257,7 @@ def _score(job: _Job, model: Model, ledger: Ledger) -> list[dict[str, Any]]:
         for site, reply in ask(job.engine, dict.fromkeys(sites, Evaluate(model.name, subset, metrics))):
             where = f"{model.name}, {subset} at {site}"
             if not isinstance(reply, Evaluated):
-                failure = reply if isinstance(reply, Failure) else SiteError("ContractError", "wrong_reply", "")
-                ledger.problems.append(f"{where}: {failure_line(record, site, failure)}")
+                ledger.problems.append(f"{where}: {failure_line(record, site, as_failure(reply))}")
                 continue
             names = record.case_names("test" if subset == "test" else site)
             cases += score_rows(f"{model.name}:{site}" if model.stays else model.name, site, subset, reply, names)

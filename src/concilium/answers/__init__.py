@@ -14,6 +14,7 @@ from concilium.data.dataset import Case, Dataset
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan
 from concilium.messages import Training
+from concilium.networks import Stages
 
 
 class Cancelled(Exception):
@@ -61,7 +62,7 @@ class Job:
     plan: Plan
     labels: Mapping[str, int]
     n_channels: int
-    network: Callable[[], object]
+    network: Callable[[], Stages]
     """Builds the network with new weights."""
     training: Training
     seed: int

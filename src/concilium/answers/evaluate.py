@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from concilium.data.preprocess import preprocess, restore
 from concilium.errors import ContractError, DataError
 from concilium.messages import Evaluate, Evaluated, PlugIn, Score, Tensors
 from concilium.metrics import Pair, status
-from concilium.networks import as_stages
 
 
 def evaluate(
@@ -35,7 +34,7 @@ def evaluate(
         Cancelled: the request was cancelled.
     """
     started = time.monotonic()
-    network = as_stages(cast(nn.Module, job.network())).to(device)
+    network = job.network().to(device)
     network.load_state_dict(dict(weights))
     network.eval()
     found, excluded = _subset(settings, job, request.subset)

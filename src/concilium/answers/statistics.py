@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from concilium import catalog
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case
 from concilium.data.fingerprint import fingerprint_of_case, merge
@@ -18,6 +17,7 @@ from concilium.data.preprocess import Prepared as PreparedCase
 from concilium.data.preprocess import prepare as prepare_case
 from concilium.errors import DataError
 from concilium.messages import Examine, Examined, Excluded, Fingerprint, Prepare, Prepared
+from concilium.networks import Stages, make_network
 
 T = TypeVar("T")
 Exclusions = dict[str, tuple[str, str]]
@@ -92,9 +92,6 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         "validation": tuple(e for e in usable if (e.member, e.case.patient) in held_out),
     }
     dataset, training = found[0].dataset, request.training
-    build = catalog.load("networks", request.network.name)
-    options = dict(request.network.options) | {"deep_supervision": training.deep_supervision}
-    sizes = {"n_channels": len(dataset.channels), "n_labels": len(dataset.labels), "plan": plan.architecture}
     batches = Batches(
         {e.key: files[e.key] for e in parts["training"]},
         plan=plan,
@@ -109,7 +106,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         plan,
         dataset.labels,
         len(dataset.channels),
-        partial(build, **sizes, **options),
+        _builder(request, plan, dataset),
         training,
         request.seed,
         parts,
@@ -121,6 +118,18 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     n_patients = len({(e.member, e.patient) for e in usable})
     reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
     return reply, job, excluded
+
+
+def _builder(request: Prepare, plan: Plan, dataset: Dataset) -> Callable[[], Stages]:
+    """What builds the network, with new weights each time."""
+    return partial(
+        make_network,
+        request.network,
+        n_channels=len(dataset.channels),
+        n_labels=len(dataset.labels),
+        plan=plan.architecture,
+        deep_supervision=request.training.deep_supervision,
+    )
 
 
 def count(excluded: Exclusions) -> tuple[Excluded, ...]:

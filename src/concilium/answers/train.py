@@ -23,7 +23,6 @@ from concilium.data.patches import Batches, stream
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import Local
 from concilium.messages import Tensors, Train, Trained, Training
-from concilium.networks import as_stages
 from concilium.wire import read_tensors, write_tensors
 
 POWER = 0.9
@@ -36,7 +35,7 @@ class Learner:
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job = job
         self.device = device
-        self.network = as_stages(cast(nn.Module, job.network())).to(device)
+        self.network = job.network().to(device)
         self.optimizer = make_optimizer(self.network, job.training)
         self.scaler = torch.amp.GradScaler(device.type) if job.training.precision == "float16" else None
         self.trained = False

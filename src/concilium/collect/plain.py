@@ -10,7 +10,7 @@ import torch
 from concilium.aggregation import LARGEST_WEIGHT, Sum, check_like
 from concilium.collect import Answer, Ask, Collected
 from concilium.errors import ContractError
-from concilium.messages import Failure, Reply, SiteError, Tensors, Train, Trained
+from concilium.messages import Failure, Reply, SiteError, Tensors, Train, Trained, as_failure
 
 
 def collect(ask: Ask, requests: Mapping[str, Train], *, like: Tensors) -> Collected:
@@ -34,7 +34,7 @@ def collect(ask: Ask, requests: Mapping[str, Train], *, like: Tensors) -> Collec
 
 def _problem(reply: Reply | Failure, like: Tensors) -> Failure | None:
     if not isinstance(reply, Trained):
-        return reply if not isinstance(reply, Reply) else SiteError("ContractError", "wrong_reply", "")
+        return as_failure(reply)
     try:
         check_like(reply.weights, like)
     except ContractError:

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from concilium import catalog
 from concilium.errors import ContractError
+from concilium.messages import PlugIn
 
 Stack = tuple[Tensor, ...]
 """Maps, each (B, C, *spatial); the top is the last."""
@@ -112,6 +114,15 @@ class Whole(Stage):
         out = self.network(*maps)
         finest = out[0] if isinstance(out, Sequence) else out
         return (cast(Tensor, finest),)
+
+
+def make_network(
+    network: PlugIn, *, n_channels: int, n_labels: int, plan: Mapping[str, Any], deep_supervision: bool
+) -> Stages:
+    """The network that a study names, with new weights from torch's generator."""
+    build = catalog.load("networks", network.name)
+    options = dict(network.options) | {"deep_supervision": deep_supervision}
+    return as_stages(cast(nn.Module, build(n_channels=n_channels, n_labels=n_labels, plan=plan, **options)))
 
 
 def as_stages(network: nn.Module) -> Stages:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from concilium.collect import Answer
 from concilium.engines import Engine, ask
-from concilium.messages import Failure, Json, SiteError, Tensors, Trained
+from concilium.messages import Failure, Json, Tensors, Trained, as_failure
 from concilium.protocols import WEIGHTS, Round, copy_traffic, part, traffic_since, train_requests
 
 
@@ -43,7 +43,7 @@ def train_alone(
                 answers[site] = Answer(reply.n_cases, reply.n_steps, reply.loss, reply.seconds)
                 fetched |= {WEIGHTS + name: tensor for name, tensor in reply.weights.items()}
             else:
-                failures[site] = reply if isinstance(reply, Failure) else SiteError("ContractError", "wrong_reply", "")
+                failures[site] = as_failure(reply)
         waiting -= answers.keys()
         kept = fetched or ({WEIGHTS + name: tensor for name, tensor in initial.items()} if waiting else {})
         yield Round(
