@@ -38,13 +38,13 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
-from concilium.answers.train import autocast, make_optimizer
 from concilium.data.augment import training_transforms
 from concilium.data.plan import Plan, open_plan
 from concilium.data.preprocess import label_rules, open_prepared
 from concilium.demo import demo_study
 from concilium.engines.simulation import Simulation
 from concilium.messages import Train
+from concilium.optimization import autocast, make_optimizer
 from concilium.run import Event, run
 from concilium.study import Study, read_study, training_of
 

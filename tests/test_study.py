@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import concilium
+from concilium.constraints import RANGES
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
-from concilium.study import RANGES, RESERVED, Study, parse_study, read_study, to_toml, training_of
+from concilium.study import RESERVED, Study, parse_study, read_study, to_toml, training_of
 
 SMALL: dict[str, dict[str, Any]] = {
     "study": {"name": "small"},
@@ -154,7 +155,14 @@ FULL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("document", [SMALL, FULL], ids=["small", "full"])
+SPLIT: dict[str, dict[str, Any]] = SMALL | {
+    "protocol": {
+        "name": "splitfed", "rounds": 3, "steps": 2, "variant": "v2", "cut": ["down0", "up0"], "exchange_seconds": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("document", [SMALL, FULL, SPLIT], ids=["small", "full", "split"])
 def test_the_resolved_study_is_read_back_as_it_was(document: dict[str, Any], tmp_path: Path) -> None:
     study = parse_study(document, folder=tmp_path, check_data=False)
     file = tmp_path / "elsewhere" / "study.toml"
@@ -171,6 +179,23 @@ def test_the_resolved_study_says_everything() -> None:
     assert written["engine"]["threads"] >= 1
     tables = {f.name for f in dataclasses.fields(Study)}
     assert set(written) == tables - {"test"}
+
+
+def test_the_protocols_own_options_stand_in_its_table() -> None:
+    defaults = {"variant": "v1", "cut": "deep", "reveal_labels": False, "exchange_seconds": None}
+    assert parse().protocol.options == {}
+    assert parse(protocol={"name": "splitfed"}).protocol.options == defaults
+    given = parse(protocol=SPLIT["protocol"]).protocol
+    assert given.options == defaults | {
+        "variant": "v2",
+        "cut": ("down0", "up0"),
+        "reveal_labels": False,
+        "exchange_seconds": 2.0,
+    }
+    assert given.rounds == 3
+    written = tomllib.loads(to_toml(parse(protocol=SPLIT["protocol"])))["protocol"]
+    assert written == SPLIT["protocol"] | {"reveal_labels": False, "compare": [], "min_sites": 2}
+    assert "options" not in written
 
 
 def test_the_presets_are_studies() -> None:
@@ -212,20 +237,19 @@ def test_a_file_with_many_errors_is_told_all_of_them_at_once(tmp_path: Path) -> 
     with pytest.raises(StudyError) as e:
         read_study(tmp_path / "ten.toml", check_data=False)
     lines = str(e.value).splitlines()
-    assert lines[0] == f"{tmp_path / 'ten.toml'} has 13 errors:"
+    assert lines[0] == f"{tmp_path / 'ten.toml'} has 12 errors:"
     expected = [
         "[studdy] is not a known table. Did you mean 'study'? Known: ",
-        "[study] seed = 'seven' is not allowed. Allowed: a whole number.",
-        "[study] name is missing. Expected text. Add it.",
         "[protocol] rouns = 3 is not known. Did you mean 'rounds'? Known: compare, ",
         "[protocol] rounds = 0 is not allowed. Allowed: 1 or more.",
+        "[study] seed = 'seven' is not allowed. Allowed: a whole number.",
+        "[study] name is missing. Expected text. Add it.",
         "[training] optimizer = 'sdg' is not allowed. Allowed: 'sgd', 'adam', 'adamw'.",
         "[training] momentum = True is not allowed. Allowed: a number.",
         "[network] name = 'nnunett' is not allowed: networks has no 'nnunett'. Did you mean 'nnunet'? Known: ",
         "[loss] dice_weigth = 1 is not known. Did you mean 'dice_weight'? Known: ce_weight, dice_weight.",
         "[sites.test] is not a name for a site. Allowed: letters, digits, - and _, but not test, pooled, server. Rename it.",
         "[sites.north] dta = 'n' is not known. Did you mean 'data'? Known: data.",
-        "[sites.north] data is missing. Expected a path. Add it.",
         "[validation] fold = 5 is not allowed. Allowed: 0 to 4.",
     ]
     for line, start in zip(lines[1:], expected, strict=True):
@@ -256,6 +280,31 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
     (
         {"protocol": {"epochs": 1}},
         "[protocol] steps = 2, epochs = 1.0 is not allowed. Allowed: exactly one of the two.",
+    ),
+    (
+        {"protocol": {"variant": "v2"}},
+        "[protocol] variant = 'v2' is not known. Known: compare, ",
+    ),
+    (
+        {"protocol": {"name": "splitfed", "varient": "v2"}},
+        "[protocol] varient = 'v2' is not known. Did you mean 'variant'? Known: compare, cut, ",
+    ),
+    (
+        {"protocol": {"name": "splitfed", "variant": "v3"}},
+        "[protocol] variant = 'v3' is not allowed. Allowed: 'v1', 'v2'.",
+    ),
+    (
+        {"protocol": {"name": "splitfed", "cut": 3}},
+        "[protocol] cut = 3 is not allowed. Allowed: 'shallow', 'deep' or a list, each text.",
+    ),
+    (
+        {"protocol": {"name": "splitfed"}, "training": {"precision": "float16"}},
+        "[training] precision = 'float16' is not allowed with splitfed: the scale of the loss would have to travel. "
+        "Allowed: 'float32', 'bfloat16'.",
+    ),
+    (
+        {"protocol": {"name": "splitfed"}, "local_update": {"name": "collections:Counter"}},
+        "[local_update] name = 'collections:Counter' is not allowed with splitfed: ",
     ),
     ({"protocol": {"min_sites": 3}}, "[protocol] min_sites = 3 is not allowed. Allowed: 1 to 2, the number of sites."),
     (
@@ -313,18 +362,15 @@ def test_every_range_is_checked(full: str) -> None:
         "momentum": 1,
         "folds": 1,
     }
-    extra = {"steps": None} if key == "epochs" else {}
+    extra = {"epochs": {"steps": None}, "exchange_seconds": {"name": "splitfed"}}.get(key, {})
     given = outside.get(key, -1)
     (line,) = errors(raw(**{table: {key: given} | extra}))
     assert line.startswith(f"{full} = ")
     assert line.endswith(f" is not allowed. Allowed: {RANGES[full][1]}.")
     inside = {"patch_size": [16, 16, 8], "folds": 2}.get(key, 0 if key in ("foreground", "momentum", "fold") else 1)
     parse(**{table: {key: inside} | extra})
-    if not isinstance(getattr(getattr(parse(), table), key), int | None) or key in (
-        "epochs",
-        "memory_gb",
-        "round_seconds",
-    ):
+    without_default = ("epochs", "memory_gb", "round_seconds", "exchange_seconds")
+    if key in without_default or not isinstance(getattr(getattr(parse(), table), key), int | None):
         for endless in (float("nan"), float("inf")):
             assert errors(raw(**{table: {key: endless} | extra}))[0].startswith(f"{full} = {endless!r} is not allowed.")
 
@@ -344,8 +390,8 @@ def test_a_table_is_no_value(table: str) -> None:
 
 def test_an_empty_study_says_what_is_missing() -> None:
     assert errors({}) == [
-        "[study] name is missing. Expected text. Add it.",
         "[protocol] rounds is missing. Expected a whole number. Add it.",
+        "[study] name is missing. Expected text. Add it.",
         "[sites.NAME] is missing. Expected a table for each site, with its data. Add at least one.",
     ]
 
@@ -389,6 +435,11 @@ def test_data_must_be_there_unless_it_is_not_asked_for(tmp_path: Path) -> None:
         "  - [sites.south] data = 's' is no nnU-Net raw folder: it has no dataset.json. Correct the path.",
     ]
     assert parse_study(document, folder=tmp_path, check_data=False).sites
+
+
+def test_between_hospitals_each_site_knows_where_its_data_lie(tmp_path: Path) -> None:
+    study = parse_study(raw(sites={"north": {}}, engine={"name": "flare"}), folder=tmp_path)
+    assert [site.data for site in study.sites.values()] == [None, tmp_path / "s"]
 
 
 # ------------------------------------------------------------------------------------- every message of the package

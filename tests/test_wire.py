@@ -31,7 +31,10 @@ from concilium.messages import (
     Done,
     Evaluate,
     Excluded,
+    Front,
+    Gradients,
     Keep,
+    Maps,
     PlugIn,
     Score,
     SiteError,
@@ -330,6 +333,11 @@ def test_damaged_tensors_are_refused(dtype: Any, shape: Any, size: int) -> None:
     refused(wire.MAGIC + struct.pack("<I", len(header)) + header + body)
 
 
+def test_one_tensor_does_not_stand_for_two() -> None:
+    """Packing refuses it; and what shares memory is changed together."""
+    refused(raw({"@": "Maps", "maps": [{"#": 0}, {"#": 0}]}, {"0": TENSORS[0]}))
+
+
 def test_a_message_larger_than_the_limit_is_refused_before_it_is_read() -> None:
     packed = wire.pack(Keep("m", {"x": torch.zeros(1000)}))
     assert wire.unpack(packed, limit=len(packed)).model == "m"
@@ -344,6 +352,8 @@ def messages_to_damage() -> Iterator[bytes]:
     score = Score(1, 2, "liver", "ok", "mm", {"dice": 0.5, "hd95": None}, 1.5, math.inf)
     yield wire.pack(messages.Evaluated((score, score), (Excluded("unreadable", 1),), 3.25))
     yield wire.pack(Train("m", 1, 0, 5, 10, {"a": TENSORS[0]}, True))
+    yield wire.pack(Front("m", 1, ("down0", "up0"), False, 1, 5, 0, 10, {}, (TENSORS[6],)))
+    yield wire.pack(Maps((TENSORS[0],)))
 
 
 def harmless(packed: bytes) -> None:
@@ -435,7 +445,15 @@ TEXT_FIELDS = {
     "SiteError.reference",
 }
 """Every field of a reply that holds text. A new one is put here only after asking what a site could tell by it."""
-TENSOR_FIELDS = {"Trained.weights", "ChannelStatistics.keys", "ChannelStatistics.masses"}
+TENSOR_FIELDS = {
+    "Trained.weights",
+    "Maps.maps",
+    "Gradients.gradients",
+    "ChannelStatistics.keys",
+    "ChannelStatistics.masses",
+}
+PER_VOXEL = (Maps, Gradients)
+"""Replies that hold what was computed for single voxels: tensors, without a name, and nothing beside them."""
 
 
 def fields_of(cls: type) -> Iterator[tuple[str, Any]]:
@@ -463,6 +481,12 @@ def test_replies_tell_only_what_is_listed() -> None:
             assert leaf in allowed or dataclasses.is_dataclass(leaf), f"{name} holds {leaf}"
     assert {name for name, hint in fields if str in leaves(hint)} == TEXT_FIELDS
     assert {name for name, hint in fields if Tensor in leaves(hint)} == TENSOR_FIELDS
+
+
+def test_maps_and_gradients_hold_tensors_and_nothing_else() -> None:
+    for cls in PER_VOXEL:
+        assert set(typing.get_type_hints(cls).values()) == {tuple[Tensor, ...]}
+    assert {cls for cls in REPLIES if any(h == tuple[Tensor, ...] for _, h in fields_of(cls))} == set(PER_VOXEL)
 
 
 def test_no_reply_has_a_field_for_a_name_or_a_path() -> None:

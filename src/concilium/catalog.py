@@ -36,7 +36,21 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
     "engines": frozenset({"sites", "folder", "test", "run"}),
     "losses": frozenset({"batch_dice"}),
     "networks": frozenset({"n_channels", "n_labels", "plan", "deep_supervision"}),
-    "protocols": frozenset({"model", "collect", "rule", "rounds", "steps", "min_sites", "deadline_s"}),
+    "protocols": frozenset(
+        {
+            "model",
+            "collect",
+            "rule",
+            "rounds",
+            "steps",
+            "min_sites",
+            "deadline_s",
+            "network",
+            "training",
+            "seed",
+            "device",
+        }
+    ),
 }
 """Kind -> parameters that are no options, because Concilium passes them."""
 

@@ -54,10 +54,18 @@ class EngineError(ConciliumError):
     exit_code = 4
 
 
+RULES = frozenset({"policy", "split", "labels", "plug_ins", "image"})
+"""What a `PrivacyError` may tell outside its site."""
+
+
 class PrivacyError(ConciliumError):
-    """A policy of the site or of the study forbids what was asked."""
+    """A policy of the site or of the study forbids what was asked; `rule`, one of `RULES`, may leave the site."""
 
     exit_code = 5
+
+    def __init__(self, message: str, *, rule: str = "policy") -> None:
+        super().__init__(message)
+        self.rule = rule if rule in RULES else "policy"
 
 
 class ContractError(ConciliumError):

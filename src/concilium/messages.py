@@ -1,8 +1,9 @@
 """Every request and reply that may cross a site's boundary. What is not a type in this file cannot leave a site.
 
 Values are text, numbers, truth values, tuples and mappings of them, tensors, and frozen dataclasses of all these. Replies
-hold no name of a case, no path and no per-voxel data; a case is known outside its site by a number private to the site.
-`Json` (free-form settings) occurs in requests only.
+hold no name of a case, no path, no image and no label map; a case is known outside its site by a number private to the site.
+What is computed for single voxels (maps and their gradients) leaves in split training only (`Maps`, `Gradients`), and where the
+site's policy allows it. `Json` (free-form settings) occurs in requests only.
 """
 
 from __future__ import annotations
@@ -161,6 +162,51 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Front:
+    """Run the front of a network that is split at `cut` on the batch of this step, and send the maps that the body reaches.
+
+    With the first step of a round come the weights of front and tail; with every other one the gradients of the maps sent in the
+    step before, with which the site first finishes that step. Maps are in the order of the stack, the lowest first; gradients in
+    that of the float maps.
+    """
+
+    model: str
+    round: int
+    cut: tuple[str, ...]
+    reveal_labels: bool
+    """Whether heads may act on maps that the server made (`Policy.labels`)."""
+    step: int
+    """Within the round, from 0."""
+    steps: int
+    first_step: int
+    """Of the round, among `total_steps`."""
+    total_steps: int
+    weights: Tensors
+    gradients: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Run the tail on what the body left, and send the loss's gradients with respect to the float maps that come with this."""
+
+    model: str
+    round: int
+    step: int
+    maps: tuple[Tensor, ...]
+    order: tuple[int, ...]
+    """For each map that the body left: its place among those it was sent, if it left it unchanged; or -1, the next of `maps`."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Finish the last step of a round with these gradients, and send the weights of front and tail."""
+
+    model: str
+    round: int
+    gradients: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Segment the cases of `subset` (`validation` or `test`) with the finished `model` kept here, and score them."""
 
@@ -200,7 +246,7 @@ class Forget:
     model: str
 
 
-Request: TypeAlias = Examine | Prepare | Train | Evaluate | Keep | Snapshot | Restore | Forget
+Request: TypeAlias = Examine | Prepare | Train | Front | Tail | Finish | Evaluate | Keep | Snapshot | Restore | Forget
 
 # ------------------------------------------------------------------------------------------------------------- replies
 
@@ -233,6 +279,20 @@ class Trained:
     n_steps: int
     loss: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Activations of the front: float maps, whose gradients come back, or whole numbers, which have none."""
+
+    maps: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the loss with respect to the float maps that the tail was sent."""
+
+    gradients: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -279,10 +339,22 @@ class SiteError:
 
 
 Failure: TypeAlias = SiteTimeout | SiteLost | SiteRefused | SiteError
-Reply: TypeAlias = Examined | Prepared | Trained | Evaluated | Done
+Reply: TypeAlias = Examined | Prepared | Trained | Maps | Gradients | Evaluated | Done
 
-REQUESTS: tuple[type, ...] = (Examine, Prepare, Train, Evaluate, Keep, Snapshot, Restore, Forget)
-REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Evaluated, Done)
+REQUESTS: tuple[type, ...] = (
+    Examine,
+    Prepare,
+    Train,
+    Front,
+    Tail,
+    Finish,
+    Evaluate,
+    Keep,
+    Snapshot,
+    Restore,
+    Forget,
+)
+REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Maps, Gradients, Evaluated, Done)
 FAILURES: tuple[type, ...] = (SiteTimeout, SiteLost, SiteRefused, SiteError)
 
 

@@ -15,6 +15,7 @@ from concilium.data.dataset import Dataset, list_images, reader
 from concilium.data.plan import open_plan
 from concilium.errors import DataError, StudyError
 from concilium.networks import make_network
+from concilium.optimization import device_named
 from concilium.study import read_study
 from concilium.wire import read_tensors
 
@@ -60,7 +61,7 @@ def predict(
         raise StudyError(
             f"Device {device!r} is not available. Allowed: auto, cpu, and cuda where there is a GPU. Choose with --device."
         )
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = device_named(device)
     torch.set_num_threads(study.engine.threads)
     cases = list_images(images, channels, ending)
     dataset = Dataset(images, channels, labels, ending, cases, ())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 from concilium.data.draws import drawn_from
@@ -23,7 +24,7 @@ from concilium.messages import (
     Tensors,
     describe,
 )
-from concilium.networks import make_network
+from concilium.networks import Stages, make_network
 from concilium.record import Record
 from concilium.study import Study, training_of
 
@@ -121,6 +122,8 @@ def prepare_sites(study: Study, engine: Engine, record: Record, plans: Plans, le
         if isinstance(reply, Prepared):
             cases[name] = reply.n_training
             ledger.warnings += [f"{name}: {text}" for text in reply.warnings]
+            if not record.case_names(name):  # a site elsewhere tells how many, not which
+                ledger.warnings += [f"{name}: {e.count} cases set aside ({e.reason})." for e in reply.excluded]
     return cases
 
 
@@ -153,15 +156,20 @@ def failure_line(record: Record, site: str, failure: Failure) -> str:
     return f"{site}: {describe(failure)}" + (f": {words}" if words else "")
 
 
+def network_of(study: Study, plans: Plans) -> Callable[..., Stages]:
+    """What builds the study's network, with new weights each time; `deep_supervision` may be given in place of the study's."""
+    return partial(
+        make_network,
+        study.network,
+        n_channels=len(plans.channels),
+        n_labels=len(plans.labels),
+        plan=open_plan(plans.text, study.plan.configuration).architecture,
+        deep_supervision=study.training.deep_supervision,
+    )
+
+
 def initial_weights(study: Study, plans: Plans) -> Tensors:
     """The weights that every model of a run starts from: a function of the seed and the plan."""
-    plan = open_plan(plans.text, study.plan.configuration)
+    network = network_of(study, plans)
     with drawn_from(study.study.seed, "weights"):
-        network = make_network(
-            study.network,
-            n_channels=len(plans.channels),
-            n_labels=len(plans.labels),
-            plan=plan.architecture,
-            deep_supervision=study.training.deep_supervision,
-        )
-    return network.state_dict()
+        return network().state_dict()

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from concilium import catalog
 from concilium.engines import Engine, ask
 from concilium.errors import ConciliumError
@@ -28,15 +30,16 @@ from concilium.messages import (
     Request,
     Restore,
     SiteError,
-    SiteTimeout,
+    SiteLost,
     Snapshot,
     as_failure,
 )
-from concilium.preparation import Ledger, Plans, failure_line, initial_weights, plan_together, prepare_sites
+from concilium.optimization import device_named
+from concilium.preparation import Ledger, Plans, failure_line, initial_weights, network_of, plan_together, prepare_sites
 from concilium.protocols import WEIGHTS, Round, part, start_with
 from concilium.record import Record
 from concilium.results import METRICS, account, score_rows, write_results
-from concilium.study import Study
+from concilium.study import Study, training_of
 
 NOT_READY = SiteError("EngineError", "not_prepared", "")
 """A site of the study that failed before training began."""
@@ -87,16 +90,24 @@ class _Job:
 
 
 def run(
-    study: Study, out: Path, *, resume: bool = False, watch: Callable[[Event], None] = lambda event: None
+    study: Study,
+    out: Path,
+    *,
+    resume: bool = False,
+    watch: Callable[[Event], None] = lambda event: None,
+    connect: Callable[..., Engine] | None = None,
 ) -> Outcome:
-    """Run a study into the folder `out`.
+    """Run a study into the folder `out`; `connect` in place of the study's engine gets what `catalog.SUPPLIED` lists.
 
     Raises:
         StudyError, DataError, EngineError, PrivacyError: the run could not be finished; what there is lies in `out`.
     """
+    if connect is None and study.engine.name == "flare":  # before there is a folder that says a run began
+        catalog.load("engines", "flare")(sites=study.sites, test=None, folder=out, run="")
     record = Record(out, study, resume=resume)
+    torch.set_num_threads(study.engine.threads)  # a protocol may compute at the server
     ledger = Ledger(warnings=record.changes)
-    engine = _connect(study, record)
+    engine = _connect(study, record, connect or catalog.load("engines", study.engine.name))
     finished: list[Mapping[str, Any]] = []
     try:
         watch(Event("stage", "Reading every case"))
@@ -123,10 +134,9 @@ def run(
     return Outcome(record.folder, results, 0 if results["complete"] else 4)
 
 
-def _connect(study: Study, record: Record) -> Engine:
-    connect = catalog.load("engines", study.engine.name)
+def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> Engine:
     e = study.engine
-    engine = connect(
+    return connect(
         sites={name: site.data for name, site in study.sites.items()},
         test=study.test.data if study.test else None,
         folder=record.folder,
@@ -136,7 +146,6 @@ def _connect(study: Study, record: Record) -> Engine:
         device=e.device,
         cache=e.cache,
     )
-    return cast(Engine, engine)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -201,14 +210,20 @@ def _train(job: _Job, model: Model, ledger: Ledger) -> Round:
         steps=model.steps,
         min_sites=min(p.min_sites or 1, len(model.steps)),
         deadline_s=None if model.protocol == "centralized" else p.round_seconds,  # a site's, and the pool is none
+        network=network_of(study, job.plans),
+        training=training_of(study),
+        seed=study.study.seed,
+        device=device_named(study.engine.device),
+        **(p.options if model.protocol == p.name else {}),
     )
     began = time.monotonic()
     missing = [site for site in study.sites if site not in model.steps and model.protocol != "centralized"]
     for done in rounds:
-        # whether a late site trained after all is a matter of chance: it goes back to where it was
-        late = [site for site, failure in done.failures.items() if isinstance(failure, SiteTimeout)]
-        unsaved = _tell(engine, dict.fromkeys(late, Restore(model.name, done.number - 1)))
-        unsaved |= _tell(engine, dict.fromkeys(model.steps, Snapshot(model.name, done.number)))
+        # a site may have trained although its answer came late or could not be used: it goes back to where it was
+        failed = [site for site, failure in done.failures.items() if not isinstance(failure, SiteLost)]
+        unsaved = _tell(engine, dict.fromkeys(failed, Restore(model.name, done.number - 1)), p.round_seconds)
+        there = [site for site in model.steps if site not in unsaved]
+        unsaved |= _tell(engine, dict.fromkeys(there, Snapshot(model.name, done.number)), p.round_seconds)
         done = replace(done, failures={**dict.fromkeys(missing, NOT_READY), **unsaved, **done.failures})
         record.commit(model.name, done, seconds=time.monotonic() - began)
         losses = [a.loss for a in done.answers.values()]
@@ -223,9 +238,10 @@ def _train(job: _Job, model: Model, ledger: Ledger) -> Round:
     return done
 
 
-def _tell(engine: Engine, requests: Mapping[str, Request]) -> dict[str, Failure]:
+def _tell(engine: Engine, requests: Mapping[str, Request], deadline_s: float | None = None) -> dict[str, Failure]:
     """Send what is answered by `Done`; the failures."""
-    return {site: as_failure(reply) for site, reply in ask(engine, requests) if not isinstance(reply, Done)}
+    replies = ask(engine, requests, deadline_s=deadline_s)
+    return {site: as_failure(reply) for site, reply in replies if not isinstance(reply, Done)}
 
 
 # ------------------------------------------------------------------------------------------------- results of one model

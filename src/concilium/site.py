@@ -8,10 +8,8 @@ as it was.
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
-import shutil
 import time
 import traceback
 from pathlib import Path
@@ -20,10 +18,10 @@ from typing import Any, cast
 import torch
 
 from concilium import wire
-from concilium.answers import Cancelled, Check, Entry, Job, Settings
+from concilium.answers import Cancelled, Check, Entry, Job, Policy, Settings
 from concilium.answers.evaluate import evaluate
+from concilium.answers.models import Models
 from concilium.answers.statistics import Exclusions, examine, find_cases, prepare
-from concilium.answers.train import Learner
 from concilium.errors import ConciliumError, ContractError, DataError, PrivacyError
 from concilium.messages import (
     REQUESTS,
@@ -31,7 +29,9 @@ from concilium.messages import (
     Evaluate,
     Examine,
     Failure,
+    Finish,
     Forget,
+    Front,
     Keep,
     Prepare,
     Reply,
@@ -41,9 +41,11 @@ from concilium.messages import (
     SiteRefused,
     SiteTimeout,
     Snapshot,
+    Tail,
     Train,
 )  # fmt: skip
-from concilium.wire import Envelope, read_tensors, write_tensors
+from concilium.optimization import device_named
+from concilium.wire import Envelope
 
 
 class Site:
@@ -53,12 +55,9 @@ class Site:
         self.settings = settings
         self.run = run
         self.epoch = epoch
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-        )
+        self.device = device_named(settings.device)
         self._job: Job | None = None
-        self._resident: tuple[str, Learner] | None = None
-        self._dirty = False
+        self._models = Models(settings.folder, self.device, site=settings.name)
         self._last: tuple[int, bytes | Path] | None = None
         """The last reply, or the file it lies in, with the number of its request."""
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +98,7 @@ class Site:
         self.log("failure", reference=reference, error="".join(traceback.format_exception(e)))
         match e:
             case PrivacyError():
-                return SiteRefused("policy")
+                return SiteRefused(e.rule)
             case DataError():
                 return SiteError("DataError", e.code, reference)
             case ContractError():
@@ -123,49 +122,84 @@ class Site:
         model = getattr(request, "model", "none")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", model):  # it names files here, and comes from outside
             raise ContractError(f"A model is called {model!r}. Allowed: letters, digits, - and _. Rename it.")
+        self._check_policy(request)
+        if not isinstance(request, Front | Tail | Finish):
+            self._models.give_up()
         match request:
             case Examine():
                 examined, excluded = examine(self.settings, request, cancelled)
                 self._note_cases(excluded)
                 return examined
             case Prepare():
-                self._resident = None
+                self._models.park()
                 prepared, self._job, excluded = prepare(self.settings, request, cancelled)
                 self._note_cases(excluded)
                 return prepared
-            case Train():
+            case Train() | Front() | Tail() | Finish():
                 return self._train(request, cancelled)
-            case Keep():
-                kept = request.weights or self._learner(request.model).trained_weights()
-                write_tensors(self._finished(request.model), kept, {})
             case Evaluate():
-                weights, _ = read_tensors(self._finished(request.model))
-                evaluated, excluded = evaluate(
-                    self.settings, self._prepared_job(), weights, request, device=self.device, cancelled=cancelled
-                )
-                self._note(
-                    "excluded.json", {**self._noted("excluded.json"), **{c: list(r) for c, r in excluded.items()}}
-                )
-                return evaluated
-            case Snapshot(model, number):
-                self._snapshot(model, number)
-            case Restore(model, number):
-                self._restore(model, number)
-            case Forget(model):
-                self._drop(model)
-                shutil.rmtree(self._states(model), ignore_errors=True)
+                return self._evaluate(request, cancelled)
+            case Keep() | Snapshot() | Restore() | Forget():
+                self._store(request)
         return Done()
 
-    def _train(self, request: Train, cancelled: Check) -> Reply:
-        learner = self._learner(request.model)
+    def _check_policy(self, request: Request) -> None:
+        """Check that this site allows what is asked.
+
+        Raises:
+            PrivacyError: it does not.
+        """
+        policy = self.settings.policy
+        if isinstance(request, Front):
+            _check_split(request, policy)
+        asked = []
+        match request:
+            case Prepare():
+                asked = [request.network, request.training.loss, request.training.local_update]
+            case Evaluate():
+                asked = list(request.metrics)
+        for plug_in in asked:
+            if ":" in plug_in.name and policy.plug_ins is not None and plug_in.name not in policy.plug_ins:
+                known = ", ".join(policy.plug_ins) or "none from outside"
+                raise PrivacyError(
+                    f"{plug_in.name} would be imported and run. Allowed here: {known}. Add it to the site's own settings, if you "
+                    "trust it.",
+                    rule="plug_ins",
+                )
+
+    def _store(self, request: Keep | Snapshot | Restore | Forget) -> None:
+        models = self._models
+        match request:
+            case Keep(model, weights):
+                models.keep(model, weights or models.learner(self._prepared_job(), model).trained_weights())
+            case Snapshot(model, number):
+                models.snapshot(model, number)
+            case Restore(model, number):
+                models.restore(model, number)
+            case Forget(model):
+                models.forget(model)
+
+    def _train(self, request: Train | Front | Tail | Finish, cancelled: Check) -> Reply:
+        models, job = self._models, self._prepared_job()
         try:
-            trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
+            match request:
+                case Front():
+                    session = models.begin(job, request) if request.step == 0 else models.session
+                    return session.front(request, cancelled)
+                case Tail():
+                    return models.session.tail(request)
+                case Finish():
+                    trained = models.session.finish(request)
+                    models.end()
+                case Train():
+                    learner = models.learner(job, request.model)
+                    trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
+                    models.changed()
             if cancelled():  # in the last step: whoever asked has given it up, so it must not have happened
                 raise Cancelled
         except BaseException:
-            self._drop(request.model)  # the state on disk is the one before this request
+            models.drop(request.model)  # the state on disk is the one before this request
             raise
-        self._dirty = True
         self.log(
             "trained",
             model=request.model,
@@ -176,81 +210,34 @@ class Site:
         )
         return trained
 
+    def _evaluate(self, request: Evaluate, cancelled: Check) -> Reply:
+        evaluated, excluded = evaluate(
+            self.settings,
+            self._prepared_job(),
+            self._models.finished(request.model),
+            request,
+            device=self.device,
+            cancelled=cancelled,
+        )
+        self._note("excluded.json", {**self._noted("excluded.json"), **{c: list(r) for c, r in excluded.items()}})
+        return evaluated
+
     def _prepared_job(self) -> Job:
         if self._job is None:
             raise ContractError(f"{self.settings.name} was asked to work before it was prepared. Send Prepare first.")
         return self._job
 
-    # ----------------------------------------------------------------------------------------------- models and states
-
-    def _states(self, model: str) -> Path:
-        return self.settings.folder / "states" / model
-
-    def _working(self, model: str) -> Path:
-        """The state after the last request, of a model that is not in memory."""
-        return self._states(model) / "working.safetensors"
-
-    def _numbered(self, model: str, number: int) -> Path:
-        return self._states(model) / f"{number:06d}.safetensors"
-
-    def _finished(self, model: str) -> Path:
-        return self.settings.folder / "models" / f"{model}.safetensors"
-
-    def _learner(self, model: str) -> Learner:
-        """The model, in memory; the one that was there goes to disk."""
-        if self._resident is not None and self._resident[0] == model:
-            return self._resident[1]
-        self.park()
-        learner = Learner(self._prepared_job(), self.device)
-        if self._working(model).is_file():
-            learner.load(self._working(model))
-        self._resident, self._dirty = (model, learner), False
-        return learner
+    # -------------------------------------------------------------------------------------------------- the site's own
 
     def park(self) -> None:
-        """Write the model in memory, and the last reply, to disk and let go of them."""
-        if self._resident is not None:
-            self._write_working()
-            self._resident = None
+        """Write the model in memory, and the last reply, to disk and let go of them; between two split steps nothing goes."""
+        if self._models.is_between_steps:
+            return
+        self._models.park()
         if self._last is not None and isinstance(self._last[1], bytes):
             path = self.settings.folder / "last.reply"
             path.write_bytes(self._last[1])
             self._last = (self._last[0], path)
-
-    def _write_working(self) -> None:
-        if self._resident is not None and self._dirty:
-            self._resident[1].save(self._working(self._resident[0]))
-            self._dirty = False
-
-    def _drop(self, model: str) -> None:
-        if self._resident is not None and self._resident[0] == model:
-            self._resident, self._dirty = None, False
-
-    def _snapshot(self, model: str, number: int) -> None:
-        if self._resident is not None and self._resident[0] == model:
-            self._write_working()
-        if self._working(model).is_file():  # a site that never trained has no state, and its snapshot is none
-            _same_file(self._working(model), self._numbered(model, number))
-        for old in self._states(model).glob("[0-9]*.safetensors"):
-            if int(old.stem) < number - 1:
-                old.unlink()
-
-    def _restore(self, model: str, number: int) -> None:
-        self._drop(model)
-        self._working(model).unlink(missing_ok=True)
-        snapshot = self._numbered(model, number)
-        others = {int(p.stem): p for p in self._states(model).glob("[0-9]*.safetensors")}
-        for other, path in others.items():
-            if other > number:
-                path.unlink()  # of a round that was never complete: it is taken again
-        if snapshot.is_file():
-            _same_file(snapshot, self._working(model))
-        elif number > 0 and any(other <= number for other in others):
-            raise ContractError(
-                f"{self.settings.name} has no snapshot {number} of {model}, but others. Expected {snapshot}. Start the run again."
-            )
-
-    # -------------------------------------------------------------------------------------------------- the site's own
 
     def log(self, event: str, **values: Any) -> None:
         """Add a line to the site's own log, which never leaves it."""
@@ -284,12 +271,16 @@ class Site:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _same_file(source: Path, target: Path) -> None:
-    """Give the file a second name, or where the disk knows no such thing a copy; files are replaced, never written into."""
-    unfinished = target.with_suffix(".unfinished")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.link(source, unfinished)
-    except OSError:
-        shutil.copyfile(source, unfinished)
-    unfinished.replace(target)
+def _check_split(request: Front, policy: Policy) -> None:
+    if not policy.split:
+        raise PrivacyError(
+            f"Activations of {request.model} were asked for. This site's policy does not let any leave. Allow split training in "
+            "its own settings, or run another protocol.",
+            rule="split",
+        )
+    if request.reveal_labels and not policy.labels:
+        raise PrivacyError(
+            f"{request.model} would let the server compute labels. This site's policy does not allow it. Take reveal_labels "
+            "out of the study, or allow it in the site's own settings.",
+            rule="labels",
+        )

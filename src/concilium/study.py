@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import os
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tomli_w
 
-from concilium.catalog import allowed, coerce, fill, names, spell
+from concilium.catalog import allowed, coerce, fill, names, options, spell
+from concilium.constraints import check_range, confusions, contradictions
 from concilium.errors import StudyError
 from concilium.messages import PlugIn, Training
 
 T = TypeVar("T")
-CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 RESERVED = ("test", "pooled", "server")
 """Names that no site may have: the simulation uses them itself."""
 
@@ -36,8 +34,8 @@ class StudyTable:
 
 @dataclass(frozen=True)
 class SiteTable:
-    data: Path
-    """nnU-Net raw folder: dataset.json, imagesTr, labelsTr."""
+    data: Path | None = None
+    """nnU-Net raw folder: dataset.json, imagesTr, labelsTr. Between hospitals each site knows its own, and this is not read."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,8 @@ class ProtocolTable:
     """A round in which fewer sites answer stops the study; omitted: 2, or 1 where there is only one site."""
     round_seconds: float | None = None
     """Deadline of a round; omitted: none."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The protocol's own, which stand in the same table."""
 
 
 @dataclass(frozen=True)
@@ -167,22 +167,26 @@ def parse_study(raw: Mapping[str, Any], *, folder: Path, source: str = "study", 
         if key in hints and key not in tables
     ]
 
-    found: dict[str, Any] = {}
-    for key in ("study", "protocol", "plan", "training", "validation", "engine"):
+    found: dict[str, Any] = {"protocol": _protocol(tables.get("protocol", {}), problems)}
+    for key in ("study", "plan", "training", "validation", "engine"):
         found[key] = _table(hints[key], tables.get(key, {}), f"[{key}]", problems)
     for key, kind in PLUG_INS.items():
         default = typing.cast(PlugIn, {f.name: f.default for f in dataclasses.fields(Study)}[key])
         found[key] = _plug_in(kind, tables.get(key, {}), default, f"[{key}]", problems)
     found["sites"] = _sites(tables.get("sites", {}), problems)
     found["test"] = _table(SiteTable, tables["test"], "[test]", problems) if "test" in tables else None
-    if check_data:
-        for name, table in (("[test]", found["test"]), *((f"[sites.{n}]", s) for n, s in found["sites"].items())):
-            if table is not None and not (folder / table.data / "dataset.json").is_file():
-                problems.append(
-                    f"{name} data = '{table.data}' is no nnU-Net raw folder: it has no dataset.json. Correct the path."
-                )
-    problems += _contradictions(found, n_sites=len(tables.get("sites", {})))
-    problems += _confusions(found["sites"], found["test"], folder)
+    elsewhere = found["engine"] is not None and found["engine"].name == "flare"  # each site knows where its data lie
+    for name, table in (("[test]", found["test"]), *((f"[sites.{n}]", s) for n, s in found["sites"].items())):
+        if table is None or elsewhere:
+            continue
+        if table.data is None:
+            problems.append(f"{name} data is missing. Expected a path. Add it.")
+        elif check_data and not (folder / table.data / "dataset.json").is_file():
+            problems.append(
+                f"{name} data = '{table.data}' is no nnU-Net raw folder: it has no dataset.json. Correct the path."
+            )
+    problems += contradictions(found, n_sites=len(tables.get("sites", {})))
+    problems += confusions(found["sites"], found["test"], folder)
     if problems:
         raise StudyError(
             f"{source} has {len(problems)} error{'s' * (len(problems) > 1)}:\n"
@@ -198,6 +202,9 @@ def to_toml(study: Study) -> str:
         match value:
             case PlugIn():
                 return {"name": value.name} | plain(value.options)
+            case ProtocolTable():
+                table = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "options"}
+                return plain(table | dict(value.options))
             case Mapping():
                 return {k: plain(v) for k, v in value.items() if v is not None}
             case tuple():
@@ -225,24 +232,44 @@ def training_of(study: Study) -> Training:
     )  # fmt: skip
 
 
-def _table(cls: type[T], raw: Mapping[str, Any], where: str, problems: list[str]) -> T | None:
-    """One table as its dataclass; `None` if it has errors, which are added to `problems`."""
+def _table(
+    cls: type[T], raw: Mapping[str, Any], where: str, problems: list[str], *, more: Iterable[str] = ()
+) -> T | None:
+    """One table as its dataclass; `None` if it has errors, which are added to `problems`. `more`: other keys it may have."""
     hints = typing.get_type_hints(cls)
+    hints.pop("options", None)  # those stand beside the other keys
     before = len(problems)
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in hints:
-            problems.append(f"{where} {key} = {value!r} is not known. {allowed(key, hints)}")
+            problems.append(f"{where} {key} = {value!r} is not known. {allowed(key, [*hints, *more])}")
             continue
         try:
             values[key] = coerce(value, hints[key])
-            _check_range(where, key, values[key])
+            check_range(where, key, values[key])
         except ValueError as e:
             problems.append(f"{where} {key} = {value!r} is not allowed. {e}")
     for f in dataclasses.fields(typing.cast(Any, cls)):
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in raw:
             problems.append(f"{where} {f.name} is missing. Expected {spell(hints[f.name])}. Add it.")
     return cls(**values) if len(problems) == before else None
+
+
+def _protocol(raw: Mapping[str, Any], problems: list[str]) -> ProtocolTable | None:
+    """The table of the protocol, which holds its own options too."""
+    name = raw.get("name", ProtocolTable.name)
+    own: Mapping[str, Any] = options("protocols", name) if name in names("protocols") else {}
+    given = {key: value for key, value in raw.items() if key in own}
+    filled, wrong = fill("protocols", name, given, "[protocol]") if own else ({}, [])
+    problems += wrong
+    for key, value in filled.items():
+        try:
+            check_range("[protocol]", key, value)
+        except ValueError as e:
+            problems.append(f"[protocol] {key} = {value!r} is not allowed. {e}")
+    rest = {key: value for key, value in raw.items() if key not in given}
+    table = _table(ProtocolTable, rest, "[protocol]", problems, more=own)
+    return table and dataclasses.replace(table, options=filled)
 
 
 def _plug_in(kind: str, raw: Mapping[str, Any], default: PlugIn, where: str, problems: list[str]) -> PlugIn:
@@ -277,103 +304,14 @@ def _sites(raw: Mapping[str, Any], problems: list[str]) -> dict[str, SiteTable]:
     return sites
 
 
-RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "[study] max_excluded": (lambda x: 0 <= x <= 1, "0 to 1"),
-    "[protocol] rounds": (lambda x: x >= 1, "1 or more"),
-    "[protocol] steps": (lambda x: x >= 1, "1 or more"),
-    "[protocol] epochs": (lambda x: x > 0, "more than 0"),
-    "[protocol] min_sites": (lambda x: x >= 1, "1 to the number of sites"),
-    "[protocol] round_seconds": (lambda x: x > 0, "more than 0"),
-    "[plan] memory_gb": (lambda x: x > 0, "more than 0"),
-    "[training] learning_rate": (lambda x: x > 0, "more than 0"),
-    "[training] weight_decay": (lambda x: x >= 0, "0 or more"),
-    "[training] momentum": (lambda x: 0 <= x < 1, "0 to below 1"),
-    "[training] batch_size": (lambda x: x >= 1, "1 or more"),
-    "[training] patch_size": (lambda x: len(x) in (2, 3) and min(x) >= 1, "2 or 3 whole numbers of 1 or more"),
-    "[training] foreground": (lambda x: 0 <= x <= 1, "0 to 1"),
-    "[training] clip_norm": (lambda x: x > 0, "more than 0"),
-    "[training] loader_workers": (lambda x: x >= 0, "0 or more"),
-    "[validation] folds": (lambda x: x >= 2, "2 or more"),
-    "[validation] fold": (lambda x: x >= 0, "0 to folds - 1"),
-    "[validation] tolerance": (lambda x: x > 0, "more than 0"),
-    "[engine] workers": (lambda x: x >= 1, "1 or more"),
-    "[engine] threads": (lambda x: x >= 0, "0 (share the cores) or more"),
-}
-"""Table and key -> test of a value of the right type, and what is allowed; no number may be without end."""
-
-
-def _check_range(where: str, key: str, value: Any) -> None:
-    """Raise ValueError, which says what is allowed, where a value is of the right type and still none of those."""
-    full = f"{where} {key}"
-    known = {
-        "[protocol] name": names("protocols"),
-        "[engine] name": names("engines"),
-        "[plan] configuration": CONFIGURATIONS,
-    }.get(full)
-    if known is not None and value not in known:
-        cascade = (
-            "The cascade's second network trains on the predictions of the first, which no federation here makes. "
-        )
-        raise ValueError((cascade if value == "3d_cascade_fullres" else "") + allowed(value, known))
-    fine, text = RANGES.get(full, (lambda _: True, ""))
-    if not fine(value) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"Allowed: {text}.")
-
-
-def _contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
-    """What is wrong between values that are each allowed, in the tables that have no error of their own."""
-    p, v, t, e = (found[table] for table in ("protocol", "validation", "training", "engine"))
-    problems = []
-    s = found["study"]
-    if s and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", s.name):
-        problems.append(
-            f"[study] name = {s.name!r} is not allowed. Allowed: letters, digits, - . and _ (it names a folder)."
-        )
-    if p and (p.steps is None) == (p.epochs is None):
-        problems.append(
-            f"[protocol] steps = {p.steps}, epochs = {p.epochs} is not allowed. Allowed: exactly one of the two."
-        )
-    if p and p.min_sites is not None and p.min_sites > n_sites:
-        problems.append(
-            f"[protocol] min_sites = {p.min_sites} is not allowed. Allowed: 1 to {n_sites}, the number of sites."
-        )
-    if p and p.name == "centralized":
-        problems.append(
-            "[protocol] name = 'centralized' is not allowed: it pools all cases. Allowed: another protocol with "
-            "compare = ['centralized'], in a simulation."
-        )
-    if v and v.fold >= v.folds:
-        problems.append(f"[validation] fold = {v.fold} is not allowed. Allowed: 0 to {v.folds - 1}.")
-    if t and e and t.precision == "float16" and e.device == "cpu":
-        problems.append(
-            "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
-        )
-    return problems
-
-
-def _confusions(sites: Mapping[str, SiteTable], test: SiteTable | None, folder: Path) -> list[str]:
-    """Sites that would be taken for one another, or for the held-out set."""
-    problems = [
-        f"[sites.{name}] is also written [sites.{other}]. Some disks take both for one folder. Rename one."
-        for name, other in itertools.combinations(sites, 2)
-        if name.casefold() == other.casefold()
-    ]
-    for name, site in sites.items():
-        if test is not None and (folder / site.data).resolve() == (folder / test.data).resolve():
-            problems.append(
-                f"[test] data = '{test.data}' is that of [sites.{name}] too. Nobody may train on a held-out set. Give another."
-            )
-    return problems
-
-
 def _resolve(study: Study, folder: Path) -> Study:
     """Fill in what depends on other tables or on the machine, so that the file written beside the results says it."""
     engine = study.engine
     threads = engine.threads or max(1, (os.cpu_count() or 1) // engine.workers)
     cache = None if engine.cache is None else (folder / engine.cache).resolve()
     training = dataclasses.replace(study.training, learning_rate=training_of(study).learning_rate)
-    sites = {name: SiteTable((folder / site.data).resolve()) for name, site in study.sites.items()}
-    test = None if study.test is None else SiteTable((folder / study.test.data).resolve())
+    sites = {name: _resolved(site, folder) for name, site in study.sites.items()}
+    test = None if study.test is None else _resolved(study.test, folder)
     protocol = dataclasses.replace(study.protocol, min_sites=study.protocol.min_sites or min(2, len(study.sites)))
     return dataclasses.replace(
         study,
@@ -383,3 +321,7 @@ def _resolve(study: Study, folder: Path) -> Study:
         training=training,
         protocol=protocol,
     )
+
+
+def _resolved(site: SiteTable, folder: Path) -> SiteTable:
+    return SiteTable(None if site.data is None else (folder / site.data).resolve())

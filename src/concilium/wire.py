@@ -150,7 +150,7 @@ def _build(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
     if not isinstance(value, dict):
         return value
     if "#" in value:
-        return tensors[str(int(value["#"]))]
+        return tensors.pop(str(int(value["#"])))  # each once: two fields never share memory
     if "~" in value:
         return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[value["~"]]
     if "%" in value:

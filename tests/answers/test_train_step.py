@@ -13,13 +13,14 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor
 
-from concilium.answers.train import make_objective, make_optimizer
+from concilium.answers.train import make_objective
 from concilium.data.fingerprint import fingerprint_of_case, merge
 from concilium.data.plan import Plan, make_plans, open_plan
 from concilium.local_updates import Local
 from concilium.local_updates.plain import step
 from concilium.messages import PlugIn, Training
 from concilium.networks.nnunet import build, to_library
+from concilium.optimization import make_optimizer
 
 TRAINING = Training(
     "sgd", 0.01, 3e-5, 0.99, "float32", 0.33, True, "nnunet", 12.0, True, 0, PlugIn("dice_ce"), PlugIn("plain")

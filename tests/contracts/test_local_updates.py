@@ -7,13 +7,17 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from concilium import catalog
+from concilium.answers.train import make_objective
 from concilium.local_updates import Local
+from concilium.messages import PlugIn
 
 every_update = pytest.mark.parametrize("name", catalog.names("local_updates"))
 
@@ -140,14 +144,47 @@ def test_what_it_is_given_stays_as_it_is(name: str) -> None:
 
 @every_update
 def test_the_forward_pass_is_in_the_precision_that_was_asked_for(name: str) -> None:
-    """And the loss in float32, whatever that is."""
+    """The objective gets the logits as they are; weights stay in float32."""
     seen: list[torch.dtype] = []
     local = lent(autocast=partial(torch.autocast, "cpu", torch.bfloat16))
     local.network.conv.register_forward_hook(lambda *a: seen.append(a[2].dtype))
-    loss = step_of(name)(local, *batch())
+
+    def watched(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+        seen.extend(x.dtype for x in logits)
+        assert not torch.is_autocast_enabled("cpu"), "the loss computes in full"
+        return objective([x.float() for x in logits], labels)
+
+    loss = step_of(name)(Local(**{**vars(local), "objective": watched}), *batch())
     assert set(seen) == {torch.bfloat16}
+    assert len(seen) >= 3
     assert loss.dtype == torch.float32
     assert all(t.dtype == local.received[n].dtype for n, t in weights(local).items())
+
+
+@pytest.mark.parametrize(
+    ("given", "computed"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_the_loss_is_computed_in_float32_at_least(
+    given: torch.dtype, computed: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make_objective` sees to it, for every local update and every loss."""
+    seen: list[torch.dtype] = []
+
+    def loss(logits: Tensor, labels: Tensor, annotated: object, *, batch_dice: bool) -> Tensor:
+        seen.append(logits.dtype)
+        return logits.sum()
+
+    monkeypatch.setattr(catalog, "load", lambda kind, name: loss)
+    training = SimpleNamespace(loss=PlugIn("any"), deep_supervision=False)
+    job: Any = SimpleNamespace(training=training, plan=SimpleNamespace(batch_dice=True))
+    value = make_objective(job)([torch.ones(2, 3, dtype=given)], [torch.zeros(2, 1)])
+    assert (seen, value.dtype) == ([computed], computed)
 
 
 # --------------------------------------------------------------------------------------------------------------- plain

@@ -11,49 +11,81 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from concilium import catalog, wire
 from concilium.aggregation.mean import rule as mean
 from concilium.collect.plain import collect as plain
 from concilium.engines import SiteInfo, Traffic
 from concilium.errors import EngineError, PrivacyError
-from concilium.messages import Done, Failure, Reply, Request, SiteError, SiteLost, SiteTimeout, Tensors, Train, Trained
+from concilium.messages import (
+    Done,
+    Failure,
+    Finish,
+    Front,
+    Gradients,
+    Maps,
+    PlugIn,
+    Reply,
+    Request,
+    SiteError,
+    SiteLost,
+    SiteTimeout,
+    Tail,
+    Tensors,
+    Train,
+    Trained,
+    Training,
+)  # fmt: skip
+from concilium.networks import Stage, Stages
 from concilium.protocols import WEIGHTS, Round, part, require, start_with
 
 # ------------------------------------------------------------------------------------------- an engine without a network
 
 
 class ToySite:
-    """Trains by arithmetic: each step halves the distance of every weight to the site's `target`."""
+    """Trains by arithmetic: each step halves the distance of every weight to the site's `target`.
+
+    In split training it sends maps of its target, and their double as gradients.
+    """
 
     def __init__(self, target: float, n_cases: int) -> None:
         self.target, self.n_cases = target, n_cases
         self.weights: dict[str, Tensor] = {}
+        self.steps = 0
 
     def answer(self, request: Request) -> Reply | Failure:
-        assert isinstance(request, Train)
-        if request.weights:
-            self.weights = dict(request.weights)
-        if not self.weights:
-            return SiteError("ContractError", "contract", "r1")
-        for _ in range(request.steps):
+        match request:
+            case Train() | Front():
+                if request.weights:
+                    self.weights = dict(request.weights)
+                if not self.weights:
+                    return SiteError("ContractError", "contract", "r1")
+                self.steps = request.steps
+                if isinstance(request, Front):
+                    return Maps((torch.full((2, 1, 3), self.target + request.step),))
+            case Tail():
+                return Gradients(tuple(2 * m for m in request.maps))
+            case _:
+                assert isinstance(request, Finish)
+        for _ in range(self.steps):
             self.weights = {n: (t + self.target) / 2 for n, t in self.weights.items()}
-        sent = self.weights if request.send_weights else {}
-        return Trained(sent, self.n_cases, request.steps, self.target / request.round, 0.25)
+        sent = self.weights if isinstance(request, Finish) or request.send_weights else {}
+        return Trained(sent, self.n_cases, self.steps, self.target / request.round, 0.25)
 
 
 class ToyEngine:
     """Delivers in memory what was packed and unpacked; the order of replies is drawn. `failing` says who fails when, and how."""
 
-    def __init__(self, sites: Mapping[str, ToySite], failing: Mapping[tuple[str, int], Any] | None = None) -> None:
+    def __init__(self, sites: Mapping[str, ToySite], failing: Mapping[tuple[Any, ...], Any] | None = None) -> None:
         self.members = dict(sites)
         self.sites = {n: SiteInfo(n, n if n in ("pooled", "test") else "site") for n in sites}
         self.traffic = {n: Traffic() for n in sites}
         self.failing = dict(failing or {})
         self.outstanding: dict[str, bytes] = {}
-        self.sent: list[tuple[str, Train]] = []
-        self.bytes: list[tuple[str, int, int]] = []
+        self.sent: list[tuple[str, Any]] = []
+        self.bytes: list[tuple[int, str, int, int]] = []
+        """Round, site, and how many to it and from it."""
         self.deadlines: list[float | None] = []
         self.packed_at_once: list[int] = []
         self.random = random.Random(0)
@@ -72,11 +104,12 @@ class ToyEngine:
             packed = self.outstanding.pop(name)
             request = wire.unpack(packed)
             self.sent.append((name, request))
-            reply = self.failing.get((name, request.round)) or self.members[name].answer(request)
+            failing = self.failing.get((name, request.round)) or self.failing.get((name, request.round, type(request)))
+            reply = failing or self.members[name].answer(request)
             back = wire.pack(reply)
             lost = isinstance(reply, SiteLost | SiteTimeout)  # these are the engine's own words
             self.traffic[name].up += 0 if lost else len(back)
-            self.bytes.append((name, len(packed), 0 if lost else len(back)))
+            self.bytes.append((request.round, name, len(packed), 0 if lost else len(back)))
             yield name, wire.unpack(back)
 
     def cancel(self, sites: Iterable[str]) -> None:
@@ -85,14 +118,43 @@ class ToyEngine:
     def close(self) -> None:
         self.outstanding.clear()
 
-    def requests(self, site: str) -> list[Train]:
+    def requests(self, site: str) -> list[Any]:
         return [request for name, request in self.sent if name == site]
 
 
+class Scale(Stage):
+    """Multiplies the map by its only weight."""
+
+    takes = leaves = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return (maps[0] * self.factor,)
+
+
+PARTS = ("down0", "down1", "up0", "head0")
+
+
+def scales(*, deep_supervision: bool = True) -> Stages:
+    """A network to cut: `down1` is the server's. It has one head in any case."""
+    return Stages({name: Scale() for name in PARTS})
+
+
 START = start_with({"conv": torch.tensor([[0.0, 8.0]]), "norm": torch.tensor([16.0])})
+SPLIT_START = start_with({f"{name}.factor": torch.tensor(0.5) for name in PARTS})
+TRAINING = Training(
+    "sgd", 0.01, 0.0, 0.9, "float32", 0.33, True, "none", 1e9, True, 0, PlugIn("dice_ce"), PlugIn("plain")
+)  # fmt: skip
 
 
-def north_and_south(failing: Mapping[tuple[str, int], Any] | None = None, **more: ToySite) -> ToyEngine:
+def start_of(name: str) -> Round:
+    return SPLIT_START if name == "splitfed" else START
+
+
+def north_and_south(failing: Mapping[tuple[Any, ...], Any] | None = None, **more: ToySite) -> ToyEngine:
     return ToyEngine({"north": ToySite(2.0, 1), "south": ToySite(10.0, 3), **more}, failing)
 
 
@@ -100,15 +162,16 @@ def pool() -> ToyEngine:
     return north_and_south(pooled=ToySite(5.0, 4))
 
 
-def running(name: str, engine: ToyEngine, start: Round = START, **changes: Any) -> Iterator[Round]:
-    """The rounds of a protocol with everything that `run.py` supplies."""
+def running(name: str, engine: ToyEngine, start: Round | None = None, **changes: Any) -> Iterator[Round]:
+    """The rounds of a protocol with everything that `run.py` supplies, and what a study must give."""
     sites = [s for s, info in engine.sites.items() if (info.role == "pooled") == (name == "centralized")]
     supplied: dict[str, Any] = {
         "model": "m", "collect": plain, "rule": mean, "rounds": 3, "steps": dict.fromkeys(sites, 1), "min_sites": 1,
-        "deadline_s": 60.0,
+        "deadline_s": 60.0, "network": scales, "training": TRAINING, "seed": 7, "device": torch.device("cpu"),
     }  # fmt: skip
+    given = {"cut": ("down0", "down1")} if name == "splitfed" else {}
     function: Callable[..., Iterator[Round]] = catalog.load("protocols", name)
-    return function(engine, start, **supplied | changes)
+    return function(engine, start or start_of(name), **supplied | given | changes)
 
 
 def values(round_: Round, name: str = "conv") -> list[float]:
@@ -149,7 +212,8 @@ def test_every_site_answers_and_says_what_it_did(name: str) -> None:
             assert (answer.n_cases, answer.n_steps) == (engine.members[site].n_cases, steps[site])
             assert (answer.loss, answer.seconds) == (engine.members[site].target / done.number, 0.25)
     for site, n in steps.items():
-        assert [(r.model, r.round, r.first_step, r.steps, r.total_steps) for r in engine.requests(site)] == [
+        begun = [r for r in engine.requests(site) if isinstance(r, Train) or (isinstance(r, Front) and r.step == 0)]
+        assert [(r.model, r.round, r.first_step, r.steps, r.total_steps) for r in begun] == [
             ("m", 1, 0, n, 3 * n), ("m", 2, n, n, 3 * n), ("m", 3, 2 * n, n, 3 * n),
         ]  # fmt: skip
     assert {name for name, _ in engine.sent} == set(steps), "nobody else is asked"
@@ -159,8 +223,11 @@ def test_every_site_answers_and_says_what_it_did(name: str) -> None:
 def test_bytes_are_those_that_were_packed(name: str) -> None:
     engine = pool()
     for done in running(name, engine):
-        of_round = engine.bytes[-len(done.answers) :]
-        assert {s: (t.down, t.up) for s, t in done.traffic.items()} == {s: (down, up) for s, down, up in of_round}
+        expected = {
+            site: tuple(sum(row[i] for row in engine.bytes if row[:2] == (done.number, site)) for i in (2, 3))
+            for site in done.answers
+        }
+        assert {s: (t.down, t.up) for s, t in done.traffic.items()} == expected
         assert all(t.down > 100 and t.up > 100 for t in done.traffic.values())
 
 
@@ -168,7 +235,7 @@ def test_bytes_are_those_that_were_packed(name: str) -> None:
 def test_it_goes_on_from_any_round_as_if_never_stopped(name: str, tmp_path: Path) -> None:
     """From what `record.py` would have written of the round, and with sites as they were then."""
     engine = pool()
-    states = [(START, copy.deepcopy(engine))]
+    states = [(start_of(name), copy.deepcopy(engine))]
     uninterrupted = []
     for done in running(name, engine):
         uninterrupted.append(done)
@@ -189,14 +256,18 @@ def test_it_goes_on_from_any_round_as_if_never_stopped(name: str, tmp_path: Path
 def test_the_deadline_is_passed_on(name: str) -> None:
     engine = pool()
     list(running(name, engine, deadline_s=7.5))
-    assert engine.deadlines == [7.5] * 3
+    assert len(engine.deadlines) >= 3
+    assert set(engine.deadlines) == {7.5}
+    engine = pool()
+    list(running(name, engine, deadline_s=None))
+    assert set(engine.deadlines) == {None}
 
 
 @every_protocol
 def test_a_round_that_is_given_is_not_changed(name: str) -> None:
     engine = pool()
     first = next(running(name, engine))
-    for start in (START, first):
+    for start in (start_of(name), first):
         before = {n: t.clone() for n, t in start.tensors.items()}
         list(running(name, engine, start))
         assert start.tensors.keys() == before.keys()
@@ -330,6 +401,58 @@ def test_local_goes_on_whoever_fails() -> None:
     assert rounds[1].failures["south"] == SiteLost()
     assert rounds[1].failures["north"] == SiteError("ContractError", "wrong_reply", "")
     assert engine.members["south"].weights["conv"].tolist() == [[7.5, 9.5]]  # two steps in three rounds
+
+
+# -------------------------------------------------------------------------------------------------------------- splitfed
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_splitfed_goes_on_from_any_round_with_its_bodies_optimisers(variant: str) -> None:
+    uninterrupted = list(running("splitfed", north_and_south(), variant=variant))
+    for done in uninterrupted[:2]:
+        owners = {"server"} if variant == "v2" else {"north", "south"}
+        assert {n.split("/")[1] for n in done.tensors if n.startswith("body/")} == owners == set(done.values)
+        resumed = list(running("splitfed", north_and_south(), done, variant=variant))
+        assert all(torch.equal(resumed[-1].tensors[n], t) for n, t in uninterrupted[-1].tensors.items())
+        forgetful = Round(done.number, {n: t for n, t in done.tensors.items() if not n.startswith("body/")})
+        other = list(running("splitfed", north_and_south(), forgetful, variant=variant))
+        name = WEIGHTS + "down1.factor"
+        assert not torch.equal(other[-1].tensors[name], uninterrupted[-1].tensors[name])
+
+
+def test_splitfed_does_not_depend_on_who_answers_first() -> None:
+    for variant in ("v1", "v2"):
+        seen = []
+        for seed in range(5):
+            engine = north_and_south(west=ToySite(-3.0, 2))
+            engine.random = random.Random(seed)
+            seen.append(list(running("splitfed", engine, variant=variant, steps={"north": 2, "south": 3, "west": 1})))
+        for other in seen[1:]:
+            for a, b in zip(seen[0], other, strict=True):
+                assert all(torch.equal(a.tensors[n], t) for n, t in b.tensors.items())
+
+
+MAPS, GRADIENTS = Maps((torch.zeros(2, 1, 3),)), Gradients((torch.zeros(2, 1, 3),))
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+@pytest.mark.parametrize(
+    ("asked", "wrong"),
+    [
+        (Front, GRADIENTS),
+        (Front, Trained({}, 3, 1, 0.5, 0.1)),
+        (Tail, MAPS),
+        (Tail, Done()),
+        (Finish, MAPS),
+        (Finish, GRADIENTS),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else type(x).__name__,
+)
+def test_splitfed_goes_on_without_a_site_that_answers_something_else(asked: type, wrong: Reply, variant: str) -> None:
+    engine = north_and_south({("south", 2, asked): wrong})
+    rounds = list(running("splitfed", engine, variant=variant))
+    assert [set(r.answers) for r in rounds] == [{"north", "south"}, {"north"}, {"north", "south"}]
+    assert rounds[1].failures == {"south": SiteError("ContractError", "wrong_reply", "")}
 
 
 # ----------------------------------------------------------------------------------------------------------- centralized

@@ -39,3 +39,14 @@ def small_study(phantom: Path) -> Callable[..., Study]:
         return parse_study(raw, folder=phantom)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def split_study(small_study: Callable[..., Study]) -> Callable[..., Study]:
+    """As `small_study`, of splitfed with a plain U-Net of three levels and without a test set, unless told otherwise."""
+
+    def make(**changes: Any) -> Study:
+        network = {} if "network__name" in changes else {"network__name": "unet", "network__levels": 3}
+        return small_study(**{"protocol__name": "splitfed", "test": False} | network | changes)
+
+    return make

@@ -6,16 +6,19 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from concilium.aggregation import Sum
 from concilium.local_updates import Local
 from concilium.local_updates.plain import step as plain
+from concilium.losses.dice_ce import loss as dice_ce
 from concilium.messages import Tensors
+from concilium.networks import Stack, Stage, Stages
 
 SECRET = "PATIENT-4711-ON-/mnt/secret"
 
@@ -89,3 +92,61 @@ def ruins(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -
     if burns(fuse):
         next(local.network.parameters()).data.view(-1)[0] = float("nan")
     return loss
+
+
+def troubled(
+    logits: Tensor, labels: Tensor, annotated: object, *, batch_dice: bool, fuse: str, how: str, seconds: float = 0.0
+) -> Tensor:
+    """A loss in which a site once `raises`, `dies` or `sleeps`, or that is once `nan`: split training has no local update."""
+    loss = dice_ce(logits, labels, batch_dice=batch_dice)
+    if burns(fuse):
+        if how == "raises":
+            raise RuntimeError(SECRET)
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "nan":
+            return loss * float("nan")
+        time.sleep(seconds)
+    return loss
+
+
+class Made(Stage):
+    """A stage made of a function of maps; its layer is only held."""
+
+    def __init__(self, takes: int, leaves: int, layer: nn.Module, function: Callable[..., Stack]) -> None:
+        super().__init__()
+        self.takes, self.leaves, self.layer, self.function = takes, leaves, layer, function
+
+    def forward(self, *maps: Tensor) -> Stack:
+        return self.function(*maps)
+
+
+def stages(*, n_channels: int, n_labels: int, first: Callable[[Tensor], Tensor], dropout: float) -> Stages:
+    """`down0` leaves what `first` makes of the image under its own map; `middle` takes both, so that both travel."""
+    drop = nn.Dropout(dropout)
+    down, middle = nn.Conv3d(n_channels, 4, 3, padding=1), nn.Conv3d(n_channels + 4, 4, 3, padding=1)
+    last, head = nn.Conv3d(4, 4, 3, padding=1), nn.Conv3d(4, n_labels, 1)
+    layers = nn.ModuleList([down, drop, *([first] if isinstance(first, nn.Module) else [])])
+    return Stages(
+        {
+            "down0": Made(1, 2, layers, lambda x: (first(x), drop(down(x)).relu())),
+            "middle": Made(2, 1, middle, lambda x, y: (drop(middle(torch.cat((x, y), 1)).relu()),)),
+            "last": Made(1, 1, last, lambda y: (drop(last(y)).relu(),)),
+            "head0": Made(1, 1, head, lambda y: (head(y),)),
+        }
+    )
+
+
+def leaky(*, n_channels: int, n_labels: int, plan: Any, deep_supervision: bool, copied: bool) -> Stages:
+    """The image stays on the stack, as it is or as a copy."""
+    return stages(n_channels=n_channels, n_labels=n_labels, first=lambda x: x.clone() if copied else x[:], dropout=0.0)
+
+
+def dropping(*, n_channels: int, n_labels: int, plan: Any, deep_supervision: bool) -> Stages:
+    """Nothing wrong with it: dropout in every part draws from the generators."""
+    return stages(n_channels=n_channels, n_labels=n_labels, first=nn.Conv3d(n_channels, n_channels, 1), dropout=0.3)
+
+
+def frozen(*, n_channels: int, n_labels: int, plan: Any, deep_supervision: bool) -> Stages:
+    """Nothing wrong with it: one of the maps that travel depends on no weight, as behind layers that do not train."""
+    return stages(n_channels=n_channels, n_labels=n_labels, first=lambda x: x.abs().sqrt(), dropout=0.0)

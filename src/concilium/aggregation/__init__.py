@@ -66,6 +66,20 @@ class Sum:
         self.weight += weight
         self.count += 1
 
+    def join(self, other: Sum) -> None:
+        """Take in a sum of further tensors, of the same sites with the same weights.
+
+        Raises:
+            ContractError: the names overlap, or the weights differ.
+        """
+        if (self.weight, self.count) != (other.weight, other.count) or self._pairs.keys() & other._pairs.keys():
+            raise ContractError(
+                f"Sums of {self.count} and {other.count} updates with weights {self.weight} and {other.weight} cannot be joined. "
+                "Expected the same sites, and names that differ. Add the same updates to both."
+            )
+        self._pairs |= other._pairs
+        self._dtypes |= other._dtypes
+
     def mean(self) -> dict[str, Tensor]:
         """The weighted mean, in the types that were added; whole numbers are rounded to the nearest.
 

@@ -22,6 +22,18 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True)
+class Policy:
+    """What a site allows; whoever runs it decides. The defaults are those of a simulation, which is one owner's."""
+
+    plug_ins: tuple[str, ...] | None = None
+    """Code from outside Concilium, as `module:function`, that a server may name; `None`: any that is installed."""
+    split: bool = True
+    """Whether activations, functions of each voxel, may leave (split training)."""
+    labels: bool = True
+    """Whether in split training heads may act on maps that the server made, whose gradients tell it the labels."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a site is told by whoever runs it, never by the server."""
 
@@ -37,6 +49,7 @@ class Settings:
     """Preprocessed cases, one folder per member."""
     threads: int
     device: str
+    policy: Policy = Policy()
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,8 @@ class Job:
     plan: Plan
     labels: Mapping[str, int]
     n_channels: int
-    network: Callable[[], Stages]
-    """Builds the network with new weights."""
+    network: Callable[..., Stages]
+    """Builds the network with new weights; `deep_supervision` may be given, in place of the study's."""
     training: Training
     seed: int
     entries: Mapping[str, tuple[Entry, ...]]

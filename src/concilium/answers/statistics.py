@@ -120,7 +120,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     return reply, job, excluded
 
 
-def _builder(request: Prepare, plan: Plan, dataset: Dataset) -> Callable[[], Stages]:
+def _builder(request: Prepare, plan: Plan, dataset: Dataset) -> Callable[..., Stages]:
     """What builds the network, with new weights each time."""
     return partial(
         make_network,

@@ -6,13 +6,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from concilium import catalog
 from concilium.aggregation import check_like
@@ -22,20 +22,35 @@ from concilium.data.draws import seed_all
 from concilium.data.patches import Batches, stream
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import Local
-from concilium.messages import Tensors, Train, Trained, Training
+from concilium.messages import Tensors, Train, Trained
+from concilium.networks import Parts, cut_apart
+from concilium.optimization import autocast, make_optimizer, restore_state, set_rate, state_of
 from concilium.wire import read_tensors, write_tensors
 
-POWER = 0.9
-"""Exponent of the polynomial decay of the learning rate (Isensee et al. 2021)."""
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a network is split, and whether heads may act on maps that the server made."""
+
+    after: tuple[str, ...]
+    reveal_labels: bool
 
 
 class Learner:
-    """A model that trains at a site: network, optimiser, and in float16 the loss scale."""
+    """A model that trains at a site: network, optimiser, and in float16 the loss scale.
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    With a cut it is the front and the tail only; the body between them is the server's.
+    """
+
+    def __init__(self, job: Job, device: torch.device, cut: Cut | None = None) -> None:
         self.job = job
         self.device = device
-        self.network = job.network().to(device)
+        self.cut = cut
+        self.parts: Parts | None = None
+        if cut is not None:
+            whole = job.network(deep_supervision=job.training.deep_supervision and cut.reveal_labels)
+            self.parts = cut_apart(whole, cut.after, reveal_labels=cut.reveal_labels)
+        self.network = (self.parts.at_site if self.parts else job.network()).to(device)
         self.optimizer = make_optimizer(self.network, job.training)
         self.scaler = torch.amp.GradScaler(device.type) if job.training.precision == "float16" else None
         self.trained = False
@@ -68,32 +83,53 @@ class Learner:
 
     def save(self, path: Path) -> None:
         """Write weights and optimiser, at once or not at all."""
+        moments, numbers = state_of(self.optimizer)
         tensors = {f"weights/{n}": t for n, t in self.weights().items()}
-        numbers: dict[str, Any] = {}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{index}/{name}"] = value.detach().cpu().contiguous()
-                else:
-                    numbers[f"{index}/{name}"] = value
+        tensors |= {f"optimizer/{n}": t for n, t in moments.items()}
         scale = self.scaler.state_dict() if self.scaler else {}
-        write_tensors(path, tensors, {"optimizer": json.dumps(numbers), "scaler": json.dumps(scale)})
+        write_tensors(path, tensors, {"optimizer": numbers, "scaler": json.dumps(scale)})
 
     def load(self, path: Path) -> None:
         """Go back to what `save` wrote."""
         tensors, about = read_tensors(path)
         self.load_weights({n.removeprefix("weights/"): t for n, t in tensors.items() if n.startswith("weights/")})
-        state: dict[int, dict[str, Any]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/", 2)
-                state.setdefault(int(index), {})[key] = tensor
-        for name, number in json.loads(about["optimizer"]).items():
-            index, key = name.split("/", 1)
-            state.setdefault(int(index), {})[key] = number
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        moments = {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
+        restore_state(self.optimizer, moments, about["optimizer"])
         if self.scaler:
             self.scaler.load_state_dict(json.loads(about["scaler"]))
+
+    def begin(self, weights: Tensors, *, site: str, model: str) -> Batches:
+        """Take over the weights, where there are any, and get ready to take steps; where the batches come from.
+
+        Raises:
+            ContractError: the weights are not this network's, or there never were any.
+            DataError: there is nothing to train on.
+        """
+        if self.job.batches is None:
+            raise DataError(
+                f"{site} has no training cases in this fold. Expected at least one. Choose other folds.",
+                code="no_training_cases",
+            )
+        if weights:
+            self.load_weights(weights)
+        if not self.trained:
+            raise ContractError(
+                f"{site} has no weights of {model}. The first round must send them. Start the run again."
+            )
+        self.network.train()
+        return self.job.batches
+
+    def finish(self, losses: Sequence[float], *, model: str, round: int, send: bool, seconds: float) -> Trained:
+        """What the site answers after the steps with these losses.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
+        """
+        # a loss is that before its step: the last step may have ruined the weights unnoticed
+        if not all(bool(torch.isfinite(t).all()) for t in self.network.parameters()):
+            raise FloatingPointError(f"Weights of {model} are not finite after round {round}.")
+        n_cases = len(self.job.entries["training"])
+        return Trained(self.weights() if send else {}, n_cases, len(losses), sum(losses) / len(losses), seconds)
 
     def train(self, request: Train, *, site: str, cancelled: Check) -> Trained:
         """Take the steps that were asked for.
@@ -105,26 +141,10 @@ class Learner:
             Cancelled: the request was cancelled.
         """
         started = time.monotonic()
-        batches = self.job.batches
-        if batches is None:
-            raise DataError(
-                f"{site} has no training cases in this fold. Expected at least one. Choose other folds.",
-                code="no_training_cases",
-            )
-        if request.weights:
-            self.load_weights(request.weights)
-        if not self.trained:
-            raise ContractError(
-                f"{site} has no weights of {request.model}. The first round must send them. Start the run again."
-            )
-        self.network.train()
+        batches = self.begin(request.weights, site=site, model=request.model)
         losses = self._steps(batches, request, site, cancelled)
-        # a loss is that before its step: the last step may have ruined the weights unnoticed
-        if not all(bool(torch.isfinite(t).all()) for t in self.network.parameters()):
-            raise FloatingPointError(f"Weights of {request.model} are not finite after round {request.round}.")
-        weights = self.weights() if request.send_weights else {}
-        n_cases = len(self.job.entries["training"])
-        return Trained(weights, n_cases, request.steps, sum(losses) / len(losses), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return self.finish(losses, model=request.model, round=request.round, send=request.send_weights, seconds=seconds)
 
     def _steps(self, batches: Batches, request: Train, site: str, cancelled: Check) -> list[float]:
         training = self.job.training
@@ -143,9 +163,7 @@ class Learner:
         for step, (image, labels) in enumerate(stream(batches, keys, workers=training.loader_workers)):
             if cancelled():
                 raise Cancelled
-            rate = training.learning_rate * (1 - (request.first_step + step) / request.total_steps) ** POWER
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimizer, training, step=request.first_step + step, total_steps=request.total_steps)
             seed_all(*keys[step], "step")  # whatever drew the batch, dropout and the like draw from here
             loss = float(take(local, image.to(self.device), [x.to(self.device) for x in labels]))
             if not math.isfinite(loss):
@@ -156,25 +174,6 @@ class Learner:
         return losses
 
 
-def make_optimizer(network: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """The optimiser, over the parameters that train; without `requires_grad` a parameter has no state."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    match training.optimizer:
-        case "sgd":
-            return torch.optim.SGD(
-                parameters,
-                training.learning_rate,
-                momentum=training.momentum,
-                weight_decay=training.weight_decay,
-                nesterov=training.momentum > 0,
-            )
-        case "adam":
-            return torch.optim.Adam(parameters, training.learning_rate, weight_decay=training.weight_decay)
-        case "adamw":
-            return torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
-    raise ContractError(f"Optimiser {training.optimizer!r} is not known. Known: sgd, adam, adamw. Correct the request.")
-
-
 def make_objective(job: Job) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
     """Loss over the scales of deep supervision: each weighs half of the finer one, the coarsest nothing (Isensee et al. 2021)."""
     plug_in = job.training.loss
@@ -183,14 +182,12 @@ def make_objective(job: Job) -> Callable[[Sequence[Tensor], Sequence[Tensor]], T
 
     def objective(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
         scales = weights if len(logits) > 1 else (1.0,)  # a network without deep supervision has one scale
-        terms = [w * loss(x, y, None) for w, x, y in zip(scales, logits, labels, strict=False) if w]
+        terms = [w * loss(_full(x), y, None) for w, x, y in zip(scales, logits, labels, strict=False) if w]
         return cast(Tensor, sum(terms[1:], terms[0]))
 
     return objective
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which the network computes in this precision; weights stay float32."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, precision))
+def _full(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: a loss sums over more voxels than the digits of half precision can tell."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

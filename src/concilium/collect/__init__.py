@@ -1,6 +1,6 @@
 """What the server sees of a round's updates: each one, or only their sum. One file here: one way.
 
-    collect(ask, requests: Mapping[str, Train], *, like: Tensors, ...options) -> Collected
+    collect(ask, requests: Mapping[str, Train | Finish], *, like: Tensors, ...options) -> Collected
 
 `ask` sends requests and yields the replies as they arrive; a way may ask several times. `like` are tensors with the names,
 shapes and types that an update must have.

@@ -10,10 +10,10 @@ import torch
 from concilium.aggregation import LARGEST_WEIGHT, Sum, check_like
 from concilium.collect import Answer, Ask, Collected
 from concilium.errors import ContractError
-from concilium.messages import Failure, Reply, SiteError, Tensors, Train, Trained, as_failure
+from concilium.messages import Failure, Finish, Reply, SiteError, Tensors, Train, Trained, as_failure
 
 
-def collect(ask: Ask, requests: Mapping[str, Train], *, like: Tensors) -> Collected:
+def collect(ask: Ask, requests: Mapping[str, Train | Finish], *, like: Tensors) -> Collected:
     """Sum the updates, weighted by cases, as they arrive.
 
     An update with a missing, unknown or wrongly shaped tensor, or one that is not finite, is a failure of its site and not added.

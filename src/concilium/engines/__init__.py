@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from concilium.messages import Failure, Reply, Request
+if TYPE_CHECKING:  # a process that only waits for a study need not load torch
+    from concilium.messages import Failure, Reply, Request
 
 
 @dataclass(frozen=True)

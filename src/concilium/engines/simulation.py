@@ -22,24 +22,18 @@ from pathlib import Path
 from concilium import wire
 from concilium.answers import Settings
 from concilium.engines import Engine, SiteInfo, Traffic
+from concilium.engines._recovery import Recovery
 from concilium.engines._workers import Call, InlineWorker, News, SpawnedWorker, Worker
 from concilium.errors import ContractError
 from concilium.messages import (
     FAILURES,
     REPLIES,
-    Done,
     Failure,
-    Forget,
-    Prepare,
     Reply,
     Request,
-    Restore,
     SiteError,
     SiteLost,
     SiteTimeout,
-    Snapshot,
-    Train,
-    Trained,
 )
 from concilium.wire import Envelope
 
@@ -100,12 +94,7 @@ class Simulation:
         self._sequence = 0
         self._epochs = {s.name: 0 for s in settings}
         self._pending: dict[str, _Pending] = {}
-        self._recover: dict[str, dict[str, Path]] = {s.name: {} for s in settings}
-        self._lost: set[str] = set()
-        self._ahead: set[tuple[str, str]] = set()
-        """Sites that trained a model since their last snapshot of it."""
-        self._lapsed: set[str] = set()
-        """Those of them that were lost then, which nobody was told yet."""
+        self._recovery = Recovery(self._spool, self.sites)
         self._late: dict[int, tuple[int, float]] = {}
         """Worker -> the request that it has not given up, and when it is taken to hang."""
         self._worker_of = {s.name: i % workers for i, s in enumerate(settings)}
@@ -119,7 +108,8 @@ class Simulation:
         Raises:
             ContractError: a site is not known, or has a request outstanding.
         """
-        packed: dict[int, tuple[Path, int]] = {}
+        packed: dict[int, Path] = {}
+        contents: dict[Path, bytes] = {}
         for site, request in requests.items():
             if site not in self.sites or site in self._pending:
                 raise ContractError(
@@ -129,16 +119,14 @@ class Simulation:
                 content = wire.pack(request)
                 path = self._spool / f"{self._sequence:09d}-{len(packed)}.request"
                 path.write_bytes(content)
-                packed[id(request)] = (path, len(content))
+                packed[id(request)], contents[path] = path, content
         for site, request in requests.items():
-            path, size = packed[id(request)]
-            self._bring_back(site)
-            if isinstance(request, Prepare):
-                kept = self._spool / f"{site}.prepare"
-                shutil.copyfile(path, kept)
-                self._recover[site] = {"": kept}
+            path = packed[id(request)]
+            for kept in self._recovery.due(site):
+                self._post(site, kept, None)
+            self._recovery.sending(site, request, contents[path])
             self._pending[site] = _Pending(self._post(site, path, deadline_s), request)
-            self.traffic[site].down += size
+            self.traffic[site].down += len(contents[path])
 
     def replies(self) -> Iterator[tuple[str, Reply | Failure]]:
         """The replies as they arrive, until nothing is outstanding."""
@@ -149,7 +137,7 @@ class Simulation:
             yield from self._overdue()
             self._sleep()
         for path in self._spool.iterdir():
-            if not any(path in kept.values() for kept in self._recover.values()):
+            if not self._recovery.keeps(path):
                 path.unlink(missing_ok=True)
 
     def cancel(self, sites: Iterable[str]) -> None:
@@ -193,14 +181,13 @@ class Simulation:
             self.dropped += 1
             yield found[0], SiteTimeout(deadline)
         else:
-            yield found[0], self._settle(found[0], pending.request, self._open(found[0], pending.call.reply))
+            self._clear(pending.call.request)
+            yield found[0], self._recovery.settle(found[0], pending.request, self._open(found[0], pending.call.reply))
 
     def _on_lost(self, index: int) -> Iterator[tuple[str, Reply | Failure]]:
         gone = {site for site, i in self._worker_of.items() if i == index}
         told = gone & self._pending.keys()
-        self._lapsed |= {site for site, _ in self._ahead if site in gone} - told
-        self._ahead = {(site, model) for site, model in self._ahead if site not in gone}
-        self._lost |= gone
+        self._recovery.lose(gone, told=told)
         self._late.pop(index, None)
         for site in gone:
             self._epochs[site] += 1
@@ -208,23 +195,6 @@ class Simulation:
         self._workers[index].restart(self._epochs)
         for site in sorted(told):
             yield site, SiteLost()
-
-    def _settle(self, site: str, request: Request, reply: Reply | Failure) -> Reply | Failure:
-        """Note what a restarted site must be told again. The reply, or that the site has lost what it had learnt."""
-        match request, reply:
-            case ((Snapshot(model, number) | Restore(model, number)), Done()):
-                kept = self._spool / f"{site}.{model}.restore"
-                kept.write_bytes(wire.pack(Restore(model, number)))
-                self._recover[site][model] = kept
-                self._ahead.discard((site, model))
-            case Forget(model), Done():
-                self._recover[site].pop(model, None)
-            case Train(model), Trained():
-                self._ahead.add((site, model))
-        if site in self._lapsed:
-            self._lapsed.discard(site)
-            return SiteLost()
-        return reply
 
     def _open(self, site: str, path: Path) -> Reply | Failure:
         content = path.read_bytes()
@@ -235,6 +205,11 @@ class Simulation:
         except ContractError:
             return SiteError("ContractError", "damaged_reply", "")
         return reply if isinstance(reply, REPLIES + FAILURES) else SiteError("ContractError", "wrong_reply", "")
+
+    def _clear(self, request: Path) -> None:
+        """Remove a request that no other site still has to read: in split training there are thousands in a round."""
+        if all(p.call.request != request for p in self._pending.values()):
+            request.unlink(missing_ok=True)
 
     def _overdue(self) -> Iterator[tuple[str, Reply | Failure]]:
         now = time.monotonic()
@@ -256,10 +231,3 @@ class Simulation:
         if connections and self._pending:
             soon = bool(self._late) or any(p.call.deadline_s is not None for p in self._pending.values())
             wait(connections, timeout=0.5 if soon else 60)
-
-    def _bring_back(self, site: str) -> None:
-        """Tell a site that was lost what it needs to go on."""
-        if site in self._lost:
-            self._lost.discard(site)
-            for path in self._recover[site].values():
-                self._post(site, path, None)

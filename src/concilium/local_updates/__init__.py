@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from concilium.messages import Tensors
+from concilium.optimization import clip_and_step
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ class Local:
 
 
 def descend(local: Local, loss: Tensor) -> None:
-    """Back-propagate, clip the gradient to `clip_norm`, and let the optimiser take its step."""
+    """Back-propagate, clip the gradient to `clip_norm`, and let the optimiser take its step.
+
+    Raises:
+        FloatingPointError: the gradient is not finite (in float16 such a step is left out instead).
+    """
     parameters = local.network.parameters()
     if local.scaler is None:
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, local.clip_norm)
-        local.optimizer.step()
+        clip_and_step(parameters, local.optimizer, local.clip_norm)
         return
     local.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     local.scaler.unscale_(local.optimizer)

@@ -17,6 +17,6 @@ def step(local: Local, image: Tensor, labels: Sequence[Tensor]) -> Tensor:
     local.optimizer.zero_grad(set_to_none=True)
     with local.autocast():
         logits = local.network(image)
-    loss = local.objective([x.float() for x in logits], labels)
+    loss = local.objective(logits, labels)
     descend(local, loss)
     return loss.detach()

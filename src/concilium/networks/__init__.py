@@ -14,13 +14,14 @@ that is no list of stages is one stage, `whole` (`as_stages`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from concilium import catalog
-from concilium.errors import ContractError
+from concilium.errors import ContractError, StudyError
 from concilium.messages import PlugIn
 
 Stack = tuple[Tensor, ...]
@@ -98,6 +99,57 @@ class Stages(nn.Module):
             lowest = min(lowest, height)
             height += self[name].leaves
         return -lowest
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A network cut in three: `front` and `tail` for a site, `body` for the server. They share its tensors."""
+
+    front: Stages
+    body: Stages
+    tail: Stages
+
+    @property
+    def at_site(self) -> Stages:
+        """Front and tail under the names of the whole; to be held and trained, not to be run."""
+        return Stages({n: part[n] for part in (self.front, self.tail) for n in part.names})
+
+
+CUTS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "shallow": (("down0", "up0"), ("down0", "up1")),
+    "deep": (("down1", "up1"),),
+}
+"""Split points with a name: as near to the ends as may be, and one resolution deeper. The first pair that is allowed counts."""
+
+
+def cut_apart(network: Stages, cut: tuple[str, ...], *, reveal_labels: bool = False) -> Parts:
+    """Front, body and tail of a network, cut after two stages or at a named cut (one of `CUTS`).
+
+    Where the tail is nothing but heads, the server can compute the labels from the gradients that it gets, since it knows the
+    weights of the heads (`tests/attacks`). Such a cut is not possible unless `reveal_labels`.
+
+    Raises:
+        StudyError: the network cannot be cut so; the possible split points are listed.
+    """
+    points = network.split_points
+    heads = [name for name in points if _only_heads(network, name) and not reveal_labels]
+    for after in CUTS.get(cut[0], ()) if len(cut) == 1 else (cut,):
+        fits = len(after) == 2 and list(after) == [name for name in points if name in after]
+        if fits and after[-1] not in heads:
+            return Parts(*network.split(*after))
+    leak = (
+        f" After {', '.join(heads)} only with reveal_labels = true: the server can compute the labels." if heads else ""
+    )
+    known = ", ".join(name for name in points if name not in heads) or "none, the network is one stage"
+    raise StudyError(
+        f"[protocol] cut = {list(cut)} is not possible. Allowed: {', '.join(CUTS)}, or two of these in this order: {known}."
+        f"{leak} Choose from these, or another network."
+    )
+
+
+def _only_heads(network: Stages, after: str) -> bool:
+    """Whether nothing but heads comes after the stage."""
+    return all(name.startswith("head") for name in network.names[network.names.index(after) + 1 :])
 
 
 class Whole(Stage):

@@ -1,9 +1,11 @@
 """Protocols: who talks when. One file here: one protocol, a function of the file's name that is a plain loop over rounds.
 
-    def NAME(engine, start: Round, *, model, collect, rule, rounds, steps, min_sites, deadline_s, ...options) -> Iterator[Round]
+    def NAME(engine, start: Round, *, model, collect, rule, rounds, steps, min_sites, deadline_s, network, training, seed, device,
+             ...options) -> Iterator[Round]
 
-It starts again from any complete round: a `Round` holds every value that the next one needs, as named tensors and JSON numbers.
-At a yield nothing is outstanding. `steps` says who takes part, and with how many optimiser steps a round.
+A protocol that does not need all of these takes the rest as `**_`. It starts again from any complete round: a `Round` holds
+every value that the next one needs, as named tensors and JSON numbers. At a yield nothing is outstanding. `steps` says who takes
+part, and with how many optimiser steps a round.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 from concilium.collect import Collected
 from concilium.engines import Engine, ask
@@ -26,6 +27,7 @@ def federated(
     steps: Mapping[str, int],
     min_sites: int,
     deadline_s: float | None,
+    **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: the shared weights and the rule's own tensors.
 

@@ -1,0 +1,183 @@
+"""Answers to `Front`, `Tail` and `Finish`: a site's part of split training, where the body of the network is the server's.
+
+Image and label map stay here, and so do the heads. What is sent was cut off from the graph (`detach`), and every float map
+that is sent gets its gradient back. Thapa et al. 2022, SplitFed (arXiv:2004.12088), in the U-shape of Vepakomma et al. 2018
+(arXiv:1812.00564), where labels are not shared.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from concilium.answers import Cancelled, Check
+from concilium.answers.train import Learner, make_objective
+from concilium.data.draws import seed_all
+from concilium.data.patches import stream
+from concilium.errors import ContractError, PrivacyError
+from concilium.messages import Finish, Front, Gradients, Maps, Tail, Trained
+from concilium.networks import Parts, Stack
+from concilium.optimization import autocast, clip_and_step, set_rate
+
+
+class Session:
+    """One round of split training at a site. Between two requests it holds the graph of the step at hand."""
+
+    def __init__(self, learner: Learner, request: Front, *, site: str) -> None:
+        if learner.parts is None:
+            raise ContractError(f"{request.model} was not cut at {site}. A split step needs a cut. Report this.")
+        self.learner = learner
+        self.parts: Parts = learner.parts
+        self.model, self.round, self.steps = request.model, request.round, request.steps
+        training = learner.job.training
+        batches = learner.begin(request.weights, site=site, model=request.model)
+        self._keys = [(learner.job.seed, site, request.round, step) for step in range(request.steps)]
+        self._batches: Iterator[tuple[Tensor, Sequence[Tensor]]] = stream(
+            batches, self._keys, workers=training.loader_workers
+        )
+        self._objective = make_objective(learner.job)
+        self._next = ("front", 0)
+        """What must be asked for next, and of which step."""
+        self._losses: list[float] = []
+        self._seconds = 0.0
+        self._stack: Stack = ()
+        """What the front left in the step at hand; its top `_reach` maps were sent."""
+        self._reach = self.parts.body.reach()
+        self._labels: Sequence[Tensor] = ()
+        self._own: dict[int, Tensor] = {}
+        """Gradients that the tail gave maps of the stack which never left."""
+
+    def front(self, request: Front, cancelled: Check) -> Maps:
+        """Finish the step before, if there is one, and run the front on the next batch.
+
+        Raises:
+            ContractError: another step was to come, or the gradients are not those of the maps that were sent.
+            PrivacyError: the image itself would leave the site.
+            FloatingPointError: the gradient is not finite.
+            Cancelled: the request was cancelled.
+        """
+        began = time.monotonic()
+        self._expect(request.model, request.round, "front", request.step)
+        if request.step > 0:
+            self._finish_step(request.gradients)
+        if cancelled():
+            raise Cancelled
+        training, device = self.learner.job.training, self.learner.device
+        image, labels = next(self._batches)
+        image, self._labels = image.to(device), [x.to(device) for x in labels]
+        set_rate(
+            self.learner.optimizer, training, step=request.first_step + request.step, total_steps=request.total_steps
+        )
+        seed_all(*self._keys[request.step], "step")
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        with autocast(device, training.precision):
+            self._stack = self.parts.front.run((image,))
+        sent = self._stack[self._home :]
+        if request.step == 0 and any(_shows(image, m) for m in sent):
+            raise PrivacyError(
+                f"After {self.parts.front.names[-1]} the image itself would leave the site. Cut where no map is the image.",
+                rule="image",
+            )
+        self._next = ("tail", request.step)
+        self._seconds += time.monotonic() - began
+        return Maps(tuple(m.detach() for m in sent))
+
+    def tail(self, request: Tail) -> Gradients:
+        """Run the tail and the loss, and send the gradients of the maps that came.
+
+        Raises:
+            ContractError: another step was to come, or the maps are not what the tail needs.
+            FloatingPointError: the loss is not finite.
+        """
+        began = time.monotonic()
+        self._expect(request.model, request.round, "tail", request.step)
+        device, home = self.learner.device, self._home
+        if request.order.count(-1) != len(request.maps) or any(not -1 <= j < self._reach for j in request.order):
+            raise ContractError(
+                f"{len(request.maps)} maps came in the order {request.order}. Expected a -1 for each, and else places of the "
+                f"{self._reach} that were sent. Start the round again."
+            )
+        own = {i: _leaf(self._stack[i]) for i in (*range(home), *(home + j for j in request.order if j >= 0))}
+        came = [_leaf(m.to(device)) for m in request.maps]
+        new = iter(came)
+        left = [own[home + j] if j >= 0 else next(new) for j in request.order]
+        seed_all(*self._keys[request.step], "tail")
+        with autocast(device, self.learner.job.training.precision):
+            logits = self.parts.tail.run((*(own[i] for i in range(home)), *left))[::-1]
+        loss = self._objective(logits, self._labels)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"The loss of {self.model} is {value} at step {request.step} of round {self.round}."
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._own = {i: m.grad for i, m in own.items() if m.grad is not None}
+        self._losses.append(value)
+        self._labels = ()
+        self._next = ("front", request.step + 1) if request.step + 1 < self.steps else ("finish", self.steps)
+        self._seconds += time.monotonic() - began
+        return Gradients(tuple(_gradient(m) for m in came if m.requires_grad))
+
+    def finish(self, request: Finish) -> Trained:
+        """Finish the last step; the update of front and tail.
+
+        Raises:
+            ContractError: the round has more steps, or the gradients are not those of the maps that were sent.
+            FloatingPointError: the gradient, or a weight, is not finite.
+        """
+        began = time.monotonic()
+        self._expect(request.model, request.round, "finish", self.steps)
+        self._finish_step(request.gradients)
+        self._seconds += time.monotonic() - began
+        return self.learner.finish(self._losses, model=self.model, round=self.round, send=True, seconds=self._seconds)
+
+    @property
+    def _home(self) -> int:
+        """How many maps of the stack stay here."""
+        return len(self._stack) - self._reach
+
+    def _expect(self, model: str, round: int, what: str, step: int) -> None:
+        if (model, round, what, step) != (self.model, self.round, *self._next):
+            raise ContractError(
+                f"The {what} of step {step} of {model}, round {round}, was asked for. Expected the {self._next[0]} of step "
+                f"{self._next[1]} of {self.model}, round {self.round}. Start the round again."
+            )
+
+    def _finish_step(self, gradients: Sequence[Tensor]) -> None:
+        """Back-propagate through the front with the gradients that came and those of the maps that stayed, and step."""
+        places = [i for i in range(self._home, len(self._stack)) if self._stack[i].is_floating_point()]
+        expected = [(self._stack[i].shape, self._stack[i].dtype) for i in places]
+        if [(g.shape, g.dtype) for g in gradients] != expected:
+            raise ContractError(
+                f"{len(gradients)} gradients came. Expected {len(expected)}, in shape and type of the float maps that were sent. "
+                "Start the round again."
+            )
+        totals = {i: g.to(self.learner.device) for i, g in zip(places, gradients, strict=True)}
+        for i, own in self._own.items():
+            totals[i] = totals[i] + own if i in totals else own
+        maps = [i for i in totals if self._stack[i].requires_grad]  # not what comes from layers that do not train
+        torch.autograd.backward([self._stack[i] for i in maps], [totals[i] for i in maps])
+        clip_and_step(self.learner.network.parameters(), self.learner.optimizer, self.learner.job.training.clip_norm)
+        self._stack, self._own = (), {}
+
+
+def _leaf(m: Tensor) -> Tensor:
+    """The map cut off from what made it; a float one collects its gradient."""
+    return m.detach().requires_grad_(m.is_floating_point())
+
+
+def _gradient(m: Tensor) -> Tensor:
+    """The gradient of a map; zeros where the loss does not depend on it, so that each map sent has one."""
+    return torch.zeros_like(m) if m.grad is None else m.grad
+
+
+def _shows(image: Tensor, m: Tensor) -> bool:
+    """Whether a channel of the map is a channel of the image."""
+    if m.shape[2:] != image.shape[2:]:
+        return False
+    channels = (image[:, i : i + 1].to(m.dtype) for i in range(image.shape[1]))
+    return any(bool((m == channel).flatten(2).all(2).all(0).any()) for channel in channels)

@@ -1,0 +1,130 @@
+"""What a study may not say: values out of range, and values that are each allowed but not together.
+
+Every check adds sentences to a list, so that all errors of a file are told at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from concilium.catalog import allowed, names
+
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+
+RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "[study] max_excluded": (lambda x: 0 <= x <= 1, "0 to 1"),
+    "[protocol] rounds": (lambda x: x >= 1, "1 or more"),
+    "[protocol] steps": (lambda x: x >= 1, "1 or more"),
+    "[protocol] epochs": (lambda x: x > 0, "more than 0"),
+    "[protocol] min_sites": (lambda x: x >= 1, "1 to the number of sites"),
+    "[protocol] round_seconds": (lambda x: x > 0, "more than 0"),
+    "[protocol] exchange_seconds": (lambda x: x is None or x > 0, "more than 0"),
+    "[plan] memory_gb": (lambda x: x > 0, "more than 0"),
+    "[training] learning_rate": (lambda x: x > 0, "more than 0"),
+    "[training] weight_decay": (lambda x: x >= 0, "0 or more"),
+    "[training] momentum": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[training] batch_size": (lambda x: x >= 1, "1 or more"),
+    "[training] patch_size": (lambda x: len(x) in (2, 3) and min(x) >= 1, "2 or 3 whole numbers of 1 or more"),
+    "[training] foreground": (lambda x: 0 <= x <= 1, "0 to 1"),
+    "[training] clip_norm": (lambda x: x > 0, "more than 0"),
+    "[training] loader_workers": (lambda x: x >= 0, "0 or more"),
+    "[validation] folds": (lambda x: x >= 2, "2 or more"),
+    "[validation] fold": (lambda x: x >= 0, "0 to folds - 1"),
+    "[validation] tolerance": (lambda x: x > 0, "more than 0"),
+    "[engine] workers": (lambda x: x >= 1, "1 or more"),
+    "[engine] threads": (lambda x: x >= 0, "0 (share the cores) or more"),
+}
+"""Table and key -> test of a value of the right type, and what is allowed; no number may be without end."""
+
+
+def check_range(where: str, key: str, value: Any) -> None:
+    """Raise ValueError, which says what is allowed, where a value is of the right type and still none of those."""
+    full = f"{where} {key}"
+    known = {
+        "[protocol] name": names("protocols"),
+        "[engine] name": names("engines"),
+        "[plan] configuration": CONFIGURATIONS,
+    }.get(full)
+    if known is not None and value not in known:
+        cascade = (
+            "The cascade's second network trains on the predictions of the first, which no federation here makes. "
+        )
+        raise ValueError((cascade if value == "3d_cascade_fullres" else "") + allowed(value, known))
+    fine, text = RANGES.get(full, (lambda _: True, ""))
+    if not fine(value) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"Allowed: {text}.")
+
+
+def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
+    """What is wrong between values that are each allowed, in the tables that have no error of their own."""
+    p, v, t, e = (found[table] for table in ("protocol", "validation", "training", "engine"))
+    problems = []
+    s = found["study"]
+    if s and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", s.name):
+        problems.append(
+            f"[study] name = {s.name!r} is not allowed. Allowed: letters, digits, - . and _ (it names a folder)."
+        )
+    if p and (p.steps is None) == (p.epochs is None):
+        problems.append(
+            f"[protocol] steps = {p.steps}, epochs = {p.epochs} is not allowed. Allowed: exactly one of the two."
+        )
+    if p and p.min_sites is not None and p.min_sites > n_sites:
+        problems.append(
+            f"[protocol] min_sites = {p.min_sites} is not allowed. Allowed: 1 to {n_sites}, the number of sites."
+        )
+    if p and p.name == "centralized":
+        problems.append(
+            "[protocol] name = 'centralized' is not allowed: it pools all cases. Allowed: another protocol with "
+            "compare = ['centralized'], in a simulation."
+        )
+    if v and v.fold >= v.folds:
+        problems.append(f"[validation] fold = {v.fold} is not allowed. Allowed: 0 to {v.folds - 1}.")
+    if t and e and t.precision == "float16" and e.device == "cpu":
+        problems.append(
+            "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
+        )
+    return problems + _cannot_split(found)
+
+
+def _cannot_split(found: Mapping[str, Any]) -> list[str]:
+    """What split training does not do (yet), in studies that ask for it."""
+    p, t, update = found["protocol"], found["training"], found["local_update"]
+    if not p or p.name != "splitfed":
+        return []
+    problems = []
+    if t and t.precision == "float16":
+        problems.append(
+            "[training] precision = 'float16' is not allowed with splitfed: the scale of the loss would have to travel. "
+            "Allowed: 'float32', 'bfloat16'."
+        )
+    if update.name != "plain":
+        problems.append(
+            f"[local_update] name = {update.name!r} is not allowed with splitfed: no owner of a part sees the whole step. "
+            "Allowed: 'plain'."
+        )
+    return problems
+
+
+def confusions(sites: Mapping[str, Any], test: Any, folder: Path) -> list[str]:
+    """Sites that would be taken for one another, or for the held-out set."""
+    problems = [
+        f"[sites.{name}] is also written [sites.{other}]. Some disks take both for one folder. Rename one."
+        for name, other in itertools.combinations(sites, 2)
+        if name.casefold() == other.casefold()
+    ]
+    for name, site in sites.items():
+        if _lies(test, folder) is not None and _lies(site, folder) == _lies(test, folder):
+            problems.append(
+                f"[test] data = '{test.data}' is that of [sites.{name}] too. Nobody may train on a held-out set. Give another."
+            )
+    return problems
+
+
+def _lies(table: Any, folder: Path) -> Path | None:
+    """Where a table's data lie; `None` where it does not say."""
+    return None if table is None or table.data is None else (folder / table.data).resolve()

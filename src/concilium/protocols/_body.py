@@ -1,0 +1,97 @@
+"""The server's part of a split network: between the maps that a site sends and those that it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from concilium.data.draws import seed_all
+from concilium.errors import ContractError
+from concilium.messages import Tensors, Training
+from concilium.networks import Stack, Stages
+from concilium.optimization import autocast, clip_and_step, make_optimizer, restore_state, set_rate, state_of
+
+
+class Body:
+    """The body with its optimiser. Between `forward` and `backward` it holds the graph of one step of one site."""
+
+    def __init__(self, network: Stages, training: Training, device: torch.device) -> None:
+        self.network = network.to(device).train()
+        self.training = training
+        self.device = device
+        self.optimizer = make_optimizer(self.network, training)
+        self._in: Stack = ()
+        self._out: tuple[Tensor, ...] = ()
+        """What was sent back and has a gradient."""
+
+    def load(self, weights: Tensors, moments: Tensors, numbers: str) -> None:
+        """Take over weights, and the optimiser's state as `state` told it; copies, which no later step changes."""
+        self.network.load_state_dict(dict(weights))
+        restore_state(self.optimizer, {n: t.clone() for n, t in moments.items()}, numbers)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights, on the CPU."""
+        return {n: t.detach().cpu().clone() for n, t in self.network.state_dict().items()}
+
+    def state(self) -> tuple[dict[str, Tensor], str]:
+        """A copy of the optimiser's state: tensors, and as JSON the rest."""
+        moments, numbers = state_of(self.optimizer)
+        return {n: t.clone() for n, t in moments.items()}, numbers
+
+    def is_finite(self) -> bool:
+        """Whether all weights are."""
+        return all_finite(self.network.state_dict().values())
+
+    def forward(self, maps: Sequence[Tensor], key: tuple[int | str, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Run on the maps that a site sent; the maps and the order that go back (`messages.Tail`).
+
+        Args:
+            maps: the lowest first.
+            key: of the step, from which dropout and the like are drawn.
+
+        Raises:
+            ContractError: they are not as many as this body takes, or not finite.
+        """
+        n = self.network.reach()
+        if len(maps) != n or not all_finite(maps):
+            raise ContractError(f"{len(maps)} maps came. Expected {n}, all finite. Start the round again.")
+        self._in = tuple(m.to(self.device).requires_grad_(m.is_floating_point()) for m in maps)
+        self.optimizer.zero_grad(set_to_none=True)
+        seed_all(*key, "body")
+        with autocast(self.device, self.training.precision):
+            left = self.network.run(self._in)
+        order = tuple(next((j for j, came in enumerate(self._in) if m is came), -1) for m in left)
+        sent = [m for m, j in zip(left, order, strict=True) if j < 0]
+        self._out = tuple(m for m in sent if m.requires_grad)
+        return tuple(m.detach() for m in sent), order
+
+    def backward(self, gradients: Sequence[Tensor], *, step: int, total_steps: int) -> tuple[Tensor, ...]:
+        """Back-propagate, take a step with the rate of `step`; the gradients of the float maps that the site had sent.
+
+        Raises:
+            ContractError: they are not the gradients of what was sent, or not finite.
+            FloatingPointError: the body's own gradient is not finite; no step is taken.
+        """
+        fit = [(g.shape, g.dtype) for g in gradients] == [(m.shape, m.dtype) for m in self._out]
+        if not fit or not all_finite(gradients):
+            raise ContractError(
+                f"{len(gradients)} gradients came. Expected {len(self._out)}, finite, in shape and type of the float maps that "
+                "were sent. Start the round again."
+            )
+        torch.autograd.backward(self._out, [g.to(self.device) for g in gradients])
+        set_rate(self.optimizer, self.training, step=step, total_steps=total_steps)
+        clip_and_step(self.network.parameters(), self.optimizer, self.training.clip_norm)
+        back = tuple(torch.zeros_like(m) if m.grad is None else m.grad for m in self._in if m.requires_grad)
+        self.give_up()
+        return back
+
+    def give_up(self) -> None:
+        """Let go of the step at hand."""
+        self._in, self._out = (), ()
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every element of every tensor is finite."""
+    return all(not t.is_floating_point() or bool(torch.isfinite(t).all()) for t in tensors)

@@ -1,0 +1,140 @@
+"""Split federated learning: front and tail of the network at each site, the body at the server; images and labels stay home.
+
+Thapa et al. 2022, SplitFed (arXiv:2004.12088): `v1` keeps a body for each site and averages them as it does fronts and tails;
+`v2` has one body, which takes a step after each site's batch, the order of the sites drawn anew for each round. U-shaped as in
+Shiranthika et al. 2026 (arXiv:2503.20830). Two exchanges a step: the gradients of a step travel with the request for the next.
+
+Each owner clips its own gradient: a site that of front and tail together, the server that of the body (decisions/0007).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+
+from concilium.aggregation import Sum
+from concilium.collect import Collected
+from concilium.data.draws import digest
+from concilium.engines import Engine, ask
+from concilium.errors import EngineError
+from concilium.messages import Finish, Front, Tensors, Training
+from concilium.networks import Parts, Stages, cut_apart
+from concilium.protocols import STATE, WEIGHTS, Round, copy_traffic, part, require, traffic_since
+from concilium.protocols._body import Body
+from concilium.protocols._exchange import Exchange
+
+MOMENTS = "body/"
+"""Prefix of a round's tensors: the state of the bodies' optimisers, `body/OWNER/...`."""
+ALL = "server"
+"""Owner of the one body of `v2` (no site may have this name); in `v1` each site owns one."""
+
+
+def splitfed(
+    engine: Engine,
+    start: Round,
+    *,
+    model: str,
+    collect: Callable[..., Collected],
+    rule: Callable[..., tuple[Tensors, Tensors]],
+    rounds: int,
+    steps: Mapping[str, int],
+    min_sites: int,
+    deadline_s: float | None,
+    network: Callable[..., Stages],
+    training: Training,
+    seed: int,
+    device: torch.device,
+    variant: Literal["v1", "v2"] = "v1",
+    cut: Literal["shallow", "deep"] | tuple[str, ...] = "deep",
+    reveal_labels: bool = False,
+    exchange_seconds: float | None = None,
+) -> Iterator[Round]:
+    """Yield the state after each round: the whole network's weights, the rule's tensors and the bodies' optimisers.
+
+    Args:
+        variant: `v1`, a body for each site, averaged; `v2`, one body.
+        cut: `shallow`, `deep`, or the two stages after which the network is cut.
+        reveal_labels: let heads act on maps that the server made, as deep supervision does; it can then compute the labels
+            (decisions/0008). Otherwise there is no deep supervision, and no cut right before the heads.
+        exchange_seconds: deadline of each exchange; omitted: that of a round, `round_seconds`.
+
+    Raises:
+        StudyError: the network cannot be cut so.
+        EngineError: fewer than `min_sites` sites finished a round, or the one body of `v2` is not finite any more.
+    """
+    after = (cut,) if isinstance(cut, str) else cut
+    deadline = min((s for s in (deadline_s, exchange_seconds) if s is not None), default=None)
+    deep_supervision = training.deep_supervision and reveal_labels
+
+    def parts() -> Parts:
+        return cut_apart(network(deep_supervision=deep_supervision), after, reveal_labels=reveal_labels)
+
+    in_body, at_site = parts().body.state_dict().keys(), parts().at_site.state_dict().keys()
+    bodies = {owner: Body(parts().body, training, device) for owner in (sorted(steps) if variant == "v1" else [ALL])}
+    weights: Tensors = part(start.tensors, WEIGHTS)
+    state: Tensors = part(start.tensors, STATE)
+    moments = {
+        owner: (part(start.tensors, f"{MOMENTS}{owner}/"), str(start.values.get(owner, "{}"))) for owner in bodies
+    }
+    for number in range(start.number + 1, rounds + 1):
+        before = copy_traffic(engine, steps)
+        for owner, body in bodies.items():
+            body.load({n: weights[n] for n in in_body}, *moments[owner])
+        ours = {n: weights[n] for n in at_site}
+        request = Front(model, number, after, reveal_labels, 0, 0, 0, 0, ours, ())
+        queues = _queues(bodies, steps, (seed, "order", number))
+        exchange = Exchange(engine, queues, _first(request, steps, rounds), seed=seed)
+        exchange.run(deadline_s=deadline)
+        requests = {site: Finish(model, number, gradients) for site, gradients in exchange.last.items()}
+        got = collect(partial(ask, engine, deadline_s=deadline), requests, like=ours)
+        failures = {**exchange.failures, **got.failures}
+        require(got.answers, failures, min_sites=min_sites, model=model, number=number)
+        if variant == "v2" and not bodies[ALL].is_finite():
+            raise EngineError(
+                f"{model}, round {number}: the body is not finite any more. Expected finite weights. Go on from the round before "
+                "with --resume, or start again with a lower learning rate."
+            )
+        total = got.total
+        if variant == "v1":
+            total.join(_sum_of({site: (bodies[site], a.n_cases) for site, a in got.answers.items()}))
+        new, state = rule(total, state)
+        weights = {**weights, **new, **({} if variant == "v1" else bodies[ALL].weights())}
+        moments |= {owner: body.state() for owner, body in bodies.items() if owner == ALL or owner in got.answers}
+        tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
+        tensors |= {f"{MOMENTS}{o}/{n}": t for o, (ts, _) in moments.items() for n, t in ts.items()}
+        values = {owner: numbers for owner, (_, numbers) in moments.items()}
+        traffic = traffic_since(engine, steps, before)
+        yield Round(number, tensors, values, got.answers, failures, traffic, n_tensors=len(total.names))
+
+
+def _queues(
+    bodies: Mapping[str, Body], steps: Mapping[str, int], key: tuple[int | str, ...]
+) -> list[tuple[Body, list[str]]]:
+    """Each body with the sites that it serves, in order, one entry a step."""
+    if ALL not in bodies:
+        return [(bodies[site], [site] * n) for site, n in steps.items()]
+    order = sorted(steps)
+    random.Random(digest(*key)).shuffle(order)
+    return [(bodies[ALL], [site for step in range(max(steps.values())) for site in order if step < steps[site]])]
+
+
+def _first(request: Front, steps: Mapping[str, int], rounds: int) -> dict[str, Front]:
+    """Each site's first request of a round; sites with equally many steps share one, which is packed once."""
+    shared = {
+        n: replace(request, steps=n, first_step=(request.round - 1) * n, total_steps=rounds * n)
+        for n in set(steps.values())
+    }
+    return {site: shared[n] for site, n in steps.items()}
+
+
+def _sum_of(bodies: Mapping[str, tuple[Body, int]]) -> Sum:
+    """The bodies' weights, each times its site's number of cases."""
+    total = Sum()
+    for body, n_cases in bodies.values():
+        total.add(body.weights(), n_cases)
+    return total

@@ -1,0 +1,546 @@
+"""Split training is training of the whole network: `splitfed`, a real site behind packed messages, and the same arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from concilium import wire
+from concilium.aggregation.mean import rule as mean
+from concilium.answers import Job, Settings, split
+from concilium.answers.train import Learner, make_objective
+from concilium.collect.plain import collect as plain
+from concilium.data.draws import digest
+from concilium.engines import SiteInfo, Traffic
+from concilium.errors import EngineError
+from concilium.messages import Failure, Gradients, Maps, PlugIn, Reply, Request, Tail, Tensors, Train, Training
+from concilium.networks import Stack, Stage, Stages, cut_apart
+from concilium.networks.nnunet import build as nnunet
+from concilium.networks.unet import build as unet
+from concilium.protocols import WEIGHTS, Round, part, start_with
+from concilium.protocols._body import Body
+from concilium.protocols.federated import federated
+from concilium.protocols.splitfed import splitfed
+from concilium.site import Site
+from concilium.wire import Envelope
+
+CPU = torch.device("cpu")
+SEED, STEPS, EQUAL = 7, 20, 1e-9
+TRAINING = Training(
+    "sgd", 0.01, 1e-3, 0.9, "float32", 0.33, True, "none", 1e9, True, 0, PlugIn("dice_ce"), PlugIn("plain")
+)  # fmt: skip
+CHANNELS, LABELS = 2, 3
+PATCH = {2: (16, 16), 3: (4, 16, 16)}
+STRIDES = {2: [[1, 1], [2, 2], [2, 2], [2, 2]], 3: [[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]]}
+POINTS = {
+    "nnunet": ("down0", "down1", "down2", "down3", "up2", "up1", "up0"),
+    "unet": ("down0", "encode0", "down1", "encode1", "down2", "encode2", "up1", "decode1", "up0", "decode0"),
+}
+
+# --------------------------------------------------------------------------------------------- a network, data and sites
+
+
+def plan_of(dims: int) -> dict[str, Any]:
+    """As nnU-Net's planner writes it; four levels, so that deep supervision trains a head besides the finest."""
+    arguments = {
+        "n_stages": 4,
+        "features_per_stage": [4, 8, 8, 8],
+        "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
+        "kernel_sizes": [[3] * dims] * 4,
+        "strides": STRIDES[dims],
+        "n_conv_per_stage": [1] * 4,
+        "n_conv_per_stage_decoder": [1] * 3,
+        "conv_bias": True,
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    name = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    requires = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    return {"architecture": {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": requires}}
+
+
+def network(name: str, dims: int, deep_supervision: bool) -> Stages:
+    """In float64, with weights that are drawn anew each time: what trains must have come in a message."""
+    known: dict[str, Any] = {"n_channels": CHANNELS, "n_labels": LABELS, "plan": plan_of(dims)}
+    match name:
+        case "nnunet":
+            return nnunet(**known, deep_supervision=deep_supervision).double()
+        case "unet":
+            return unet(**known, base_features=4, levels=3).double()
+        case "unet batch":
+            return unet(**known, base_features=4, levels=3, norm="batch").double()
+    return pooling_network().double()
+
+
+class Noise:
+    """Batches of noise in float64, a function of their key."""
+
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+
+    def draw(self, *key: str | int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(digest(*key))
+        image = torch.randn(1, CHANNELS, *PATCH[self.dims], generator=generator, dtype=torch.float64)
+        labels = [torch.randint(0, LABELS, (1, 1, *PATCH[self.dims]), generator=generator).short()]
+        for stride in STRIDES[self.dims][1:-1]:
+            labels.append(labels[-1][(..., *(slice(None, None, s) for s in stride))])
+        return image, tuple(labels)
+
+
+def job_of(
+    name: str = "nnunet", dims: int = 2, deep_supervision: bool = True, *, n_cases: int = 1, **changes: Any
+) -> Job:
+    """A site that is ready to train, without a file."""
+    strides = SimpleNamespace(pool_op_kernel_sizes=STRIDES[dims])
+    plan: Any = SimpleNamespace(batch_dice=False, configuration=strides)
+    batches: Any = Noise(dims)
+    entries: Any = {"training": (None,) * n_cases, "validation": ()}
+    training = Training(**{**vars(TRAINING), "deep_supervision": deep_supervision, **changes})
+    labels = {"background": 0, "a": 1, "b": 2}
+    build = lambda deep_supervision=deep_supervision: network(name, dims, deep_supervision)  # noqa: E731
+    return Job(plan, labels, CHANNELS, build, training, SEED, entries, batches)
+
+
+class Engine:
+    """Delivers in memory what was packed, to real sites; the order of replies is drawn from `seed`."""
+
+    def __init__(self, jobs: Mapping[str, Job], folder: Path, seed: int = 0) -> None:
+        self.sites = {name: SiteInfo(name, "site") for name in jobs}
+        self.traffic = {name: Traffic() for name in jobs}
+        self.members: dict[str, Site] = {}
+        self.down: list[tuple[str, Any]] = []
+        self.up: list[tuple[str, Any]] = []
+        self._outstanding: dict[str, bytes] = {}
+        self._random = random.Random(seed)
+        for name, job in jobs.items():
+            settings = Settings(name, "site", {}, None, folder / name, folder, torch.get_num_threads(), "cpu")
+            self.members[name] = Site(settings, run="r", epoch=0)
+            self.members[name]._job = job
+
+    def send(self, requests: Mapping[str, Request], *, deadline_s: float | None = None) -> None:
+        assert not self._outstanding.keys() & requests.keys(), "one request outstanding per site"
+        for name, request in requests.items():
+            self._outstanding[name] = wire.pack(request)
+            self.traffic[name].down += len(self._outstanding[name])
+            self.down.append((name, request))
+
+    def replies(self) -> Iterator[tuple[str, Reply | Failure]]:
+        while self._outstanding:
+            name = self._random.choice(sorted(self._outstanding))
+            packed = self._outstanding.pop(name)
+            back = self.members[name].handle(packed, Envelope("r", 0, len(self.up)), lambda: False)
+            self.traffic[name].up += len(back)
+            self.up.append((name, wire.unpack(back)))
+            yield self.up[-1]
+
+    def cancel(self, sites: Iterable[str]) -> None:
+        raise AssertionError("nobody cancels here")
+
+    def close(self) -> None:
+        self._outstanding.clear()
+
+
+def first_weights(job: Job) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    return {n: t.clone() for n, t in job.network().state_dict().items()}
+
+
+def running(protocol: Any, engine: Engine, jobs: Mapping[str, Job], **changes: Any) -> Iterator[Round]:
+    """The rounds of a protocol with what `run.py` supplies."""
+    job = next(iter(jobs.values()))
+    supplied: dict[str, Any] = {
+        "model": "m", "collect": plain, "rule": mean, "rounds": 1, "steps": dict.fromkeys(jobs, STEPS),
+        "min_sites": len(jobs), "deadline_s": None, "network": job.network, "training": job.training, "seed": SEED,
+        "reveal_labels": True,
+        "device": CPU,
+    }  # fmt: skip
+    rounds: Iterator[Round] = protocol(engine, start_with(first_weights(job)), **supplied | changes)
+    return rounds
+
+
+def trained_apart(job: Job, cut: Sequence[str], folder: Path, **changes: Any) -> tuple[dict[str, Tensor], Engine]:
+    """The weights after split training at one site, and the engine with all that was said."""
+    engine = Engine({"a": job}, folder)
+    options = {"variant": "v2", "cut": tuple(cut), **changes}
+    *_, last = running(splitfed, engine, {"a": job}, **options)
+    return part(last.tensors, WEIGHTS), engine
+
+
+def trained_whole(job: Job, *, rounds: int = 1, steps: int = STEPS) -> Tensors:
+    """The weights after the site's own training of the whole network on the same batches."""
+    learner = Learner(job, CPU)
+    weights: Tensors = first_weights(job)
+    for number in range(1, rounds + 1):
+        request = Train("m", number, (number - 1) * steps, steps, rounds * steps, weights, True)
+        weights = learner.train(request, site="a", cancelled=lambda: False).weights
+    return weights
+
+
+@cache
+def whole(name: str, dims: int, deep_supervision: bool) -> Tensors:
+    return trained_whole(job_of(name, dims, deep_supervision))
+
+
+def difference(a: Tensors, b: Tensors) -> float:
+    assert a.keys() == b.keys()
+    assert all(t.dtype == torch.float64 or not t.is_floating_point() for t in (*a.values(), *b.values()))
+    return max(float((a[n] - b[n]).abs().max()) for n in a)
+
+
+# ---------------------------------------------------------------------------------------- one site: every pair of split points
+
+ENOUGH = {
+    ("down0", "up0"), ("down1", "up1"), ("down1", "down2"), ("up2", "up0"), ("up1", "up0"), ("down0", "encode0"),
+    ("encode0", "decode0"), ("encode0", "down1"), ("encode1", "down2"), ("encode2", "up1"), ("up0", "decode0"),
+}  # fmt: skip
+
+
+def pairs(name: str, dims: int, *, fast: Sequence[tuple[str, str]] | None = None) -> list[Any]:
+    """Every pair of split points; those that are not among `fast` are slow."""
+    return [
+        pytest.param(
+            name, dims, pair, id=f"{name} {dims}D {' '.join(pair)}",
+            marks=[] if fast is None or pair in fast else [pytest.mark.slow],
+        )
+        for pair in itertools.combinations(POINTS[name], 2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
+@pytest.mark.parametrize("name", POINTS)
+def test_these_are_all_split_points(name: str, dims: int) -> None:
+    assert network(name, dims, True).split_points == POINTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "cut"),
+    [
+        *pairs("nnunet", 2),
+        *pairs("nnunet", 3, fast=ENOUGH),
+        *pairs("unet", 2, fast=ENOUGH),
+        *pairs("unet", 3, fast=ENOUGH),
+    ],
+)
+def test_split_equals_whole(name: str, dims: int, cut: tuple[str, str], tmp_path: Path) -> None:
+    weights, engine = trained_apart(job_of(name, dims), cut, tmp_path)
+    assert difference(weights, whole(name, dims, True)) <= EQUAL
+    assert difference(weights, first_weights(job_of(name, dims))) > 1e-3, "nothing was trained"
+    assert len(engine.up) == 2 * STEPS + 1
+
+
+@pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
+@pytest.mark.parametrize("name", POINTS)
+def test_a_body_of_the_sites_own_is_the_same_for_one_site(name: str, dims: int, tmp_path: Path) -> None:
+    weights, _ = trained_apart(job_of(name, dims), ("shallow",), tmp_path, variant="v1")
+    assert difference(weights, whole(name, dims, True)) <= EQUAL
+
+
+@pytest.mark.parametrize("cut", [("deep",), ("shallow",), ("down2", "up0"), ("up2", "up0")], ids=" ".join)
+def test_split_equals_whole_without_deep_supervision(cut: tuple[str, ...], tmp_path: Path) -> None:
+    weights, _ = trained_apart(job_of(deep_supervision=False), cut, tmp_path)
+    assert difference(weights, whole("nnunet", 2, False)) <= EQUAL
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_optimisers_are_carried_over_rounds(variant: str, tmp_path: Path) -> None:
+    """Two rounds of ten steps, against the whole network's twenty steps with the learning rates of twenty."""
+    batches_by_round = trained_whole(job_of(), rounds=2, steps=10)
+    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant=variant, rounds=2, steps={"a": 10})
+    assert difference(weights, batches_by_round) <= EQUAL
+
+
+# ------------------------------------------------------------------------------------------------- mistakes that are noticed
+
+CROSSED = ("down1", "up0")
+"""Up go the skip of `down0` and the map below; down come three maps, of which the coarsest has no part in the loss."""
+
+
+def tampered(monkeypatch: pytest.MonkeyPatch, who: str, change: Callable[[list[Tensor]], Sequence[Tensor]]) -> None:
+    """Let `change` have the gradients that the site sends, or those that the body returns."""
+    tail, backward = split.Session.tail, Body.backward
+    if who == "site":
+        monkeypatch.setattr(
+            split.Session, "tail", lambda self, request: Gradients(tuple(change([*tail(self, request).gradients])))
+        )
+    else:
+        monkeypatch.setattr(Body, "backward", lambda self, g, **about: tuple(change([*backward(self, g, **about)])))
+
+
+@pytest.mark.parametrize("factor", [0.0, 2.0], ids=["dropped", "doubled"])
+@pytest.mark.parametrize(("who", "position"), [("site", 1), ("site", 2), ("body", 0), ("body", 1)])
+def test_a_wrong_gradient_of_one_map_is_noticed(
+    who: str, position: int, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(gradients: list[Tensor]) -> list[Tensor]:
+        assert len(gradients) == {"site": 3, "body": 2}[who]
+        assert gradients[position].any()
+        return [g * factor if i == position else g for i, g in enumerate(gradients)]
+
+    tampered(monkeypatch, who, change)
+    weights, _ = trained_apart(job_of(), CROSSED, tmp_path)
+    assert difference(weights, whole("nnunet", 2, True)) > 1e-6
+
+
+def test_a_gradient_that_does_not_return_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`up0` reaches the maps of coarser heads, which only pass through: the body has no gradient for them but zero."""
+    tampered(monkeypatch, "body", lambda gradients: [g for g in gradients if g.any()])
+    with pytest.raises(EngineError, match="0 of 1 sites answered"):
+        trained_apart(job_of(), ("up1", "up0"), tmp_path)
+
+
+@pytest.mark.parametrize("cut", [("down1", "down2"), ("deep",), ("up1", "up0")], ids=" ".join)
+def test_a_front_that_steps_without_what_the_tail_gave_its_maps_is_noticed(
+    cut: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A skip that stayed at home (`deep`), or maps that came back unchanged, get a gradient from the tail as well."""
+    finish = split.Session._finish_step
+
+    def too_early(session: split.Session, gradients: Sequence[Tensor]) -> None:
+        assert session._own
+        session._own = {}
+        finish(session, gradients)
+
+    monkeypatch.setattr(split.Session, "_finish_step", too_early)
+    weights, _ = trained_apart(job_of(), cut, tmp_path)
+    assert difference(weights, whole("nnunet", 2, True)) > 1e-6
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_a_body_that_forgets_its_optimiser_between_rounds_is_noticed(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Body.load
+    monkeypatch.setattr(Body, "load", lambda self, weights, moments, numbers: load(self, weights, {}, "{}"))
+    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant=variant, rounds=2, steps={"a": 10})
+    assert difference(weights, trained_whole(job_of(), rounds=2, steps=10)) > 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------- what crosses a cut
+
+
+class Convolve(Stage):
+    takes = leaves = 1
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(n_in, n_out, 3, padding=1)
+
+    def forward(self, *maps: Tensor) -> Stack:
+        return (self.convolution(maps[0]).tanh(),)
+
+
+class Pool(Convolve):
+    """Leaves the places of the maxima, whole numbers, beneath the map."""
+
+    takes, leaves = 1, 2
+
+    def forward(self, *maps: Tensor) -> Stack:
+        pooled, places = functional.max_pool2d(maps[0], 2, return_indices=True)
+        return (places, *super().forward(pooled))
+
+
+class Unpool(Convolve):
+    takes, leaves = 2, 1
+
+    def forward(self, *maps: Tensor) -> Stack:
+        places, y = maps
+        return (functional.max_unpool2d(*super().forward(y), places, 2),)
+
+
+class Between(Convolve):
+    """Works on the map above places that it has to reach past."""
+
+    takes = leaves = 2
+
+    def forward(self, *maps: Tensor) -> Stack:
+        return (maps[0], *super().forward(maps[1]))
+
+
+def pooling_network() -> Stages:
+    """A small SegNet (Badrinarayanan et al. 2017): the decoder puts each value where the encoder found its maximum."""
+    return Stages({
+        "down0": Convolve(CHANNELS, 4), "down1": Pool(4, 4), "between1": Between(4, 4), "down2": Pool(4, 4),
+        "up1": Unpool(4, 4), "up0": Unpool(4, 4), "head0": Convolve(4, LABELS),
+    })  # fmt: skip
+
+
+POOLING = [
+    # whole numbers pass through the body, stay at home, are made by it, are taken by it
+    (("down1", "between1"), (0, -1)),
+    (("down1", "up1"), (0, -1)),
+    (("down1", "down2"), (0, -1, -1)),
+    (("down0", "down2"), (-1, -1, -1)),
+    (("down2", "up0"), (-1,)),
+]
+
+
+@pytest.mark.parametrize(("cut", "order"), POOLING, ids=lambda value: " ".join(map(str, value)))
+def test_maps_of_whole_numbers_cross_cuts(cut: tuple[str, str], order: tuple[int, ...], tmp_path: Path) -> None:
+    weights, engine = trained_apart(job_of("pooling", 2, False), cut, tmp_path)
+    assert difference(weights, whole("pooling", 2, False)) <= EQUAL
+    tail = said(engine.down, Tail)[0]
+    assert tail.order == order
+    crossing = (*said(engine.up, Maps)[0].maps, *tail.maps)
+    assert any(m.dtype == torch.int64 for m in crossing)
+
+
+def said(messages: Sequence[tuple[str, Any]], kind: type) -> list[Any]:
+    return [message for _, message in messages if isinstance(message, kind)]
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "n_up", "order"),
+    [
+        ("nnunet", ("down1", "up1"), 1, (-1, -1)),  # the skip of down0 stays at home
+        ("nnunet", ("down1", "down2"), 1, (0, -1)),  # the body's input is a skip
+        ("nnunet", ("up1", "up0"), 3, (1, 2, -1)),  # maps for coarser heads ride along
+        ("unet", ("shallow",), 1, (-1,)),
+        ("unet", ("encode0", "down1"), 1, (0, -1)),
+    ],
+)
+def test_a_map_that_the_body_leaves_unchanged_is_not_sent_back(
+    name: str, cut: tuple[str, ...], n_up: int, order: tuple[int, ...], tmp_path: Path
+) -> None:
+    _, engine = trained_apart(job_of(name), cut, tmp_path, steps={"a": 2})
+    n_down = order.count(-1)
+    assert [len(reply.maps) for reply in said(engine.up, Maps)] == [n_up] * 2
+    assert [(len(request.maps), request.order) for request in said(engine.down, Tail)] == [(n_down, order)] * 2
+    assert [len(reply.gradients) for reply in said(engine.up, Gradients)] == [n_down] * 2
+    assert [len(request.gradients) for _, request in engine.down if not isinstance(request, Tail)] == [0, n_up, n_up]
+
+
+# ------------------------------------------------------------------------------------------------------------------ clipping
+
+
+def test_site_and_server_each_clip_their_own_gradient(tmp_path: Path) -> None:
+    clip, rate = 0.1, 0.5
+    job = job_of(clip_norm=clip, learning_rate=rate, momentum=0.0, weight_decay=0.0)
+    weights, _ = trained_apart(job, ("deep",), tmp_path, steps={"a": 1})
+    net = job.network()
+    start = first_weights(job)
+    net.load_state_dict(start)
+    image, labels = job.batches.draw(SEED, "a", 1, 0)
+    make_objective(job)(net(image), labels).backward()
+    body = set(cut_apart(net, ("deep",), reveal_labels=True).body.state_dict())
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
+
+    def norm(names: Iterable[str]) -> float:
+        return float(torch.cat([gradients[n].flatten() for n in names]).norm())
+
+    norms = {"body": norm(body), "site": norm(gradients.keys() - body)}
+    assert min(norms.values()) > clip, "both are clipped"
+    factor = {n: clip / (norms["body" if n in body else "site"] + 1e-6) for n in gradients}
+    assert difference(weights, {n: start[n] - rate * factor[n] * gradients[n] for n in start}) <= EQUAL
+    together = clip / (norm(gradients) + 1e-6)
+    assert difference(weights, {n: start[n] - rate * together * gradients[n] for n in start}) > 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------- many sites
+
+CASES = {"a": 1, "b": 2, "c": 5}
+UNEQUAL = {"a": 4, "b": 2, "c": 4}
+
+
+def three(name: str = "nnunet") -> dict[str, Job]:
+    return {site: job_of(name, n_cases=n) for site, n in CASES.items()}
+
+
+def one_body_by_hand(jobs: Mapping[str, Job], orders: Sequence[Sequence[str]], cut: tuple[str, ...]) -> Tensors:
+    """Each site has a whole network, whose body is one and the same; fronts and tails are averaged after each round."""
+    start = first_weights(jobs["a"])
+    shared = jobs["a"].network()
+    shared.load_state_dict(start)
+    body = cut_apart(shared, cut, reveal_labels=True).body
+    nets: dict[str, Stages] = {}
+    for site in jobs:
+        own = copy.deepcopy(shared)
+        nets[site] = Stages({n: body[n] if n in body.names else own[n] for n in own.names})
+    mine = {site: cut_apart(net, cut, reveal_labels=True).at_site for site, net in nets.items()}
+
+    def sgd(module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)
+
+    steppers = {site: [sgd(mine[site])] for site in jobs}
+    of_body = sgd(body)
+    for number, order in enumerate(orders, start=1):
+        for step in range(max(UNEQUAL.values())):
+            for site in order:
+                n = UNEQUAL[site]
+                if step >= n:
+                    continue
+                both = [*steppers[site], of_body]
+                for optimizer in both:
+                    optimizer.param_groups[0]["lr"] = 0.01 * (1 - ((number - 1) * n + step) / (len(orders) * n)) ** 0.9
+                    optimizer.zero_grad()
+                image, labels = jobs[site].batches.draw(SEED, site, number, step)
+                make_objective(jobs[site])(nets[site](image), labels).backward()
+                for optimizer in both:
+                    optimizer.step()
+        states = {site: module.state_dict() for site, module in mine.items()}
+        average = {n: sum(CASES[s] * states[s][n] for s in jobs) / sum(CASES.values()) for n in states["a"]}
+        for module in mine.values():
+            module.load_state_dict(average)
+    return nets["a"].state_dict()
+
+
+@pytest.mark.parametrize("cut", [("shallow",), ("deep",)], ids=" ".join)
+def test_one_body_serves_the_sites_batch_by_batch_in_the_drawn_order(cut: tuple[str, ...], tmp_path: Path) -> None:
+    jobs = three()
+    engine = Engine(jobs, tmp_path)
+    *_, last = running(splitfed, engine, jobs, variant="v2", cut=cut, rounds=3, steps=UNEQUAL)
+    orders = []
+    for number in (1, 2, 3):
+        served = [site for site, r in engine.down if isinstance(r, Tail) and r.round == number]
+        orders.append(tuple(served[:3]))
+        assert sorted(orders[-1]) == sorted(jobs)
+        assert served == [s for step in range(4) for s in orders[-1] if step < UNEQUAL[s]]
+    assert len(set(orders)) > 1, "drawn for each round"
+    assert difference(part(last.tensors, WEIGHTS), one_body_by_hand(jobs, orders, cut)) <= EQUAL
+    assert difference(part(last.tensors, WEIGHTS), one_body_by_hand(jobs, [sorted(jobs)] * 3, cut)) > 1e-6
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_the_order_of_arrival_changes_no_bit(variant: str, tmp_path: Path) -> None:
+    jobs = three()
+    ends = []
+    for seed in (0, 1):
+        engine = Engine(jobs, tmp_path / str(seed), seed)
+        *_, last = running(splitfed, engine, jobs, variant=variant, rounds=2, steps=UNEQUAL)
+        ends.append((last.tensors, [site for site, _ in engine.up]))
+    assert ends[0][1] != ends[1][1]
+    assert all(torch.equal(t, ends[1][0][n]) for n, t in ends[0][0].items())
+
+
+@pytest.mark.parametrize("name", ["nnunet", "unet batch"])
+def test_a_body_for_each_site_is_federated_averaging(name: str, tmp_path: Path) -> None:
+    jobs = three(name)
+    ends: dict[str, Tensors] = {}
+    for protocol in (federated, splitfed):
+        engine = Engine(jobs, tmp_path / protocol.__name__)
+        *_, last = running(protocol, engine, jobs, rounds=2, steps=UNEQUAL)
+        ends[protocol.__name__] = part(last.tensors, WEIGHTS)
+    assert difference(ends["splitfed"], ends["federated"]) <= EQUAL
+
+
+def test_one_body_is_not_federated_averaging(tmp_path: Path) -> None:
+    jobs = three()
+    ends: list[Tensors] = []
+    for variant in ("v1", "v2"):
+        *_, last = running(splitfed, Engine(jobs, tmp_path / variant), jobs, variant=variant, rounds=2, steps=UNEQUAL)
+        ends.append(part(last.tensors, WEIGHTS))
+    assert difference(*ends) > 1e-6

@@ -1,0 +1,154 @@
+"""Runs of splitfed that are watched from inside, and answers of a site that are wrong on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import SECRET
+from torch import Tensor
+
+import concilium.run
+from concilium import wire
+from concilium.answers.split import Session
+from concilium.engines import Engine
+from concilium.messages import Front, Maps, Trained
+from concilium.optimization import state_of
+from concilium.protocols import Round
+from concilium.record import Record
+from concilium.run import Event, Outcome, run
+from concilium.study import Study
+
+Make = Callable[..., Study]
+SITES = {"north", "south", "west"}
+Answer = Callable[[Any], Any]
+
+
+@dataclass
+class Watched:
+    """What a run that is watched from inside has shown."""
+
+    rounds: list[Round] = field(default_factory=list)
+    updates: dict[tuple[str, int], Trained] = field(default_factory=dict)
+    optimizers: dict[tuple[str, int, str], Mapping[str, Tensor]] = field(default_factory=dict)
+    """Of front and tail, by site, round, and `before` or `after` it."""
+    engines: list[Any] = field(default_factory=list)
+    sent: list[bytes] = field(default_factory=list)
+
+    def nothing_is_left(self, event: Event) -> None:
+        """At the end of a round: no request on its way, and no session at a site of this process."""
+        if event.kind == "round":
+            assert self.engines[-1]._pending == {}
+            for worker in self.engines[-1]._workers:
+                assert not any(site._models.is_between_steps for site in worker._host.sites.values())
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """Have what the next runs do seen."""
+    seen = Watched()
+    front, finish, commit = Session.front, Session.finish, Record.commit
+    connect, pack = concilium.run._connect, wire.pack
+
+    def fronts(self: Session, request: Front, cancelled: Any) -> Maps:
+        if request.step == 0:
+            seen.optimizers[(*whose(self), "before")] = copied(self)
+        return front(self, request, cancelled)
+
+    def finishes(self: Session, request: Any) -> Trained:
+        trained = finish(self, request)
+        seen.optimizers[(*whose(self), "after")] = copied(self)
+        seen.updates[whose(self)] = trained
+        return trained
+
+    def commits(self: Record, model: str, done: Round, *, seconds: float) -> None:
+        if model == "splitfed":
+            seen.rounds.append(done)
+        commit(self, model, done, seconds=seconds)
+
+    def connects(*args: Any) -> Engine:
+        seen.engines.append(connect(*args))
+        return seen.engines[-1]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Session, "front", fronts)
+    monkeypatch.setattr(Session, "finish", finishes)
+    monkeypatch.setattr(Record, "commit", commits)
+    monkeypatch.setattr(concilium.run, "_connect", connects)
+    monkeypatch.setattr(wire, "pack", lambda message: seen.sent.append(pack(message)) or seen.sent[-1])
+    return seen
+
+
+def whose(session: Session) -> tuple[str, int]:
+    """Site and round."""
+    return session._keys[0][1], session.round
+
+
+def copied(session: Session) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in state_of(session.learner.optimizer)[0].items()}
+
+
+def spoil(
+    monkeypatch: pytest.MonkeyPatch, method: str, wrong: Answer, *, site: str = "south", number: int = 2, step: int = 1
+) -> None:
+    """Let a site's answer in one step of a round be `wrong` of what it would be."""
+    original = getattr(Session, method)
+
+    def instead(self: Session, request: Any, *rest: Any) -> Any:
+        reply = original(self, request, *rest)
+        at = whose(self) == (site, number) and getattr(request, "step", step) == step
+        return wrong(reply) if at else reply
+
+    monkeypatch.setattr(Session, method, instead)
+
+
+def fails(_: Any) -> Any:
+    raise RuntimeError(SECRET)
+
+
+def quick(split_study: Make, **changes: Any) -> Study:
+    """A study of three rounds of two steps, as quick as there is."""
+    small = {"network__name": "unet", "network__levels": 2, "network__base_features": 2, "protocol__cut": "shallow"}
+    small |= {"protocol__rounds": 3, "training__optimizer": "sgd", "training__deep_supervision": False}
+    return split_study(**small | changes)
+
+
+def lines(folder: Path, model: str = "splitfed") -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [line for line in found if line["model"] == model]
+
+
+def told(outcome: Outcome, *, failed: str = "south", code: str) -> None:
+    """The second round went on without one site, the third is whole, and everything says so."""
+    assert outcome.exit_code == 4
+    assert not outcome.results["complete"]
+    (problem,) = outcome.results["problems"]
+    assert problem.startswith(f"splitfed, round 2: {failed}: ")
+    assert code in problem
+    first, second, third = lines(outcome.folder)
+    assert first["failures"] == third["failures"] == {}
+    assert set(first["sites"]) == set(third["sites"]) == SITES
+    assert set(second["sites"]) == SITES - {failed}
+    assert set(second["failures"]) == {failed}
+    assert code in second["failures"][failed]["text"]
+    (model,) = outcome.results["models"]
+    assert {site: took["n_steps"] for site, took in model["sites"].items()} == {
+        site: 4 if site == failed else 6 for site in SITES
+    }
+
+
+def rounds_without_south(split_study: Make, folder: Path) -> list[Round]:
+    """Rounds of `v1` in which the south is out of the second, before it has begun."""
+    with pytest.MonkeyPatch.context() as patch:
+        rounds: list[Round] = []
+        commit = Record.commit
+        patch.setattr(
+            Record,
+            "commit",
+            lambda self, m, done, *, seconds: (rounds.append(done), commit(self, m, done, seconds=seconds)),
+        )
+        spoil(patch, "front", fails, step=0)
+        run(quick(split_study, protocol__variant="v1"), folder)
+    return rounds

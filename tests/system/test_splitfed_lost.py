@@ -1,0 +1,157 @@
+"""Sites that are late or lost in the middle of a round of split training: the others go on, and they are back for the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sessions import SITES, Watched, lines, quick, rounds_without_south, spoil, told, watch
+
+from concilium.answers import Settings
+from concilium.engines import simulation
+from concilium.engines._workers import InlineWorker, News
+from concilium.engines.simulation import Simulation
+from concilium.messages import Reply
+from concilium.protocols import Round
+from concilium.run import Event, run
+from concilium.study import Study
+
+Make = Callable[..., Study]
+every_variant = pytest.mark.parametrize("variant", ["v1", "v2"])
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return watch(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def make(split_study: Make) -> Make:
+    return partial(quick, split_study)
+
+
+@pytest.fixture(scope="module")
+def without_south(split_study: Make, tmp_path_factory: pytest.TempPathFactory) -> list[Round]:
+    return rounds_without_south(split_study, tmp_path_factory.mktemp("without") / "run")
+
+
+class Killed(BaseException):
+    """Stands for the signal that ends a process."""
+
+
+@every_variant
+@pytest.mark.parametrize("method", ["front", "tail", "finish"])
+def test_a_site_that_takes_too_long_over_an_exchange_is_left_out_of_the_round(
+    variant: str, method: str, make: Make, watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleeps(reply: Reply) -> Reply:
+        time.sleep(3.1)
+        return reply
+
+    spoil(monkeypatch, method, sleeps)
+    study = make(protocol__variant=variant, protocol__exchange_seconds=3.0)
+    outcome = run(study, tmp_path / "run", watch=watched.nothing_is_left)
+    told(outcome, code="no reply within 3 s")
+    at_rest = watched.optimizers["south", 1, "after"]
+    assert all(torch.equal(watched.optimizers["south", 3, "before"][n], t) for n, t in at_rest.items())
+
+
+@every_variant
+def test_a_site_that_takes_longer_than_a_round_may_is_left_out_of_it(
+    variant: str, make: Make, watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "tail", lambda reply: time.sleep(5.0) or reply, step=0)
+    outcome = run(make(protocol__variant=variant, protocol__round_seconds=4.0), tmp_path / "run")
+    told(outcome, code="no reply within")
+
+
+class Mortal(InlineWorker):
+    """A worker in this process that can die."""
+
+    def __init__(self, settings: Sequence[Settings], run: str, epochs: Mapping[str, int]) -> None:
+        super().__init__(settings, run, epochs)
+        self.hosted = (settings, run)
+
+    def news(self) -> list[News]:
+        try:
+            return super().news()
+        except Killed:
+            return [News("lost")]
+
+    def restart(self, epochs: Mapping[str, int]) -> None:
+        self._calls.clear()
+        self._begun = None
+        self._host = type(self._host)(*self.hosted, epochs)
+
+
+@pytest.fixture
+def mortal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Worker processes that are in truth this one."""
+    monkeypatch.setattr(simulation, "SpawnedWorker", Mortal)
+    monkeypatch.setattr(Simulation, "_sleep", lambda self: None)
+    return iter(())
+
+
+def dies(_: Any) -> Any:
+    raise Killed
+
+
+@every_variant
+@pytest.mark.usefixtures("mortal")
+@pytest.mark.parametrize(("method", "step"), [("front", 0), ("front", 1), ("tail", 0), ("tail", 1), ("finish", 1)])
+def test_a_site_that_is_lost_within_a_round_is_back_for_the_next(
+    variant: str, method: str, step: int, make: Make, without_south: list[Round], watched: Watched, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    spoil(monkeypatch, method, dies, step=step)
+    study = make(protocol__variant=variant, engine__workers=3)
+    told(run(study, tmp_path / "run", watch=watched.nothing_is_left), code="lost")
+    at_rest = watched.optimizers["south", 1, "after"]
+    assert all(torch.equal(watched.optimizers["south", 3, "before"][n], t) for n, t in at_rest.items())
+    if variant == "v1":
+        for ours, theirs in zip(watched.rounds, without_south, strict=True):
+            assert all(torch.equal(ours.tensors[n], t) for n, t in theirs.tensors.items())
+
+
+@every_variant
+@pytest.mark.usefixtures("mortal")
+@pytest.mark.parametrize("method", ["front", "tail", "finish"])
+def test_sites_that_share_a_lost_worker_are_lost_together(
+    variant: str, method: str, make: Make, watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """North and west have one worker: whichever of the two is at work, the other's session is gone too."""
+    spoil(monkeypatch, method, dies, site="west")
+    study = make(protocol__variant=variant, engine__workers=2, protocol__min_sites=1)
+    outcome = run(study, tmp_path / "run", watch=watched.nothing_is_left)
+    assert outcome.exit_code == 4
+    first, second, third = lines(tmp_path / "run")
+    assert (set(first["sites"]), set(third["sites"])) == (SITES, SITES)
+    failed = set(second["failures"])
+    assert "west" in failed <= {"north", "west"}
+    # an update that had arrived counts, though its site lost the state that belongs to it
+    assert SITES - failed <= set(second["sites"]) <= SITES - {"west"}
+    assert {f["type"] for f in second["failures"].values()} == {"SiteLost"}
+    for site in failed:
+        at_rest = watched.optimizers[site, 1, "after"]
+        assert all(torch.equal(watched.optimizers[site, 3, "before"][n], t) for n, t in at_rest.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "variant", "code"), [("dies", "v2", "lost"), ("sleeps", "v1", "no reply within 6 s")])
+def test_processes_that_die_or_hang(how: str, variant: str, code: str, make: Make, tmp_path: Path) -> None:
+    fuse = tmp_path / "fuse"
+
+    def light(event: Event) -> None:
+        if (event.kind, event.round) == ("round", 1):
+            fuse.touch()
+
+    fault = {"loss__name": "faults:troubled", "loss__fuse": str(fuse), "loss__how": how, "loss__seconds": 9.0}
+    study = make(protocol__variant=variant, engine__workers=3, protocol__exchange_seconds=6.0, **fault)
+    outcome = run(study, tmp_path / "run", watch=light)
+    (failed,) = lines(tmp_path / "run")[1]["failures"]
+    told(outcome, failed=failed, code=code)
