@@ -179,3 +179,25 @@ def test_a_study_that_would_do_something_else_is_refused(
     with pytest.raises(SystemExit):
         overhead.main(["--study", str(study_file(tmp_path, phantom, length))])
     assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- split training, connections
+
+
+def test_split_step_runs(phantom: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    study = read_study(study_file(tmp_path, phantom, "steps = 9"))
+    found = load("split_step").measure(study, tmp_path / "run", cut=("deep",), rounds=1, steps=2)
+    assert {side: len(s) for side, s in found["seconds"].items()} == {"whole": 1, "split": 1}
+    assert found["ratio"] == found["pairs"][0] > 0
+    for measured, forecast in found["bytes"].values():
+        assert forecast <= measured <= 1.1 * forecast  # headers weigh, where maps are this small
+    torch.set_num_threads(threads)
+
+
+def test_connection_runs(tmp_path: Path) -> None:
+    rows = load("connection").measure(tmp_path, most=1 << 20)
+    assert [(row["what"], row["bytes"]) for row in rows] == [("exchange", 1 << 12), ("exchange", 1 << 20)]
+    for row in rows:
+        assert {side: len(s) for side, s in row["seconds"].items()} == {"ours": row["n"], "gRPC": row["n"]}
+        assert row["ratio"] == pytest.approx(row["median_s"]["ours"] / row["median_s"]["gRPC"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -79,6 +80,87 @@ def predict(
         raise typer.Exit(4)
 
 
+@app.command()
+def provision(
+    study: Annotated[Path, typer.Argument(help="Study file (TOML): its name and its sites.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the kits; must be empty. They hold private keys.")],
+    host: Annotated[
+        list[str], typer.Option("--host", help="Name or address under which sites reach the server; again for others.")
+    ],
+    port: Annotated[int, typer.Option("--port", help="Of FLARE, at the server.")] = 8002,
+    message_port: Annotated[int, typer.Option("--message-port", help="Of the study's messages, at the server.")] = 8003,
+) -> None:
+    """Make the kits with which a server and sites become a federation. Carry each to its machine yourself."""
+    from concilium.deployment import require_flare
+
+    require_flare()
+    from concilium.deployment.provision import provision as make_kits
+    from concilium.study import read_study
+
+    read = read_study(study, check_data=False)
+    sites = [*read.sites, *(["test"] if read.test else [])]
+    kits = make_kits(read.study.name, sites, out, hosts=host, port=port, message_port=message_port)
+    for name, kit in kits.items():
+        shown.print(f"{name}: {kit}", markup=False, soft_wrap=True)
+    shown.print(
+        f"Keep {out / 'authority'} to yourself: who has it can make certificates.", markup=False, soft_wrap=True
+    )
+
+
+@app.command()
+def serve(
+    kit: Annotated[Path, typer.Argument(help="The server's kit.")],
+    study: Annotated[Path, typer.Argument(help="Study file (TOML).")],
+    out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its last complete round.")
+    ] = False,
+    wait: Annotated[
+        float, typer.Option("--wait", help="Seconds to wait for sites before beginning without them.")
+    ] = 600,
+) -> None:
+    """Run a study with sites that have joined: at the server."""
+    from concilium.deployment import require_flare
+
+    require_flare()
+    from concilium.deployment.serve import serve as serve_study
+    from concilium.study import read_study
+
+    read = read_study(study, check_data=False)
+    folder = out or Path("runs") / read.study.name
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    again = f"concilium serve {kit} {study} --out {folder} --resume"
+    _shown(lambda watch: serve_study(kit, read, folder, resume=resume, wait_s=wait, watch=watch), again)
+
+
+@app.command()
+def join(
+    kit: Annotated[Path, typer.Argument(help="This site's kit.")],
+    data: Annotated[Path | None, typer.Option("--data", help="nnU-Net raw folder.")] = None,
+    test: Annotated[Path | None, typer.Option("--test", help="Copy of the held-out set.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="For what is private to runs. Default: in the kit.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads to compute with.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
+    split: Annotated[
+        bool | None, typer.Option("--split/--no-split", help="Whether activations may leave this site. Default: no.")
+    ] = None,
+) -> None:
+    """Take part in the studies of a kit's federation: at a site. Settings are kept in the kit's local/site.toml."""
+    from concilium.deployment import require_flare
+
+    require_flare()
+    from concilium.deployment.join import join as join_federation
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's way to ask: end what was started
+    given = {"data": data, "test": test, "folder": folder, "threads": threads, "device": device, "split": split}
+    try:
+        join_federation(kit, given, watch=lambda text: shown.print(text, markup=False, soft_wrap=True))
+    except KeyboardInterrupt as e:
+        raise typer.Exit(130) from e
+
+
 def main() -> None:
     """Entry point: errors become a sentence and an exit code."""
     try:
@@ -98,11 +180,16 @@ def main() -> None:
 def _run(study: Any, out: Path, *, resume: bool) -> None:
     from concilium.run import run as run_study
 
+    again = f"concilium run {out / 'study.toml'} --out {out} --resume"
+    _shown(lambda watch: run_study(study, out, resume=resume, watch=watch), again)
+
+
+def _shown(work: Callable[[Callable[[Event], None]], Outcome], again: str) -> None:
+    """Show the run as it goes, and its outcome; `again` is the command that goes on after a stop."""
     try:
         with _progress() as progress:
-            outcome = run_study(study, out, resume=resume, watch=_shower(progress))
+            outcome = work(_shower(progress))
     except KeyboardInterrupt as e:  # typer would end without a word
-        again = f"concilium run {out / 'study.toml'} --out {out} --resume"
         console.print(f"Stopped. This goes on from the last complete round: {again}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from e
     _show(outcome)

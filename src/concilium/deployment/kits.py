@@ -1,0 +1,182 @@
+"""A kit: the folder that makes a machine the server, or one site, of a federation. Made by `provision`, carried there by hand.
+
+`startup/` holds certificates and FLARE's own settings, signed; `local/` what the machine's owner decides, among it `site.toml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from concilium.catalog import allowed, coerce
+from concilium.engines._frames import Certificates
+from concilium.errors import StudyError
+
+if TYPE_CHECKING:
+    from concilium.answers import Settings
+
+ABOUT = "local/concilium.json"
+SETTINGS = "local/site.toml"
+SERVER, ADMIN, AUTHORITY, TEST = "server", "admin", "authority", "test"
+"""Names in a federation with a meaning; `test` is the site that holds the held-out set."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What every kit of a federation says of it."""
+
+    name: str
+    """Of the kit: `server`, or the site."""
+    host: str
+    port: int
+    """FLARE's, where sites ask for permission and work."""
+    message_port: int
+    """Ours, where messages travel."""
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """`site.toml`: what a site's administrator decides, and no server can."""
+
+    data: Path
+    """nnU-Net raw folder."""
+    test: Path | None = None
+    """A copy of the held-out set, to score the site's own model on."""
+    folder: Path | None = None
+    """Where runs keep what is private to the site; omitted: `runs` in the kit."""
+    threads: int = 1
+    device: str = "auto"
+    split: bool = False
+    """Whether activations, functions of each voxel, may leave: `splitfed` needs it."""
+    labels: bool = False
+    """Whether a study with `reveal_labels` may run here, from which the server can compute label maps."""
+    plug_ins: tuple[str, ...] = ()
+    """Code from outside Concilium, as `module:function`, that a study may name."""
+
+
+def read_about(kit: Path) -> About:
+    """What the kit says of itself.
+
+    Raises:
+        StudyError: the folder is no kit.
+    """
+    path = kit / ABOUT
+    if not path.is_file():
+        raise StudyError(
+            f"{kit} is no kit: it has no {ABOUT}. Expected a folder that `concilium provision` made. Give that folder."
+        )
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return About(**raw | {"sites": tuple(raw["sites"])})
+
+
+def write_about(kit: Path, about: About) -> None:
+    """Write what the kit says of itself."""
+    (kit / ABOUT).write_text(json.dumps(dataclasses.asdict(about), indent=1) + "\n", encoding="utf-8")
+
+
+def certificates(kit: Path, *, server: bool) -> Certificates:
+    """The kit's certificates."""
+    startup, role = kit / "startup", "server" if server else "client"
+    return Certificates(startup / "rootCA.pem", startup / f"{role}.crt", startup / f"{role}.key")
+
+
+@contextmanager
+def locked(kit: Path) -> Iterator[None]:
+    """Hold the kit: two processes with one identity would take each other's place.
+
+    Raises:
+        StudyError: another process holds it, or FLARE could not work there.
+    """
+    if " " in str(kit.resolve()):
+        raise StudyError(f"{kit.resolve()} has a space in its path, with which FLARE starts nothing. Move the kit.")
+    with (kit / "lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise StudyError(
+                f"{kit} is in use by another process. One at a time may. Wait for it, or end it first."
+            ) from e
+        yield
+
+
+def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSettings:
+    """The site's settings, with what is `given` in place of what is written (and `None` for: as written).
+
+    Raises:
+        StudyError: they are incomplete, or a value is not allowed.
+    """
+    path = kit / SETTINGS
+    try:
+        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as e:  # no TOML, no UTF-8
+        raise StudyError(f"{path} is not valid TOML ({e}). Correct it there.") from e
+    raw |= {key: value for key, value in (given or {}).items() if value is not None}
+    fields = {f.name: f for f in dataclasses.fields(SiteSettings)}
+    hints: dict[str, Any] = {
+        "data": Path,
+        "test": Path | None,
+        "folder": Path | None,
+        "threads": int,
+        "device": str,
+        "split": bool,
+    }
+    hints |= {"labels": bool, "plug_ins": tuple[str, ...]}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in fields:
+            raise StudyError(f"{path}: {key} is not known. {allowed(key, fields)}")
+        try:
+            values[key] = coerce(str(value) if isinstance(value, Path) else value, hints[key])
+        except ValueError as e:
+            raise StudyError(f"{path}: {key} = {value!r} is not allowed. {e}") from e
+    if "data" not in values:
+        raise StudyError(f"{kit} does not know where this site's data lie. Expected a folder. Give it with --data.")
+    settings = SiteSettings(**values)
+    for folder in (settings.data, settings.test):
+        if folder is not None and not (folder / "dataset.json").is_file():
+            raise StudyError(f"{folder} is no nnU-Net raw folder: it has no dataset.json. Correct the path.")
+    if settings.threads < 1 or settings.device not in ("auto", "cpu", "cuda"):
+        raise StudyError(
+            f"threads = {settings.threads}, device = {settings.device!r} is not allowed. Allowed: 1 or more threads; auto, cpu "
+            "or cuda. Correct them."
+        )
+    return settings
+
+
+def write_settings(kit: Path, settings: SiteSettings) -> None:
+    """Write the site's settings, paths made absolute."""
+    values = {
+        f.name: str(value.resolve()) if isinstance(value, Path) else value
+        for f in dataclasses.fields(settings)
+        if (value := getattr(settings, f.name)) is not None
+    }
+    (kit / SETTINGS).write_text(tomli_w.dumps(values), encoding="utf-8")
+
+
+def settings_of_run(kit: Path, about: About, run: str) -> Settings:
+    """What the site answers with in one run."""
+    from concilium.answers import Policy, Settings  # and with them torch, which a site that waits does not need
+
+    s = read_settings(kit)
+    folder = s.folder or kit / "runs"
+    return Settings(
+        about.name,
+        "test" if about.name == TEST else "site",
+        {about.name: s.data},
+        s.test,
+        folder / run,
+        folder / "cache",
+        s.threads,
+        s.device,
+        Policy(s.plug_ins, s.split, s.labels),
+    )

@@ -1,0 +1,97 @@
+"""The server's end: FLARE's server in a process of its own (`keeper.py`), and the study itself, which runs in this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from concilium.deployment.kits import SERVER, TEST, About, certificates, locked, read_about
+from concilium.engines import flare
+from concilium.errors import StudyError
+from concilium.run import Event, Outcome, run
+from concilium.study import Study
+
+
+def serve(
+    kit: Path,
+    study: Study,
+    out: Path,
+    *,
+    resume: bool = False,
+    wait_s: float = 600.0,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Outcome:
+    """Run a study with the sites of the kit's federation, as `concilium run` does with those of one machine.
+
+    Args:
+        wait_s: so long the run waits for its sites before it begins without those that are missing.
+
+    Raises:
+        StudyError: the kit is not the server's, or the study does not fit it.
+        EngineError: FLARE's server does not start; and what `run` raises.
+    """
+    about = read_about(kit)
+    _check(kit, about, study)
+    study = replace(study, engine=replace(study.engine, name="flare", workers=1, cache=None))
+    sites = (*study.sites, *([TEST] if study.test else []))
+    with locked(kit), _keeper(kit, sites) as keeper:
+        place = flare.Place(
+            certificates(kit, server=True),
+            ("", about.message_port),
+            wait_s=wait_s,
+            stands=lambda: keeper.poll() is None,
+        )
+        watch(Event("stage", f"Waiting for {', '.join(sites)}"))
+        connect = partial(flare.connect, place=place, has_test=study.test is not None)
+        return run(study, out, resume=resume, watch=watch, connect=connect)
+
+
+def _check(kit: Path, about: About, study: Study) -> None:
+    if about.name != SERVER:
+        raise StudyError(f"{kit} is the kit of {about.name}. Expected the server's. Use `concilium join` there.")
+    wanted = [*study.sites, *([TEST] if study.test else [])]
+    if missing := [site for site in wanted if site not in about.sites]:
+        raise StudyError(
+            f"The study has {', '.join(missing)}, for which there is no kit. Kits exist for {', '.join(about.sites)}. Correct "
+            "the study, or provision again."
+        )
+    if "centralized" in study.protocol.compare:
+        raise StudyError(
+            f"[protocol] compare = {list(study.protocol.compare)} is not allowed between hospitals: 'centralized' pools "
+            "all cases. Allowed: 'local'. Take it out, or run it in a simulation."
+        )
+
+
+@contextmanager
+def _keeper(kit: Path, sites: tuple[str, ...]) -> Iterator[subprocess.Popen[bytes]]:
+    """FLARE's part, which ends when this process does, or when its standard input is closed."""
+    environment = os.environ | {
+        "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "10"
+    }  # of a site that vanished; FLARE's own is 900 s
+    with (kit / "console.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "concilium.deployment.keeper", str(kit), ",".join(sites)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C is for this process, which then ends the other
+        )
+    try:
+        yield process
+    finally:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would leave FLARE behind
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        signal.signal(signal.SIGINT, before)
