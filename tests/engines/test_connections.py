@@ -480,12 +480,12 @@ def test_absence_counts_from_the_end_of_the_connection(
 ) -> None:
     """A site that computed in silence, as it may, has the whole `absence_s` to dial again."""
     monkeypatch.setattr(_dial, "BEAT_S", LONG_S)
-    hub = listen("north", absence_s=2.0)
+    hub = listen("north", absence_s=4.0)
     wire = wire_to(hub.port)
     north = join("north", wire.port)
     next_news(hub, "here")
     epoch = hub.epoch("north")
-    time.sleep(2.5)
+    time.sleep(4.5)
     wire.refusing = True
     wire.cut()
     time.sleep(1.0)
