@@ -27,9 +27,10 @@ from concilium import catalog
 from concilium.demo import demo_study
 from concilium.engines.simulation import connect
 from concilium.forecast import split_bytes
-from concilium.preparation import Ledger, initial_weights, network_of, plan_together, prepare_sites
+from concilium.preparation import Ledger, ask_sites, initial_weights, network_of, plan_for, prepare_sites
 from concilium.protocols import Round, start_with
 from concilium.record import Record
+from concilium.schedule import settings
 from concilium.study import Study, read_study, training_of
 
 TARGET_TIME, TARGET_BYTES = 1.15, 0.02
@@ -50,8 +51,9 @@ def measure(study: Study, folder: Path, *, cut: tuple[str, ...], rounds: int, st
         cache=study.engine.cache,
     )
     try:
-        plans = plan_together(study, engine, record, Ledger())
-        prepare_sites(study, engine, record, plans, Ledger())
+        (setting,) = settings(study)[0]
+        plans = plan_for(setting, ask_sites(study, engine, record, Ledger()), record)
+        prepare_sites(setting, engine, record, plans, Ledger())
         supplied: dict[str, Any] = {
             "collect": partial(catalog.load("collect", "plain")),
             "rule": partial(catalog.load("aggregation", "mean")),

@@ -17,7 +17,8 @@ from rich.table import Table
 from concilium.errors import ConciliumError
 
 if TYPE_CHECKING:
-    from concilium.run import Event, Outcome
+    from concilium.preparation import Event
+    from concilium.run import Outcome
 
 app = typer.Typer(
     help="Train one medical image segmentation model at several hospitals without moving an image.",
@@ -46,11 +47,14 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out from its last complete round.")
     ] = False,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Train every model with so many seeds. Default: the study's.")
+    ] = None,
 ) -> None:
     """Run a study: fingerprint, plan, train, score."""
-    from concilium.study import read_study
+    from concilium.study import read_study, with_seeds
 
-    read = read_study(study)
+    read = with_seeds(read_study(study), seeds)
     _run(read, out or Path("runs") / read.study.name, resume=resume)
 
 

@@ -17,6 +17,7 @@ from concilium.catalog import allowed, names
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
 RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "[study] seeds": (lambda x: x >= 1, "1 or more"),
     "[study] max_excluded": (lambda x: 0 <= x <= 1, "0 to 1"),
     "[protocol] rounds": (lambda x: x >= 1, "1 or more"),
     "[protocol] steps": (lambda x: x >= 1, "1 or more"),
@@ -34,7 +35,8 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[training] clip_norm": (lambda x: x > 0, "more than 0"),
     "[training] loader_workers": (lambda x: x >= 0, "0 or more"),
     "[validation] folds": (lambda x: x >= 2, "2 or more"),
-    "[validation] fold": (lambda x: x >= 0, "0 to folds - 1"),
+    "[validation] fold": (lambda x: x == "all" or x >= 0, "0 to folds - 1, or 'all'"),
+    "[validation] every": (lambda x: x >= 1, "1 or more"),
     "[validation] tolerance": (lambda x: x > 0, "more than 0"),
     "[engine] workers": (lambda x: x >= 1, "1 or more"),
     "[engine] threads": (lambda x: x >= 0, "0 (share the cores) or more"),
@@ -82,13 +84,30 @@ def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
             "[protocol] name = 'centralized' is not allowed: it pools all cases. Allowed: another protocol with "
             "compare = ['centralized'], in a simulation."
         )
-    if v and v.fold >= v.folds:
+    problems += _cannot_validate(v, p, n_sites)
+    if v and v.fold != "all" and v.fold >= v.folds:
         problems.append(f"[validation] fold = {v.fold} is not allowed. Allowed: 0 to {v.folds - 1}.")
     if t and e and t.precision == "float16" and e.device == "cpu":
         problems.append(
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )
     return problems + _cannot_split(found)
+
+
+def _cannot_validate(v: Any, p: Any, n_sites: int) -> list[str]:
+    """What validation cannot do."""
+    problems = []
+    if v and p and v.select == "best" and (v.every is None or v.every > p.rounds):
+        problems.append(
+            f"[validation] select = 'best' is not allowed with every = {v.every}. Allowed: with every = N, so that weights are "
+            f"scored after every N of the {p.rounds} rounds. Add it."
+        )
+    if v and v.leave_one_site_out and (n_sites < 2 or (p and p.name == "local")):
+        problems.append(
+            f"[validation] leave_one_site_out = true is not allowed with {n_sites} site(s) and protocol "
+            f"{p.name if p else '?'!r}. Allowed: with two or more sites that train one model. Remove it."
+        )
+    return problems
 
 
 def _cannot_split(found: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from concilium.data.plan import Plan, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Tensors
 from concilium.networks import Stages, make_network
+from concilium.schedule import WITHOUT, folds_of
 from concilium.study import Study, read_study
 from concilium.wire import read_tensors
 
@@ -57,39 +59,60 @@ class Finished:
 
 
 def finished_models(run: Path) -> tuple[str, ...]:
-    """The names of the models in a run folder, such as `federated` or `local:north`: what `open_finished` opens."""
-    known = [p.stem for p in sorted((run / "weights").glob("*.safetensors"))]
-    return (*known, *(f"local:{p.parts[-3]}" for p in sorted((run / "sites").glob("*/models/local.safetensors"))))
+    """The names of the models in a run folder, as `open_finished` opens them: `federated`, `federated.s8`, `local:north`."""
+    at_server = [_without_fold(p) for p in sorted((run / "weights").glob("*.safetensors"))]
+    at_sites = [
+        f"{_without_fold(p)}:{p.parts[-3]}" for p in sorted((run / "sites").glob("*/models/local*.safetensors"))
+    ]
+    return tuple(dict.fromkeys(at_server + at_sites))
 
 
 def open_finished(run: Path, name: str | None = None) -> Finished:
-    """A model of a run folder; without a name the study's own protocol.
+    """A model of a run folder; without a name that of the study's own protocol and first seed.
+
+    Args:
+        name: as in results.json; `.s8` after it asks for seed 8, where there are several, and `.f0` for one fold alone.
 
     Raises:
-        StudyError: no run folder, or it holds no such model.
+        StudyError: no run folder, or it holds no such model, or some of its folds are missing.
     """
     if not (run / "plans.json").is_file():
         raise StudyError(f"{run} is no run folder: it has no plans.json. Give the folder that `concilium run` printed.")
     study = read_study(run / "study.toml", check_data=False)
     name = name or study.protocol.name
     about = json.loads((run / "dataset.json").read_text(encoding="utf-8"))
+    title = name.partition(":")[0].partition(".")[0]
+    own_plan = run / "plans" / f"{title}.json"
     return Finished(
         run,
         name,
-        study,
-        (run / "plans.json").read_text(encoding="utf-8"),
+        study.variants.get(title.partition(WITHOUT)[0], study),
+        (own_plan if own_plan.is_file() else run / "plans.json").read_text(encoding="utf-8"),
         tuple(about["channel_names"].values()),
         about["labels"],
         about["file_ending"],
-        (_weights_file(run, name),),
+        _files(run, name, n_folds=len(folds_of(study))),
     )
 
 
-def _weights_file(run: Path, model: str) -> Path:
-    """The file of a model: with the server, or at the simulated site that it never left."""
+def _without_fold(path: Path) -> str:
+    return re.sub(r"\.f\d+$", "", path.stem)
+
+
+def _files(run: Path, model: str, *, n_folds: int) -> tuple[Path, ...]:
+    """The files of a model: with the server, or at the simulated site that it never left."""
     name, _, site = model.partition(":")
-    path = run / "sites" / site / "models" / f"{name}.safetensors" if site else run / "weights" / f"{name}.safetensors"
-    if not path.is_file():
+    folder = run / "sites" / site / "models" if site else run / "weights"
+    alone = folder / f"{name}.safetensors"
+    if alone.is_file():
+        return (alone,)
+    found = [path for i in range(n_folds) if (path := folder / f"{name}.f{i}.safetensors").is_file()]
+    if not found:
         known = finished_models(run)
         raise StudyError(f"{run} holds no model {model!r}. {catalog.allowed(model, known)} Choose one with --model.")
-    return path
+    if len(found) < n_folds:
+        raise StudyError(
+            f"{run} holds {len(found)} of {n_folds} folds of {model!r}. All are needed for their ensemble. Go on with the run, "
+            f"or name one fold, such as {found[0].stem}."
+        )
+    return tuple(found)

@@ -208,19 +208,26 @@ class Finish:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Segment the cases of `subset` (`validation` or `test`) with the finished `model` kept here, and score them."""
+    """Segment the cases of `subset` (`training`, `validation`, `all` or `test`) with finished models kept here, and score them.
+
+    The logits of the `members` (one per fold) are averaged; without any, `model` is one model.
+    """
 
     model: str
     subset: str
     metrics: tuple[PlugIn, ...]
+    members: tuple[str, ...] = ()
+    final: bool = True
+    """Whether the model is done, so that the site may keep what it found for its own report."""
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Store these weights as the finished model; without weights, the site's own."""
+    """Store these weights as the finished model; without weights, those of the finished model `source`, or of what is trained."""
 
     model: str
     weights: Tensors
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,9 +248,10 @@ class Restore:
 
 @dataclass(frozen=True)
 class Forget:
-    """Drop the state and the snapshots of a model; its finished weights stay."""
+    """Drop the state and the snapshots of a model; with `finished` its finished weights too."""
 
     model: str
+    finished: bool = False
 
 
 Request: TypeAlias = Examine | Prepare | Train | Front | Tail | Finish | Evaluate | Keep | Snapshot | Restore | Forget

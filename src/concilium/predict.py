@@ -37,7 +37,7 @@ def predict(
         DataError: the folder holds no images of the right kind.
     """
     finished = open_finished(run, model)
-    (network,), study = finished.networks(), finished.study
+    networks, study = finished.networks(), finished.study
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise StudyError(
             f"Device {device!r} is not available. Allowed: auto, cpu, and cuda where there is a GPU. Choose with --device."
@@ -52,7 +52,7 @@ def predict(
         segment,
         plan=finished.plan,
         labels=finished.labels,
-        network=network.to(where),
+        networks=[network.to(where) for network in networks],
         device=where,
         mirror=t.mirror,
         precision=t.precision,

@@ -16,6 +16,7 @@ from concilium.messages import (
     Examine,
     Examined,
     Failure,
+    Fingerprint,
     Prepare,
     Prepared,
     Reply,
@@ -26,6 +27,7 @@ from concilium.messages import (
 )
 from concilium.networks import Stages, make_network
 from concilium.record import Record
+from concilium.schedule import Setting
 from concilium.study import Study, training_of
 
 
@@ -48,8 +50,48 @@ class Plans:
     batch_size: int
 
 
-def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Plans:
-    """Ask for fingerprints, merge them, plan once."""
+@dataclass(frozen=True)
+class Event:
+    """Something a person who watches a run may want to see."""
+
+    kind: str
+    """`stage`, `round`, `scored` or `warning`."""
+    text: str = ""
+    model: str = ""
+    round: int = 0
+    rounds: int = 0
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the steps of a run share."""
+
+    study: Study
+    engine: Engine
+    record: Record
+    plans: Plans
+    watch: Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the sites told of their data."""
+
+    channels: tuple[str, ...]
+    labels: Mapping[str, int]
+    file_ending: str
+    fingerprints: Mapping[str, Fingerprint]
+    """Of the study's sites, by name."""
+
+
+def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Told:
+    """Have every site read its cases and tell what may be told of them.
+
+    Raises:
+        DataError: sites disagree, or the data of one cannot be used.
+        EngineError: too few sites answered.
+    """
     request = Examine(study.plan.exact_geometry, study.study.max_excluded)
     asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
@@ -60,21 +102,31 @@ def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) 
                 f"{name} has channels {list(reply.channels)} and labels {dict(reply.labels)}. "
                 f"Expected {list(first.channels)} and {dict(first.labels)}, as at the other sites. Make their dataset.json agree."
             )
-    merged = merge([reply.fingerprint for name, reply in sorted(told.items()) if name in study.sites])
-    _keep(record, "fingerprint.json", to_json(merged))
     about = {
         "channel_names": {str(i): c for i, c in enumerate(first.channels)},
         "labels": dict(first.labels),
         "file_ending": first.file_ending,
     }
     record.write_json("dataset.json", about)
+    fingerprints = {name: reply.fingerprint for name, reply in sorted(told.items()) if name in study.sites}
+    return Told(first.channels, dict(first.labels), first.file_ending, fingerprints)
+
+
+def plan_for(setting: Setting, told: Told, record: Record) -> Plans:
+    """The plan of a setting, from the fingerprints of the sites that train; the record keeps it where models will find it.
+
+    Raises:
+        DataError: it is not the one that the run began with.
+    """
+    study = setting.study
+    merged = merge([fingerprint for name, fingerprint in told.fingerprints.items() if name in setting.sites])
     p, t = study.plan, study.training
     base_features = cast("int | None", study.network.options.get("base_features"))
     text = make_plans(
         merged,
-        channels=first.channels,
-        labels=first.labels,
-        file_ending=first.file_ending,
+        channels=told.channels,
+        labels=told.labels,
+        file_ending=told.file_ending,
         configuration=p.configuration,
         planner=p.planner,
         memory_gb=p.memory_gb,
@@ -82,9 +134,11 @@ def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) 
         batch_size=t.batch_size,
         patch_size=t.patch_size,
     )
-    _keep(record, "plans.json", text)
+    if setting.is_base:
+        _keep(record, "fingerprint.json", to_json(merged))
+    _keep(record, "plans.json" if setting.is_base else f"plans/{setting.title}.json", text)
     plan = open_plan(text, p.configuration)
-    return Plans(text, first.channels, dict(first.labels), plan.patch_size, plan.batch_size)
+    return Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size)
 
 
 def _keep(record: Record, name: str, text: str) -> None:
@@ -102,8 +156,9 @@ def _keep(record: Record, name: str, text: str) -> None:
     record.write_text(name, text)
 
 
-def prepare_sites(study: Study, engine: Engine, record: Record, plans: Plans, ledger: Ledger) -> dict[str, int]:
+def prepare_sites(setting: Setting, engine: Engine, record: Record, plans: Plans, ledger: Ledger) -> dict[str, int]:
     """Have the sites preprocess; the number of training cases of each that is ready."""
+    study = setting.study
     v = study.validation
     request = Prepare(
         plans.text,
@@ -111,11 +166,12 @@ def prepare_sites(study: Study, engine: Engine, record: Record, plans: Plans, le
         study.network,
         training_of(study),
         v.folds,
-        v.fold,
+        cast(int, v.fold),
         study.study.seed,
         study.study.max_excluded,
     )
-    roles = {"site", "test"} | ({"pooled"} if "centralized" in study.protocol.compare else set())
+    pools = setting.is_base and "centralized" in study.protocol.compare
+    roles = {"site", "test"} | ({"pooled"} if pools else set())
     asked = {name: request for name, site in engine.sites.items() if site.role in roles}
     cases: dict[str, int] = {}
     for name, reply in _must(engine, record, asked, study, ledger):

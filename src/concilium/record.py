@@ -4,6 +4,7 @@ study.toml fingerprint.json plans.json environment.json   what was asked, measur
 rounds.jsonl                                              one line a round: who took part, losses, bytes, failures
 weights/MODEL.safetensors                                 finished models that the server may have
 results.json                                              scores and summaries (schema: results.schema.json of the package)
+curves.jsonl                                              validation Dice after rounds, where the study asks for it
 checkpoints/MODEL/                                        the last complete round, to resume from
 sites/SITE/                                               in a simulation: what is private to each site
 """
@@ -17,7 +18,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,18 @@ class Record:
 
     def rounds(self, model: str) -> list[dict[str, Any]]:
         """The lines of rounds.jsonl for this model."""
-        path = self.folder / "rounds.jsonl"
+        return [line for line in self._lines("rounds.jsonl") if line["model"] == model]
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [line for line in map(_parsed, lines) if line is not None and line["model"] == model]
+        return [line for line in map(_parsed, lines) if line is not None]
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with (self.folder / name).open("ab") as file:
+            file.write((json.dumps(line) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def commit(self, model: str, done: Round, *, seconds: float) -> None:
         """Write a complete round: its line, then the state that the next one starts from, which makes the line valid."""
@@ -125,10 +135,7 @@ class Record:
             },
             "failures": {site: {"type": type(f).__name__, "text": describe(f)} for site, f in sorted(done.failures.items())},
         }  # fmt: skip
-        with (self.folder / "rounds.jsonl").open("ab") as file:
-            file.write((json.dumps(line) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        self._append("rounds.jsonl", line)
         folder = self.folder / "checkpoints" / model
         write_tensors(
             folder / f"{done.number:06d}.safetensors", done.tensors, {"values": json.dumps(dict(done.values))}
@@ -136,6 +143,38 @@ class Record:
         for old_file in folder.glob("[0-9]*.safetensors"):
             if int(old_file.stem) < done.number:
                 old_file.unlink()
+
+    # ------------------------------------------------------------------------------------------ scores between rounds
+
+    def curve(self, model: str) -> list[dict[str, Any]]:
+        """The lines of curves.jsonl for this model: after which round, and the mean validation Dice of each site."""
+        return [line for line in self._lines("curves.jsonl") if line["model"] == model]
+
+    def has_curve(self, model: str, number: int) -> bool:
+        """Whether this round was scored."""
+        return any(line["round"] == number for line in self.curve(model))
+
+    def add_curve(self, model: str, number: int, dice: Mapping[str, float]) -> None:
+        """Note the mean validation Dice of each site after a round."""
+        self._append("curves.jsonl", {"model": model, "round": number, "dice": dict(dice)})
+
+    def best_rounds(self, model: str) -> dict[str, tuple[int, float]]:
+        """Site -> the round after which its validation Dice was best, the earliest of equals, and that Dice."""
+        best: dict[str, tuple[int, float]] = {}
+        for line in self.curve(model):
+            for site, dice in line["dice"].items():
+                if site not in best or dice > best[site][1]:
+                    best[site] = (line["round"], dice)
+        return best
+
+    def save_best(self, model: str, number: int, weights: Tensors) -> None:
+        """Keep the best weights so far."""
+        write_tensors(self.folder / "checkpoints" / model / "best.safetensors", weights, {"round": str(number)})
+
+    def best_weights(self, model: str) -> Tensors | None:
+        """The best weights so far, where they were kept."""
+        path = self.folder / "checkpoints" / model / "best.safetensors"
+        return read_tensors(path)[0] if path.is_file() else None
 
     @property
     def begun(self) -> bool:
@@ -155,9 +194,11 @@ class Record:
         return max((int(path.stem) for path in folder.glob("[0-9]*.safetensors")), default=0)
 
     def _drop_uncommitted(self) -> None:
-        """Take out of rounds.jsonl what a killed run left: a line that was cut off, lines of rounds without a checkpoint."""
-        path = self.folder / "rounds.jsonl"
-        if path.is_file():
+        """Take out what a killed run left: a line that was cut off, lines of rounds without a checkpoint."""
+        for name in ("rounds.jsonl", "curves.jsonl"):
+            path = self.folder / name
+            if not path.is_file():
+                continue
             before = path.read_bytes()
             read = [(text, _parsed(text)) for text in before.decode(errors="replace").splitlines()]
             last = {model: self._last_number(model) for model in {line["model"] for _, line in read if line}}

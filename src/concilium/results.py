@@ -7,6 +7,7 @@ from typing import Any
 
 from concilium.messages import Evaluated
 from concilium.record import Record
+from concilium.schedule import Model
 from concilium.statistics import summarize
 from concilium.study import Study
 
@@ -16,12 +17,15 @@ VERSION = 1
 
 
 def score_rows(
-    model: str, site: str, subset: str, evaluated: Evaluated, names: Mapping[int, Mapping[str, str]]
+    about: Mapping[str, Any], site: str, subset: str, evaluated: Evaluated, names: Mapping[int, Mapping[str, str]]
 ) -> list[dict[str, Any]]:
-    """A site's scores as they stand in results.json; `names` (private number -> case and patient) is empty unless simulated."""
+    """A site's scores as they stand in results.json.
+
+    `about`: model, seed and fold. `names` (private number -> case and patient) is empty unless the site is simulated.
+    """
     rows = []
     for s in evaluated.scores:
-        row: dict[str, Any] = {"model": model, "site": "test" if subset == "test" else site, "subset": subset}
+        row: dict[str, Any] = {**about, "site": "test" if subset == "test" else site, "subset": subset}
         row |= names.get(s.case, {"case": str(s.case), "patient": str(s.patient)})
         row |= {"label": s.label, "status": s.status, "unit": s.unit}
         row |= {metric: s.values.get(metric) for metric in METRICS}
@@ -31,19 +35,25 @@ def score_rows(
 
 
 def account(
-    model: str, protocol: str, sites: Sequence[str], rounds: Sequence[Mapping[str, Any]], batch_size: int
+    model: Model, rounds: Sequence[Mapping[str, Any]], *, batch_size: int, selected: int | None = None
 ) -> dict[str, Any]:
-    """What training a model took: `updates` in sequence, `patches` in all, seconds, and bytes to and from each site."""
+    """What training a model took: `updates` in sequence, `patches` in all, seconds, and bytes to and from each site.
+
+    `selected`: the round whose weights it ended with, where that is not the last.
+    """
     counted = ("n_steps", "seconds", "bytes_down", "bytes_up")
     took = {
         site: {key: sum(line["sites"][site][key] for line in rounds if site in line["sites"]) for key in counted}
-        for site in sites
+        for site in model.steps
     }
     n_steps = [t["n_steps"] for t in took.values()]
     return {
-        "name": model,
-        "protocol": protocol,
+        "name": model.name,
+        "seed": model.seed,
+        "fold": model.fold,
+        "protocol": model.protocol,
         "rounds": len(rounds),
+        "selected_round": len(rounds) if selected is None else selected,
         "updates": max(n_steps),
         "patches": sum(n_steps) * batch_size,
         "batch_size": batch_size,
@@ -63,7 +73,7 @@ def write_results(
     """Write results.json from the models that are finished; it is complete if nothing went wrong on the way."""
     cases = [case for f in finished for case in f["cases"]]
     problems = [*problems, *(text for f in finished for text in f["problems"])]
-    warnings = [*warnings, *(text for f in finished for text in f["warnings"])]
+    warnings = list(dict.fromkeys([*warnings, *(text for f in finished for text in f["warnings"])]))
     if study.test is None:
         warnings.append("No test set: all figures are on the validation cases of one fold.")
     results = {
@@ -71,7 +81,7 @@ def write_results(
         "study": study.study.name,
         "seed": study.study.seed,
         "complete": not problems,
-        "models": [f["model"] for f in finished],
+        "models": [f["model"] for f in finished if f["model"]],
         "cases": cases,
         "summary": summarize(cases, METRICS, seed=study.study.seed),
         "comparisons": [],

@@ -1,61 +1,47 @@
 """THE LINE: study -> data -> engine -> protocol -> record -> results. Read this file first.
 
-A run examines the sites' data, plans once, prepares the sites, trains each model in turn, gives the finished model to every
-site, and scores it there. After each round the sites write a snapshot and then the server writes the round, so that a killed run
-goes on from the last complete round with `resume`.
+A run examines the sites' data and plans once. For each variant, seed and fold (`schedule.py`) it prepares the sites
+(`preparation.py`), trains each model in turn, gives the finished model to every site and scores it there (`scoring.py`). After
+each round the sites write a snapshot and then the server writes the round, so that a killed run goes on from the last complete
+round with `resume`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from concilium import catalog
-from concilium.engines import Engine, ask
+from concilium.engines import Engine
 from concilium.errors import ConciliumError
-from concilium.messages import (
-    Done,
-    Evaluate,
-    Evaluated,
-    Failure,
-    Forget,
-    Keep,
-    PlugIn,
-    Request,
-    Restore,
-    SiteError,
-    SiteLost,
-    Snapshot,
-    as_failure,
-)
+from concilium.messages import Forget, Restore, SiteError, SiteLost, Snapshot
 from concilium.optimization import device_named
-from concilium.preparation import Ledger, Plans, failure_line, initial_weights, network_of, plan_together, prepare_sites
-from concilium.protocols import WEIGHTS, Round, part, start_with
+from concilium.preparation import (
+    Event,
+    Ledger,
+    Work,
+    ask_sites,
+    failure_line,
+    initial_weights,
+    network_of,
+    plan_for,
+    prepare_sites,
+)
+from concilium.protocols import Round, start_with
 from concilium.record import Record
-from concilium.results import METRICS, account, score_rows, write_results
+from concilium.results import account, write_results
+from concilium.schedule import Model, Setting, ensemble_key, models, settings
+from concilium.scoring import POOL, give, score, tell, watch_validation
 from concilium.study import Study, training_of
 
 NOT_READY = SiteError("EngineError", "not_prepared", "")
 """A site of the study that failed before training began."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a person who watches a run may want to see."""
-
-    kind: str
-    """`stage`, `round`, `scored` or `warning`."""
-    text: str = ""
-    model: str = ""
-    round: int = 0
-    rounds: int = 0
-    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,28 +51,6 @@ class Outcome:
     folder: Path
     results: Mapping[str, Any]
     exit_code: int
-
-
-@dataclass(frozen=True)
-class Model:
-    """One model to train: its protocol, and who takes how many steps a round."""
-
-    name: str
-    protocol: str
-    steps: Mapping[str, int]
-    stays: bool = False
-    """Whether it stays at its site (and is a different one at each)."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the steps of a run share."""
-
-    study: Study
-    engine: Engine
-    record: Record
-    plans: Plans
-    watch: Callable[[Event], None]
 
 
 def run(
@@ -111,17 +75,10 @@ def run(
     finished: list[Mapping[str, Any]] = []
     try:
         watch(Event("stage", "Reading every case"))
-        plans = plan_together(study, engine, record, ledger)
-        patch = "×".join(map(str, plans.patch_size))
-        watch(
-            Event(
-                "stage", f"Planned {study.plan.configuration}: patch {patch}, batch {plans.batch_size}. Preprocessing"
-            )
-        )
-        cases = prepare_sites(study, engine, record, plans, ledger)
-        job = _Job(study, engine, record, plans, watch)
-        for model in _models(study, cases, plans.batch_size):
-            finished.append(_train_and_score(job, model))
+        told = ask_sites(study, engine, record, ledger)
+        for members in settings(study):
+            plans = plan_for(members[0], told, record)
+            finished += _train_members(Work(study, engine, record, plans, watch), members, ledger)
     except BaseException as e:
         ledger.problems.append(
             str(e) if isinstance(e, ConciliumError) else f"The run was stopped ({type(e).__name__})."
@@ -151,136 +108,129 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def _models(study: Study, cases: Mapping[str, int], batch_size: int) -> list[Model]:
-    """The study's own model, then the baselines: `centralized` with one site's steps, `centralized_long` with those of all."""
-    p = study.protocol
-
-    def n_steps(name: str) -> int:
-        return p.steps or max(1, -(-int(cases[name] * cast(float, p.epochs)) // batch_size))
-
-    steps = {name: n_steps(name) for name in study.sites if name in cases}
-    models = [Model(p.name, p.name, steps, stays=p.name == "local")]
-    if "local" in p.compare and p.name != "local":
-        models.append(Model("local", "local", steps, stays=True))
-    if "centralized" in p.compare:
-        models.append(Model("centralized", "centralized", {"pooled": max(steps.values())}))
-        models.append(Model("centralized_long", "centralized", {"pooled": sum(steps.values())}))
-    return models
+def _train_members(work: Work, members: Sequence[Setting], ledger: Ledger) -> Iterator[Mapping[str, Any]]:
+    """Train and score the models of settings that differ by fold only, then the ensembles that these make up."""
+    made: dict[str, list[Model]] = {}
+    for setting in members:
+        for model in _prepared_models(work, setting, ledger):
+            made.setdefault(model.name, []).append(model)
+            yield _train_and_score(work, model)
+    if len(members) > 1:
+        for together in made.values():
+            yield _score_together(work, together)
 
 
-def _train_and_score(job: _Job, model: Model) -> Mapping[str, Any]:
+def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> Sequence[Model]:
+    """Have the sites get ready for a setting: its models. Nothing is asked of them where a stopped run had finished all."""
+    record, name = work.record, f"checkpoints/{setting.title}{setting.suffix}.json"
+    ready = record.read_json(name)
+    own = models(setting, ready["cases"], work.plans.batch_size) if ready else ()
+    done = ready and all(_finished(record, m.key) and (not m.member or _finished(record, ensemble_key(m))) for m in own)
+    if not done:
+        p = work.plans
+        patch = "×".join(map(str, p.patch_size))
+        what = (
+            f"{setting.title}{setting.suffix}: patch {patch}, batch {p.batch_size} ({setting.study.plan.configuration})"
+        )
+        work.watch(Event("stage", f"Planned {what}. Preprocessing"))
+        prepared = Ledger()
+        cases = prepare_sites(setting, work.engine, record, p, prepared)
+        ready = {"cases": cases, "warnings": prepared.warnings, "problems": prepared.problems}
+        record.write_json(name, ready)
+    ledger.warnings += ready["warnings"]
+    ledger.problems += ready["problems"]
+    return list(models(setting, ready["cases"], work.plans.batch_size))
+
+
+def _finished(record: Record, key: str) -> dict[str, Any] | None:
+    """What a model's training and scoring left; `None` if it is not done, or to be scored again."""
+    finished: dict[str, Any] | None = record.read_json(f"checkpoints/{key}/finished.json")
+    return None if finished is None or finished["again"] else finished
+
+
+def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
     """Train one model and score it at every site; on resumption, take what is there, and score again what failed to be."""
-    name = f"checkpoints/{model.name}/finished.json"
-    finished: dict[str, Any] | None = job.record.read_json(name)
-    if finished is None or finished["again"]:
+    finished = _finished(work.record, model.key)
+    if finished is None:
         training, scoring = Ledger(), Ledger()
-        last = _train(job, model, training)
-        _give(job, model, last, scoring)
-        cases = _score(job, model, scoring)
-        rounds, batch_size = job.record.rounds(model.name), job.plans.batch_size
-        about = account(model.name, model.protocol, list(model.steps), rounds, batch_size)
-        about["parameters"] = sum(t.numel() for t in initial_weights(job.study, job.plans).values())
-        problems, warnings = training.problems + scoring.problems, training.warnings + scoring.warnings
-        again = bool(scoring.problems)
-        finished = {"model": about, "cases": cases, "problems": problems, "warnings": warnings, "again": again}
-        job.record.write_json(name, finished)
+        last = _train(work, model, training)
+        give(work, model, last, scoring)
+        cases = score(work, [model], scoring)
+        rounds, batch_size = work.record.rounds(model.key), work.plans.batch_size
+        best = None if model.stays else work.record.best_rounds(model.key).get(POOL)
+        select = best[0] if best and work.study.validation.select == "best" else None
+        about = account(model, rounds, batch_size=batch_size, selected=select)
+        about["parameters"] = sum(t.numel() for t in initial_weights(model.setting.study, work.plans).values())
+        finished = {"model": about, "cases": cases} | _told(training, scoring)
+        work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
     if not finished["again"]:  # told once more on resumption: a kill may have come between
-        _tell(job.engine, dict.fromkeys(model.steps, Forget(model.name)))
+        tell(work.engine, dict.fromkeys(model.steps, Forget(model.key)))
     return finished
 
 
-def _train(job: _Job, model: Model, ledger: Ledger) -> Round:
+def _score_together(work: Work, members: Sequence[Model]) -> Mapping[str, Any]:
+    """Score the ensemble that the members of a model make up, one per fold, on the test set."""
+    key = ensemble_key(members[0])
+    finished = _finished(work.record, key)
+    if finished is None:
+        scoring = Ledger()
+        finished = {"model": None, "cases": score(work, members, scoring)} | _told(Ledger(), scoring)
+        work.record.write_json(f"checkpoints/{key}/finished.json", finished)
+    return finished
+
+
+def _told(training: Ledger, scoring: Ledger) -> dict[str, Any]:
+    return {
+        "problems": training.problems + scoring.problems,
+        "warnings": training.warnings + scoring.warnings,
+        "again": bool(scoring.problems),
+    }
+
+
+def _train(work: Work, model: Model, ledger: Ledger) -> Round:
     """The protocol's loop, with everything that happens after each round."""
-    study, engine, record = job.study, job.engine, job.record
+    study, engine, record = model.setting.study, work.engine, work.record
     p = study.protocol
-    done = record.last_round(model.name) or start_with(initial_weights(study, job.plans))
-    for site, failure in _tell(engine, dict.fromkeys(model.steps, Restore(model.name, done.number))).items():
-        ledger.problems.append(
-            f"{model.name}, going back to round {done.number}: {failure_line(record, site, failure)}"
-        )
+    done = record.last_round(model.key) or start_with(initial_weights(study, work.plans))
+    for site, failure in tell(engine, dict.fromkeys(model.steps, Restore(model.key, done.number))).items():
+        ledger.problems.append(f"{model.key}, going back to round {done.number}: {failure_line(record, site, failure)}")
     if done.number:
-        job.watch(Event("stage", f"{model.name}: going on after round {done.number}", model=model.name))
+        work.watch(Event("stage", f"{model.key}: going on after round {done.number}", model=model.key))
     rounds = catalog.load("protocols", model.protocol)(
         engine,
         done,
-        model=model.name,
+        model=model.key,
         collect=partial(catalog.load("collect", study.collect.name), **study.collect.options),
         rule=partial(catalog.load("aggregation", study.aggregation.name), **study.aggregation.options),
         rounds=p.rounds,
         steps=model.steps,
         min_sites=min(p.min_sites or 1, len(model.steps)),
         deadline_s=None if model.protocol == "centralized" else p.round_seconds,  # a site's, and the pool is none
-        network=network_of(study, job.plans),
+        network=network_of(study, work.plans),
         training=training_of(study),
         seed=study.study.seed,
-        device=device_named(study.engine.device),
+        device=device_named(work.study.engine.device),
         **(p.options if model.protocol == p.name else {}),
     )
+    watch_validation(work, model, done, ledger)  # a kill may have come between
     began = time.monotonic()
-    missing = [site for site in study.sites if site not in model.steps and model.protocol != "centralized"]
+    missing = [site for site in model.setting.sites if site not in model.steps and model.protocol != "centralized"]
     for done in rounds:
         # a site may have trained although its answer came late or could not be used: it goes back to where it was
         failed = [site for site, failure in done.failures.items() if not isinstance(failure, SiteLost)]
-        unsaved = _tell(engine, dict.fromkeys(failed, Restore(model.name, done.number - 1)), p.round_seconds)
+        unsaved = tell(engine, dict.fromkeys(failed, Restore(model.key, done.number - 1)), p.round_seconds)
         there = [site for site in model.steps if site not in unsaved]
-        unsaved |= _tell(engine, dict.fromkeys(there, Snapshot(model.name, done.number)), p.round_seconds)
+        unsaved |= tell(engine, dict.fromkeys(there, Snapshot(model.key, done.number)), p.round_seconds)
         done = replace(done, failures={**dict.fromkeys(missing, NOT_READY), **unsaved, **done.failures})
-        record.commit(model.name, done, seconds=time.monotonic() - began)
+        record.commit(model.key, done, seconds=time.monotonic() - began)
         losses = [a.loss for a in done.answers.values()]
         loss = sum(losses) / len(losses) if losses else None
-        job.watch(Event("round", model=model.name, round=done.number, rounds=p.rounds, loss=loss))
+        work.watch(Event("round", model=model.key, round=done.number, rounds=p.rounds, loss=loss))
         for site, failure in done.failures.items():
-            job.watch(Event("warning", f"{model.name}, round {done.number}: {failure_line(record, site, failure)}"))
+            work.watch(Event("warning", f"{model.key}, round {done.number}: {failure_line(record, site, failure)}"))
+        watch_validation(work, model, done, ledger)
         began = time.monotonic()
-    for line in record.rounds(model.name):
+    for line in record.rounds(model.key):
         failed = line["failures"].items()
-        ledger.problems += [f"{model.name}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
+        ledger.problems += [f"{model.key}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
     return done
-
-
-def _tell(engine: Engine, requests: Mapping[str, Request], deadline_s: float | None = None) -> dict[str, Failure]:
-    """Send what is answered by `Done`; the failures."""
-    replies = ask(engine, requests, deadline_s=deadline_s)
-    return {site: as_failure(reply) for site, reply in replies if not isinstance(reply, Done)}
-
-
-# ------------------------------------------------------------------------------------------------- results of one model
-
-
-def _give(job: _Job, model: Model, last: Round, ledger: Ledger) -> None:
-    """The final push: server and sites keep the same tensors. A model that stays is kept by its site alone."""
-    if model.stays:
-        requests = dict.fromkeys(model.steps, Keep(model.name, {}))
-    else:
-        weights = part(last.tensors, WEIGHTS)
-        job.record.save_weights(model.name, weights)
-        keepers = [name for name, site in job.engine.sites.items() if site.role in ("site", "test")]
-        requests = dict.fromkeys(keepers, Keep(model.name, weights))
-    for site, failure in _tell(job.engine, requests).items():
-        ledger.problems.append(f"{model.name}, final push: {failure_line(job.record, site, failure)}")
-
-
-def _score(job: _Job, model: Model, ledger: Ledger) -> list[dict[str, Any]]:
-    """Scores at every site's validation cases and on the test set; a model that stays is scored at its own site only."""
-    study, record = job.study, job.record
-    metrics = tuple(PlugIn(m, {"tolerance": study.validation.tolerance} if m == "nsd" else {}) for m in METRICS)
-    subsets = [("validation", list(model.steps) if model.stays else list(study.sites))]
-    if study.test is not None:
-        subsets.append(("test", list(model.steps) if model.stays else ["test"]))
-    cases: list[dict[str, Any]] = []
-    for subset, sites in subsets:
-        job.watch(Event("stage", f"{model.name}: scoring the {subset} cases", model=model.name))
-        for site, reply in ask(job.engine, dict.fromkeys(sites, Evaluate(model.name, subset, metrics))):
-            where = f"{model.name}, {subset} at {site}"
-            if not isinstance(reply, Evaluated):
-                ledger.problems.append(f"{where}: {failure_line(record, site, as_failure(reply))}")
-                continue
-            names = record.case_names("test" if subset == "test" else site)
-            cases += score_rows(f"{model.name}:{site}" if model.stays else model.name, site, subset, reply, names)
-            n_scored, n_not = len({s.case for s in reply.scores}), sum(e.count for e in reply.excluded)
-            if n_not:
-                text = f"{where}: {n_not} of {n_scored + n_not} cases not scored ({', '.join(e.reason for e in reply.excluded)})"
-                too_many = n_not > study.study.max_excluded * (n_scored + n_not)
-                (ledger.problems if too_many else ledger.warnings).append(text)
-    job.watch(Event("scored", model=model.name))
-    return cases

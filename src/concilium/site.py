@@ -119,9 +119,7 @@ class Site:
 
     def answer(self, request: Request, cancelled: Check) -> Reply:
         """The reply to a request; whatever goes wrong is raised."""
-        model = getattr(request, "model", "none")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", model):  # it names files here, and comes from outside
-            raise ContractError(f"A model is called {model!r}. Allowed: letters, digits, - and _. Rename it.")
+        _check_names(request)
         self._check_policy(request)
         if not isinstance(request, Front | Tail | Finish):
             self._models.give_up()
@@ -170,14 +168,15 @@ class Site:
     def _store(self, request: Keep | Snapshot | Restore | Forget) -> None:
         models = self._models
         match request:
-            case Keep(model, weights):
-                models.keep(model, weights or models.learner(self._prepared_job(), model).trained_weights())
+            case Keep(model, weights, source):
+                own = weights or (models.finished(source) if source else None)
+                models.keep(model, own or models.learner(self._prepared_job(), model).trained_weights())
             case Snapshot(model, number):
                 models.snapshot(model, number)
             case Restore(model, number):
                 models.restore(model, number)
-            case Forget(model):
-                models.forget(model)
+            case Forget(model, finished):
+                models.forget(model, finished=finished)
 
     def _train(self, request: Train | Front | Tail | Finish, cancelled: Check) -> Reply:
         models, job = self._models, self._prepared_job()
@@ -214,7 +213,7 @@ class Site:
         evaluated, excluded = evaluate(
             self.settings,
             self._prepared_job(),
-            self._models.finished(request.model),
+            [self._models.finished(member) for member in request.members or (request.model,)],
             request,
             device=self.device,
             cancelled=cancelled,
@@ -269,6 +268,13 @@ class Site:
     def _noted(self, name: str) -> Any:
         path = self.settings.folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _check_names(request: Request) -> None:
+    """Check the names of models in a request: they name files here, and come from outside."""
+    for name in (getattr(request, "model", "none"), getattr(request, "source", ""), *getattr(request, "members", ())):
+        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
 
 
 def _check_split(request: Front, policy: Policy) -> None:

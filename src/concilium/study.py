@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import tomli_w
 
+from concilium._variants import FIXED, variant_tables
 from concilium.catalog import allowed, coerce, fill, names, options, spell
 from concilium.constraints import check_range, confusions, contradictions
 from concilium.errors import StudyError
@@ -30,6 +31,8 @@ class StudyTable:
     seed: int = 0
     max_excluded: float = 0.1
     """Largest share of a site's cases that may be set aside before the study stops."""
+    seeds: int = 1
+    """Every model is trained with so many seeds: `seed`, `seed` + 1, ..."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,14 @@ class TrainingTable:
 @dataclass(frozen=True)
 class ValidationTable:
     folds: int = 5
-    fold: int = 0
+    fold: int | Literal["all"] = 0
+    """`all`: every model is trained once per fold, and the members of a model together segment the test set."""
+    every: int | None = None
+    """Score the validation cases after every so many rounds, for the curves; omitted: only at the end."""
+    select: Literal["last", "best"] = "last"
+    """Which weights a model ends with: those of the last round, or of the scored round whose validation Dice is best."""
+    leave_one_site_out: bool = False
+    """Train also once without each site, and score there."""
     tolerance: float = 1.0
     """Of the normalised surface Dice: mm where the spacing is known, pixels where not."""
 
@@ -120,6 +130,8 @@ class Study:
     local_update: PlugIn = PlugIn("plain")
     validation: ValidationTable = ValidationTable()
     engine: EngineTable = EngineTable()
+    variants: Mapping[str, Study] = field(default_factory=dict)
+    """The same study with some tables replaced, by name; trained in the same run on the same folds."""
 
 
 PLUG_INS = {
@@ -156,6 +168,25 @@ def parse_study(raw: Mapping[str, Any], *, folder: Path, source: str = "study", 
         StudyError: lists every error in it.
     """
     problems: list[str] = []
+    study = _parse(raw, folder, problems, check_data=check_data)
+    variants: dict[str, Study] = {}
+    for name, tables in variant_tables(raw, problems).items():
+        wrong: list[str] = []
+        variant = _parse(tables, folder, wrong, check_data=False)
+        variants |= {name: variant} if variant else {}
+        problems += [f"[variants.{name}]: {problem}" for problem in wrong if problem not in problems]
+    if problems or study is None:
+        raise StudyError(
+            f"{source} has {len(problems)} error{'s' * (len(problems) > 1)}:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+        )
+    return dataclasses.replace(study, variants=variants)
+
+
+def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_data: bool) -> Study | None:
+    """The study without its variants; `None` if it has errors, which are added to `problems`."""
+    before = len(problems)
+    raw = {key: table for key, table in raw.items() if key != "variants"}
     hints = typing.get_type_hints(Study)
     for key in raw:
         if key not in hints:
@@ -187,12 +218,12 @@ def parse_study(raw: Mapping[str, Any], *, folder: Path, source: str = "study", 
             )
     problems += contradictions(found, n_sites=len(tables.get("sites", {})))
     problems += confusions(found["sites"], found["test"], folder)
-    if problems:
-        raise StudyError(
-            f"{source} has {len(problems)} error{'s' * (len(problems) > 1)}:\n"
-            + "\n".join(f"  - {p}" for p in problems)
-        )
-    return _resolve(Study(**found), folder)
+    return _resolve(Study(**found), folder) if len(problems) == before else None
+
+
+def with_seeds(study: Study, seeds: int | None) -> Study:
+    """The study, with so many seeds in place of its own."""
+    return study if seeds is None else dataclasses.replace(study, study=dataclasses.replace(study.study, seeds=seeds))
 
 
 def to_toml(study: Study) -> str:
@@ -219,7 +250,12 @@ def to_toml(study: Study) -> str:
             }
         return value
 
-    return tomli_w.dumps(plain(study))
+    tables = plain(dataclasses.replace(study, variants={}))
+    del tables["variants"]
+    for name, variant in study.variants.items():
+        changed = {key: table for key, table in plain(variant).items() if key not in FIXED and table != tables.get(key)}
+        tables.setdefault("variants", {})[name] = changed
+    return tomli_w.dumps(tables)
 
 
 def training_of(study: Study) -> Training:

@@ -25,25 +25,33 @@ from concilium.metrics import Pair, status
 
 
 def evaluate(
-    settings: Settings, job: Job, weights: Tensors, request: Evaluate, *, device: torch.device, cancelled: Check
+    settings: Settings,
+    job: Job,
+    members: Sequence[Tensors],
+    request: Evaluate,
+    *,
+    device: torch.device,
+    cancelled: Check,
 ) -> tuple[Evaluated, Exclusions]:
-    """The scores of every case of the subset, and the cases that could not be scored.
+    """The scores of every case of the subset, and the cases that could not be scored; `members`: the weights of each.
 
     Raises:
         DataError: the site has no such subset.
         Cancelled: the request was cancelled.
     """
     started = time.monotonic()
-    network = job.network().to(device)
-    network.load_state_dict(dict(weights))
-    network.eval()
+    networks = []
+    for weights in members:
+        network = job.network().to(device)
+        network.load_state_dict(dict(weights))
+        networks.append(network.eval())
     found, excluded = _subset(settings, job, request.subset)
     scores: list[Score] = []
     for entry in found:
         if cancelled():
             raise Cancelled
         try:
-            scores += _score_case(entry, job, network, request.metrics, device)
+            scores += _score_case(entry, job, networks, request.metrics, device)
         except DataError as e:
             excluded[entry.key] = (e.code, str(e))
     return Evaluated(tuple(scores), count(excluded), time.monotonic() - started), excluded
@@ -52,6 +60,8 @@ def evaluate(
 def _subset(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry], Exclusions]:
     if subset in job.entries:
         return job.entries[subset], {}
+    if subset == "all":
+        return [entry for part in job.entries.values() for entry in part], {}
     if subset == "test" and settings.test is not None:
         return find_cases({"test": settings.test})
     raise DataError(
@@ -61,7 +71,7 @@ def _subset(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry],
 
 
 def _score_case(
-    entry: Entry, job: Job, network: nn.Module, metrics: Sequence[PlugIn], device: torch.device
+    entry: Entry, job: Job, networks: Sequence[nn.Module], metrics: Sequence[PlugIn], device: torch.device
 ) -> list[Score]:
     _, reference, properties = read_case(entry.case, entry.dataset)
     if reference is None:
@@ -72,7 +82,7 @@ def _score_case(
         entry.dataset,
         plan=job.plan,
         labels=job.labels,
-        network=network,
+        networks=networks,
         device=device,
         mirror=t.mirror,
         precision=t.precision,
@@ -94,14 +104,22 @@ def segment(
     *,
     plan: Plan,
     labels: Mapping[str, int],
-    network: nn.Module,
+    networks: Sequence[nn.Module],
     device: torch.device,
     mirror: bool,
     precision: str,
 ) -> tuple[NDArray[Any], dict[str, Any]]:
-    """Label map (X, Y, Z) of a case in its original geometry, and that geometry. Its own label map is not looked at."""
+    """Label map (X, Y, Z) of a case in its original geometry, and that geometry. Its own label map is not looked at.
+
+    The logits of several networks are averaged, as nnU-Net does with those of its folds.
+    """
     image, properties = preprocess(case, dataset, plan)
-    logits = predict_logits(network, image, plan, labels=labels, device=device, mirror=mirror, precision=precision)
+    see = partial(predict_logits, plan=plan, labels=labels, device=device, mirror=mirror, precision=precision)
+    logits = see(networks[0], image)
+    for network in networks[1:]:
+        logits = logits + see(network, image)
+    if len(networks) > 1:
+        logits = logits / len(networks)
     return restore(logits, plan, labels, properties), properties
 
 

@@ -129,10 +129,12 @@ class Models:
                 f"{self.site} has no snapshot {number} of {model}, but others. Expected {snapshot}. Start the run again."
             )
 
-    def forget(self, model: str) -> None:
-        """Drop state and snapshots; the finished weights stay."""
+    def forget(self, model: str, *, finished: bool) -> None:
+        """Drop state and snapshots, and with `finished` the finished weights."""
         self.drop(model)
         shutil.rmtree(self._states(model), ignore_errors=True)
+        if finished:
+            self._finished(model).unlink(missing_ok=True)
 
     def keep(self, model: str, weights: Tensors) -> None:
         """Store the weights of a finished model."""

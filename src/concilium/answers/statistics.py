@@ -42,8 +42,9 @@ def find_cases(data: Mapping[str, Path]) -> tuple[tuple[Entry, ...], Exclusions]
                 f"Expected {first.channels} and {dict(first.labels)}, as in {first.folder}. Make them the same.",
                 code="sites_differ",
             )
-        patients = {p: i for i, p in enumerate(sorted({c.patient for c in dataset.cases}))}
-        found += [Entry(member, dataset, c, i, patients[c.patient]) for i, c in enumerate(dataset.cases)]
+        before = len(found)  # numbers go on from member to member: in a pool no two cases have the same
+        patients = {p: i for i, p in enumerate(sorted({c.patient for c in dataset.cases}), before)}
+        found += [Entry(member, dataset, c, i, patients[c.patient]) for i, c in enumerate(dataset.cases, before)]
         excluded |= {
             f"{member}/{case}": (reason, f"{dataset.folder} lacks a file of case {case}.")
             for case, reason in dataset.missing

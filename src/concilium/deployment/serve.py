@@ -15,7 +15,8 @@ from pathlib import Path
 from concilium.deployment.kits import SERVER, TEST, About, certificates, locked, read_about
 from concilium.engines import flare
 from concilium.errors import StudyError
-from concilium.run import Event, Outcome, run
+from concilium.preparation import Event
+from concilium.run import Outcome, run
 from concilium.study import Study
 
 

@@ -1,0 +1,141 @@
+"""What a study trains, in order: its variants, seeds, folds and left-out sites, and the models of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import cast
+
+from concilium.study import Study
+
+WITHOUT = "-without-"
+"""Stands in a model's name before the site that its training never saw."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What models are trained under at the same time: one variant, seed and fold."""
+
+    name: str
+    """Of the study's own protocol, or the variant's."""
+    study: Study
+    """With this seed and fold, and no other."""
+    suffix: str
+    """Ends the names of this setting's files, where there are several seeds or folds: `.s8.f0`."""
+    is_base: bool
+    is_member: bool
+    """Whether there are others for other folds."""
+    unseen: str | None = None
+    """The site that takes no part in planning and training."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Who trains."""
+        return tuple(name for name in self.study.sites if name != self.unseen)
+
+    @property
+    def title(self) -> str:
+        """The name of its model in results.json."""
+        return self.name + (f"{WITHOUT}{self.unseen}" if self.unseen else "")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model to train: its protocol, and who takes how many steps a round."""
+
+    name: str
+    """In results.json."""
+    key: str
+    """Names its files: the name, then seed and fold."""
+    setting: Setting
+    protocol: str
+    steps: Mapping[str, int]
+    stays: bool = False
+    """Whether it stays at its site (and is a different one at each)."""
+
+    @property
+    def fold(self) -> int:
+        """The fold that it does not train on."""
+        return cast(int, self.setting.study.validation.fold)
+
+    @property
+    def member(self) -> bool:
+        """Whether it is one of several folds, which segment the test set together."""
+        return self.setting.is_member
+
+    @property
+    def seed(self) -> int:
+        """Of its initial weights and batches."""
+        return self.setting.study.study.seed
+
+
+def settings(study: Study) -> list[list[Setting]]:
+    """Every setting; those that differ by fold only stand together, since they are the members of the same models."""
+    several = isinstance(study.validation.fold, str)
+    found = [
+        Setting(name, _with(variant, seed, fold), _suffix(study, seed, fold), name == study.protocol.name, several)
+        for name, variant in {study.protocol.name: study, **study.variants}.items()
+        for seed in range(study.study.seed, study.study.seed + study.study.seeds)
+        for fold in folds_of(study)
+    ]
+    if study.validation.leave_one_site_out:
+        found += [replace(s, unseen=site, is_base=False) for s in found for site in study.sites]
+    found.sort(key=lambda s: s.unseen or "")  # stable: the models that see every site come first
+    return [list(members) for _, members in groupby(found, key=lambda s: (s.name, s.study.study.seed, s.unseen))]
+
+
+def folds_of(study: Study) -> tuple[int, ...]:
+    """The folds that the study trains on."""
+    v = study.validation
+    return tuple(range(v.folds)) if isinstance(v.fold, str) else (v.fold,)
+
+
+def models(setting: Setting, cases: Mapping[str, int], batch_size: int) -> Iterator[Model]:
+    """The setting's own model, then the baselines: `centralized` with one site's steps, `centralized_long` with those of all.
+
+    `cases`: how many training cases each site has; sites that are not in it take no part.
+    """
+    p = setting.study.protocol
+
+    def n_steps(name: str) -> int:
+        return p.steps or max(1, -(-int(cases[name] * cast(float, p.epochs)) // batch_size))
+
+    steps = {name: n_steps(name) for name in setting.sites if name in cases}
+    for name, (protocol, stays) in names(setting).items():
+        taken = steps
+        if protocol == "centralized":
+            taken = {"pooled": max(steps.values()) if name == "centralized" else sum(steps.values())}
+        yield Model(name, name + setting.suffix, setting, protocol, taken, stays)
+
+
+def names(setting: Setting) -> dict[str, tuple[str, bool]]:
+    """Name -> protocol, and whether it stays at its site: the models of a setting."""
+    p = setting.study.protocol
+    found = {setting.title: (p.name, p.name == "local")}
+    if setting.is_base:
+        if "local" in p.compare:
+            found.setdefault("local", ("local", True))
+        if "centralized" in p.compare:
+            found |= {"centralized": ("centralized", False), "centralized_long": ("centralized", False)}
+    return found
+
+
+def _with(study: Study, seed: int, fold: int) -> Study:
+    return replace(
+        study,
+        study=replace(study.study, seed=seed, seeds=1),
+        validation=replace(study.validation, fold=fold),
+        variants={},
+    )
+
+
+def _suffix(study: Study, seed: int, fold: int) -> str:
+    """Nothing for the study's first seed and its only fold, so that most files are called after their models."""
+    several = isinstance(study.validation.fold, str)
+    return (f".s{seed}" if seed != study.study.seed else "") + (f".f{fold}" if several else "")
+
+
+def ensemble_key(model: Model) -> str:
+    """Names the files of the ensemble that this model is a member of."""
+    return model.key.removesuffix(f".f{model.fold}") + ".all"

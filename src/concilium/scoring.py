@@ -1,0 +1,174 @@
+"""A trained model given to every site and scored there: at its end, and in between for the curves and the choice of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from concilium.engines import Engine, ask
+from concilium.messages import (
+    Done,
+    Evaluate,
+    Evaluated,
+    Failure,
+    Forget,
+    Keep,
+    PlugIn,
+    Request,
+    Tensors,
+    as_failure,
+)
+from concilium.preparation import Event, Ledger, Work, failure_line
+from concilium.protocols import WEIGHTS, Round, part
+from concilium.results import METRICS, score_rows
+from concilium.schedule import Model, ensemble_key
+
+BEST = ".best"
+"""Ends the name under which a site keeps the best weights so far of a model that stays."""
+POOL = "all"
+"""Stands in a curve where a site stands: all that train."""
+
+
+def tell(engine: Engine, requests: Mapping[str, Request], deadline_s: float | None = None) -> dict[str, Failure]:
+    """Send what is answered by `Done`; the failures."""
+    replies = ask(engine, requests, deadline_s=deadline_s)
+    return {site: as_failure(reply) for site, reply in replies if not isinstance(reply, Done)}
+
+
+def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
+    """The final push: server and sites keep the same tensors. A model that stays is kept by its site alone."""
+    requests: dict[str, Request] = {}
+    best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
+    if model.stays:
+        for site in model.steps:
+            requests[site] = Keep(model.key, {}, model.key + BEST if site in best else "")
+    else:
+        weights = work.record.best_weights(model.key) or part(last.tensors, WEIGHTS)
+        work.record.save_weights(model.key, weights)
+        keepers = [name for name, site in work.engine.sites.items() if site.role in ("site", "test")]
+        requests = dict.fromkeys(keepers, Keep(model.key, weights))
+    failures = tell(work.engine, requests)
+    if model.stays and best:
+        tell(work.engine, dict.fromkeys([s for s in model.steps if s in best], Forget(model.key + BEST, finished=True)))
+    for site, failure in failures.items():
+        ledger.problems.append(f"{model.key}, final push: {failure_line(work.record, site, failure)}")
+
+
+def score(work: Work, members: Sequence[Model], ledger: Ledger) -> list[dict[str, Any]]:
+    """Scores of one model at every site's validation cases and on the test set; of several, of their ensemble on the test set.
+
+    A model that stays is scored at its own site only; one that never saw a site, on all cases of that site too.
+    """
+    study, model = work.study, members[0]
+    options = {"nsd": {"tolerance": study.validation.tolerance}}
+    metrics = tuple(PlugIn(m, options.get(m, {})) for m in METRICS)
+    together = len(members) > 1
+    where: list[tuple[str, str, list[str]]] = []
+    if not together:
+        seen = list(model.steps) if model.stays else list(model.setting.sites)
+        where.append(("validation", "validation", seen))
+        where += [("unseen", "all", [site]) for site in (model.setting.unseen,) if site]
+    if study.test is not None and (together or not model.member):
+        where.append(("test", "test", list(model.steps) if model.stays else ["test"]))
+    key = ensemble_key(model) if together else model.key
+    cases: list[dict[str, Any]] = []
+    for subset, of_site, sites in where:
+        work.watch(Event("stage", f"{key}: scoring the {subset} cases", model=key))
+        request = Evaluate(key, of_site, metrics, tuple(m.key for m in members))
+        for site, reply in ask(work.engine, dict.fromkeys(sites, request)):
+            label = f"{key}, {subset} at {site}"
+            if isinstance(reply, Evaluated):
+                cases += _rows(work, model, site, subset, reply, together=together)
+                _count_excluded(work, label, reply, ledger)
+            else:
+                ledger.problems.append(f"{label}: {failure_line(work.record, site, as_failure(reply))}")
+    work.watch(Event("scored", model=key))
+    return cases
+
+
+def _rows(
+    work: Work, model: Model, site: str, subset: str, reply: Evaluated, *, together: bool = False
+) -> list[dict[str, Any]]:
+    names = work.record.case_names("test" if subset == "test" else site)
+    about = {
+        "model": f"{model.name}:{site}" if model.stays else model.name,
+        "seed": model.seed,
+        "fold": None if together else model.fold,
+    }
+    return score_rows(about, site, subset, reply, names)
+
+
+def _count_excluded(work: Work, where: str, reply: Evaluated, ledger: Ledger) -> None:
+    n_scored, n_not = len({s.case for s in reply.scores}), sum(e.count for e in reply.excluded)
+    if n_not:
+        reasons = ", ".join(e.reason for e in reply.excluded)
+        text = f"{where}: {n_not} of {n_scored + n_not} cases not scored ({reasons})"
+        too_many = n_not > work.study.study.max_excluded * (n_scored + n_not)
+        (ledger.problems if too_many else ledger.warnings).append(text)
+
+
+# ------------------------------------------------------------------------------------------------------- between rounds
+
+
+def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> None:
+    """Where the study asks for it after this round: score the validation cases, note the curve, keep the best weights.
+
+    The test set and a site that the model never saw take no part in the choice.
+    """
+    v = work.study.validation
+    if v.every is None or done.number == 0 or done.number % v.every or work.record.has_curve(model.key, done.number):
+        return
+    weights = part(done.tensors, WEIGHTS)
+    pooled = model.protocol == "centralized"  # trained where the server cannot see it, and scored there
+    sites = list(model.steps) if model.stays or pooled else [*model.setting.sites, *_unseen(model)]
+    keep = Keep(model.key, {} if model.stays or pooled else weights)
+    failures = tell(work.engine, dict.fromkeys(sites, keep))
+    request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False)
+    replies = dict(ask(work.engine, {site: request for site in sites if site not in failures}))
+    failures |= {site: as_failure(r) for site, r in replies.items() if not isinstance(r, Evaluated)}
+    for site, failure in failures.items():
+        ledger.problems.append(
+            f"{model.key}, round {done.number}, validation: {failure_line(work.record, site, failure)}"
+        )
+    rows = [
+        row
+        for site, r in replies.items()
+        if isinstance(r, Evaluated)
+        for row in _rows(work, model, site, "validation", r)
+    ]
+    curve = _curve(rows, [*model.steps])
+    if v.select == "best" and not pooled:
+        _keep_best(work, model, done.number, weights, curve, ledger)
+    work.record.add_curve(model.key, done.number, curve)
+
+
+def _unseen(model: Model) -> tuple[str, ...]:
+    return (model.setting.unseen,) if model.setting.unseen else ()
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], trains: Sequence[str]) -> dict[str, float]:
+    """Site -> mean validation Dice over its patients, and that over the patients of all sites that train."""
+
+    patients: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["dice"] is not None:
+            patients.setdefault(row["site"], {}).setdefault(row["patient"], []).append(row["dice"])
+    means = {site: [fmean(values) for values in of.values()] for site, of in patients.items()}
+    pool = [value for site in means if site in trains for value in means[site]]
+    return {site: fmean(values) for site, values in means.items()} | ({POOL: fmean(pool)} if pool else {})
+
+
+def _keep_best(
+    work: Work, model: Model, number: int, weights: Tensors, curve: Mapping[str, float], ledger: Ledger
+) -> None:
+    """Have the best weights so far kept: by the server, or each site's own by itself."""
+    best = work.record.best_rounds(model.key)
+    if not model.stays:
+        if curve.get(POOL, -1.0) > best.get(POOL, (0, -1.0))[1]:
+            work.record.save_best(model.key, number, weights)
+        return
+    better = [site for site in model.steps if curve.get(site, -1.0) > best.get(site, (0, -1.0))[1]]
+    failures = tell(work.engine, dict.fromkeys(better, Keep(model.key + BEST, {}, model.key)))
+    for site, failure in failures.items():
+        ledger.problems.append(f"{model.key}, round {number}, keeping: {failure_line(work.record, site, failure)}")
