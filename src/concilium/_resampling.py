@@ -56,7 +56,7 @@ def interval(scores: Array, strata: Sequence[str], draws: Draws) -> tuple[float,
     t interval with Satterthwaite's degrees of freedom. At least two patients.
     """
     filled = _filled(scores)
-    patients, seeds = filled.mean(axis=1), filled.mean(axis=0)
+    patients, seeds = filled.mean(axis=1), _seed_effects(filled)
     n, mean = len(patients), float(patients.mean())
     shift, variance = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
     parts: list[tuple[float, int]] = []  # variance of the mean, degrees of freedom
@@ -85,7 +85,7 @@ def sign_flip(differences: Array, draws: Draws) -> float:
     one degree of freedom less than seeds is added to it. Exact with one seed up to `EXACT` patients who differ.
     """
     filled = _filled(differences)
-    patients, seeds = filled.mean(axis=1), filled.mean(axis=0)
+    patients, seeds = filled.mean(axis=1), _seed_effects(filled)
     observed, n, n_seeds = abs(float(patients.mean())), len(patients), len(seeds)
     scatter = float(seeds.std(ddof=1)) / n_seeds**0.5 if n_seeds > 1 else 0.0
     changing = patients[patients != 0]
@@ -95,9 +95,28 @@ def sign_flip(differences: Array, draws: Draws) -> float:
     if scatter > 0:
         far = stdtr(n_seeds - 1, (null - observed) / scatter) + stdtr(n_seeds - 1, (-null - observed) / scatter)
     else:
-        far = np.abs(null) >= observed - 1e-9 * float(np.abs(changing).sum()) / n  # sums in another order differ in the last bits
+        far = (
+            np.abs(null) >= observed - 1e-9 * float(np.abs(changing).sum()) / n
+        )  # sums in another order differ in the last bits
     found = float(np.sum(far))
     return found / len(null) if exact else (1 + found) / (1 + len(null))
+
+
+def _seed_effects(filled: Array) -> Array:
+    """What each seed does to all patients together.
+
+    The seeds' means also scatter by what a seed does to single patients. That is in the scatter of the patients already, and its
+    expectation is taken out (analysis of variance of patients by seeds), lest it count twice.
+    """
+    seeds: Array = filled.mean(axis=0) - filled.mean()
+    n, n_seeds = filled.shape
+    scatter = float(seeds.var(ddof=1)) if n_seeds > 1 else 0.0
+    if scatter == 0:
+        return seeds
+    residual = filled - filled.mean(axis=1, keepdims=True) - seeds
+    noise = float((residual**2).sum()) / ((n - 1) * (n_seeds - 1)) / n
+    shared: Array = seeds * max(0.0, 1 - noise / scatter) ** 0.5
+    return shared
 
 
 def _add(shift: Array, variance: Array, values: Array, share: float, counts: NDArray[np.uint8]) -> None:

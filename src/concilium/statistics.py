@@ -1,4 +1,4 @@
-"""From scores of cases to figures: across labels, patients, sites and seeds. What they mean and how well they do: docs/statistics.md."""
+"""From scores of cases to figures: across labels, patients, sites and seeds. See docs/statistics.md."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _estimate(
     values: Array, strata: Sequence[str], draws: Draws, *, lowest: float, highest: float
 ) -> tuple[float | None, float | None, float | None, int]:
     """Mean, interval and number of the patients with a value under any seed."""
-    defined = ~np.isnan(values).all(axis=1)
+    defined: NDArray[np.bool_] = np.logical_not(np.isnan(values).all(axis=1))
     n = int(defined.sum())
     if n == 0:
         return None, None, None, 0
@@ -127,7 +127,9 @@ def spread(summary: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale]) -
     rows = []
     for (model, subset, label, metric), sites in means.items():
         ascending = sorted(sites, key=lambda site: (sites[site], site))
-        worst, best = (ascending[0], ascending[-1]) if metrics[metric].higher_is_better else (ascending[-1], ascending[0])
+        worst, best = (
+            (ascending[0], ascending[-1]) if metrics[metric].higher_is_better else (ascending[-1], ascending[0])
+        )
         if len(sites) > 1:
             rows.append({
                 "model": model, "subset": subset, "label": label, "metric": metric,
@@ -140,9 +142,7 @@ def spread(summary: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale]) -
 # -------------------------------------------------------------------------------------------------------- comparisons
 
 
-def compare(
-    cases: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale], *, seed: int = 0
-) -> list[dict[str, Any]]:
+def compare(cases: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale], *, seed: int = 0) -> list[dict[str, Any]]:
     """Every two models on the same patients: difference of means a - b with 95 % interval, and p before and after Holm.
 
     On the test set where there is one, else on the validation cases of all sites. Models `NAME:SITE` count as one, `NAME`: on
@@ -166,9 +166,7 @@ def compare(
     return rows
 
 
-def _difference(
-    a: _Scores, b: _Scores, which: tuple[str, int], draws: Draws, highest: float
-) -> dict[str, Any]:
+def _difference(a: _Scores, b: _Scores, which: tuple[str, int], draws: Draws, highest: float) -> dict[str, Any]:
     """What `compare` says of two models."""
     shared = sorted(set(a.patients) & set(b.patients))
     seeds = sorted(set(a.seeds) & set(b.seeds))
@@ -182,6 +180,7 @@ def _difference(
         "p": None if n < MIN_PATIENTS else sign_flip(kept, draws),
         "n": n,
         "n_undefined": len(set(a.patients) | set(b.patients)) - n,
+        "n_seeds": len(seeds),
     }
 
 
@@ -270,7 +269,9 @@ def _mean_of(members: Sequence[_Scores]) -> _Scores:
     undefined: Counter[tuple[str, str, int]] = Counter()
     row = {p: i for i, p in enumerate(patients)}
     for i, m in enumerate(members):
-        at = np.ix_([row[p] for p in m.patients], [seeds.index(s) for s in m.seeds], [labels.index(x) for x in m.labels])
+        at = np.ix_(
+            [row[p] for p in m.patients], [seeds.index(s) for s in m.seeds], [labels.index(x) for x in m.labels]
+        )
         values[i][at] = m.values
         cases |= {key: cases.get(key, frozenset()) | found for key, found in m.cases.items()}
         undefined.update(m.undefined)
@@ -282,4 +283,5 @@ def _mean(values: Array, *, axis: int) -> Array:
     defined = ~np.isnan(values)
     n = defined.sum(axis=axis)
     total = np.where(defined, values, 0).sum(axis=axis)
-    return np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
+    found: Array = np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
+    return found
