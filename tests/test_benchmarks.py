@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
@@ -201,3 +202,23 @@ def test_connection_runs(tmp_path: Path) -> None:
     for row in rows:
         assert {side: len(s) for side, s in row["seconds"].items()} == {"ours": row["n"], "gRPC": row["n"]}
         assert row["ratio"] == pytest.approx(row["median_s"]["ours"] / row["median_s"]["gRPC"])
+
+
+def test_statistics_coverage_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = load("statistics_coverage").main(["--repeats", "3"])
+    assert {row["n"] for row in found["intervals"]} == {row["n"] for row in found["tests"]} == {6, 10, 20, 50}
+    for row in (*found["intervals"], *found["tests"]):
+        for method in ("ours", "percentile", "t", "wilcoxon"):
+            share = row.get(method, 0.0)
+            assert 0 <= (share[0] if isinstance(share, list) else share) <= 1
+    assert "Coverage of 95 % intervals" in capsys.readouterr().out
+
+
+def test_the_true_means_of_the_made_up_scores_are_true() -> None:
+    made = load("statistics_coverage")
+    rng = np.random.default_rng(0)
+    for kind in made.SITES:
+        mean = np.mean([made.dice(kind, 50, rng).mean() for _ in range(4000)])
+        assert mean == pytest.approx(made.true_mean(kind, 50), abs=0.002)
+    for make in made.DIFFERENCES.values():
+        assert np.mean([make(50, rng).mean() for _ in range(4000)]) == pytest.approx(0, abs=0.002)

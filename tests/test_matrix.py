@@ -11,7 +11,7 @@ from concilium.statistics import FOREGROUND_MEAN
 def row(model: str, site: str, mean: float | None, *, n: int = 4, **more: Any) -> dict[str, Any]:
     subset = "test" if site == "test" else "validation"
     about = {"model": model, "site": site, "subset": subset, "label": FOREGROUND_MEAN, "metric": "dice"}
-    return about | {"mean": mean, "n": n} | more
+    return about | {"mean": mean, "ci_low": None, "ci_high": None, "n": n} | more
 
 
 def table(*summary: dict[str, Any], models: tuple[str, ...] = ("federated", "local"), metric: str = "dice") -> Matrix:
@@ -35,14 +35,15 @@ def test_each_site_has_a_row_and_each_model_a_column() -> None:
 
 
 def test_on_the_test_set_the_sites_own_models_share_a_cell() -> None:
-    """The mean over these models: (0.6 + 0.8 + 0.4) / 3."""
+    """As the summary has it for the models together."""
     got = table(
         row("federated", "test", 0.9),
         row("local:north", "test", 0.6),
         row("local:south", "test", 0.8),
         row("local:west", "test", 0.4),
+        row("local", "test", 0.62),
     )
-    assert got.rows == (("test set, n = 4", "0.900", "0.600"),)
+    assert got.rows == (("test set, n = 4", "0.900", "0.620"),)
     assert len(got.notes) == 2
     assert got.notes[1].startswith("local: each site's own model")
 
@@ -92,3 +93,28 @@ def test_no_results_give_an_empty_table() -> None:
 def test_markdown() -> None:
     got = table(row("federated", "north", 0.5), models=("federated",))
     assert to_markdown(got) == "| site | federated |\n| --- | --- |\n| north, n = 4 | 0.500 |"
+
+
+def test_all_sites_and_the_test_set_come_last_with_their_intervals() -> None:
+    got = table(
+        row("federated", "test", 0.6, ci_low=0.5, ci_high=0.7),
+        row("federated", "all", 0.75, ci_low=0.7123, ci_high=0.8, n=8),
+        row("federated", "north", 0.8, ci_low=0.7, ci_high=0.9),
+        row("federated", "south", 0.7),
+        models=("federated",),
+    )
+    assert got.rows == (
+        ("north, n = 4", "0.800"),
+        ("south, n = 4", "0.700"),
+        ("all sites, n = 8", "0.750"),
+        ("    95 %", "[0.712, 0.800]"),
+        ("test set, n = 4", "0.600"),
+        ("    95 %", "[0.500, 0.700]"),
+    )
+    assert "In brackets: 95 % intervals." in got.notes
+
+
+def test_intervals_give_way_where_the_table_grows_too_wide() -> None:
+    models = tuple(f"model{i}" for i in range(6))
+    got = table(*(row(m, "test", 0.6, ci_low=0.5, ci_high=0.7) for m in models), models=models)
+    assert [r[0] for r in got.rows] == ["test set, n = 4"]

@@ -85,6 +85,37 @@ def predict(
 
 
 @app.command()
+def table(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; each becomes a group of columns.")],
+    form: Annotated[str, typer.Option("--format", help="latex, csv or markdown.")] = "markdown",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="dice, iou, hd95 or nsd; again for others. Default: dice and hd95."),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", help="Or foreground_mean; again for others. Default: all, if the runs have the same."),
+    ] = None,
+    subset: Annotated[
+        str | None, typer.Option("--subset", help="test or validation. Default: test where there is one.")
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option("--margin", min=0, help="Judge non-inferiority by this margin (not of distances).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write. Default: standard output.")] = None,
+) -> None:
+    """Models by labels and metrics, with intervals and paired differences: ready to paste into a paper."""
+    from concilium.reports.table import build, read_runs, to_text
+
+    figures = build(read_runs(runs), metrics=metric or (), labels=label or (), subset=subset, margin=margin)
+    text = to_text(figures, form)
+    if out:
+        out.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+
+
+@app.command()
 def provision(
     study: Annotated[Path, typer.Argument(help="Study file (TOML): its name and its sites.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the kits; must be empty. They hold private keys.")],

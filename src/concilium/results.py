@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from concilium.messages import Evaluated
+from concilium.metrics import dice, hd95, iou, nsd
 from concilium.record import Record
 from concilium.schedule import Model
-from concilium.statistics import summarize
+from concilium.statistics import Scale, compare, spread, summarize
 from concilium.study import Study
 
 METRICS = ("dice", "iou", "hd95", "nsd")
+SCALES = {
+    name: Scale(metric.HIGHER_IS_BETTER, 1.0 if metric.UNIT == "1" else math.inf)
+    for name, metric in zip(METRICS, (dice, iou, hd95, nsd), strict=True)
+}
 VERSION = 1
 """Of the schema; goes up when a field changes its meaning or disappears."""
 
@@ -75,7 +81,9 @@ def write_results(
     problems = [*problems, *(text for f in finished for text in f["problems"])]
     warnings = list(dict.fromkeys([*warnings, *(text for f in finished for text in f["warnings"])]))
     if study.test is None:
-        warnings.append("No test set: all figures are on the validation cases of one fold.")
+        folds = "the folds that each model did not train on" if study.validation.fold == "all" else "one fold"
+        warnings.append(f"No test set: all figures are on the validation cases of {folds}.")
+    summary = summarize(cases, SCALES, seed=study.study.seed)
     results = {
         "version": VERSION,
         "study": study.study.name,
@@ -83,8 +91,9 @@ def write_results(
         "complete": not problems,
         "models": [f["model"] for f in finished if f["model"]],
         "cases": cases,
-        "summary": summarize(cases, METRICS, seed=study.study.seed),
-        "comparisons": [],
+        "summary": summary,
+        "sites": spread(summary, SCALES),
+        "comparisons": compare(cases, SCALES, seed=study.study.seed),
         "excluded": record.excluded([*study.sites, "test"]),
         "warnings": warnings,
         "problems": problems,

@@ -76,8 +76,12 @@ def test_cases_channels_and_labels_are_found_in_order(site: Path) -> None:
 
 def test_a_case_is_its_own_patient_unless_the_table_says_otherwise(site: Path) -> None:
     assert [c.patient for c in open_dataset(site).cases] == ["a", "b"]
+    assert not open_dataset(site).patients_known
     rewrite(site, patient={"a": 17, "elsewhere": "p"})
     assert [c.patient for c in open_dataset(site).cases] == ["17", "b"]
+    assert not open_dataset(site).patients_known
+    rewrite(site, patient={"a": 17, "b": "b"})
+    assert open_dataset(site).patients_known
 
 
 def test_cases_that_lack_a_file_are_set_aside(tmp_path: Path, write_site: Write) -> None:

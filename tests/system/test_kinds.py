@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from skimage import io
 
 from concilium.predict import predict
+from concilium.reports.table import build, to_text
 from concilium.run import run
 from concilium.study import Study
 
@@ -96,3 +98,24 @@ def test_a_network_from_outside_is_one_stage(small_study: Make, tmp_path: Path) 
 
 def test_no_environment_variable_of_nnu_net_is_needed() -> None:
     assert not [name for name in os.environ if name.lower().startswith("nnunet")]
+
+
+def test_a_site_that_names_no_patients_is_told_beside_its_figures(
+    small_study: Make, phantom: Path, tmp_path: Path
+) -> None:
+    """Two images of a patient then count as two patients: the run goes on, and says so."""
+    for site in ("north", "south"):
+        shutil.copytree(phantom / site, tmp_path / site)
+    about = json.loads((tmp_path / "south" / "dataset.json").read_text())
+    del about["patient"]
+    (tmp_path / "south" / "dataset.json").write_text(json.dumps(about))
+    study = small_study(
+        sites=("north", "south"), data=tmp_path, test=False, protocol__rounds=1, protocol__steps=1,
+        protocol__compare=["centralized"],
+    )  # fmt: skip
+    results = run(study, tmp_path / "run").results
+    (told,) = [w for w in results["warnings"] if "atients unknown" in w]
+    assert told.startswith("south: Patients unknown (no complete patient table in dataset.json)")
+    assert "intervals may be too narrow" in told
+    table = to_text(build([results]), "markdown")
+    assert "patients unknown at south" in table

@@ -116,6 +116,10 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     warnings = [] if parts["validation"] or not trains else ["No validation cases: the site has a single patient."]
     if 1 < len({e.patient for e in usable}) < request.folds:
         warnings.append("Fewer patients than folds: as many folds as patients.")
+    if settings.role != "pooled" and not all(e.dataset.patients_known for e in found):
+        warnings.append(
+            "Patients unknown (no complete patient table in dataset.json): cases count as patients, intervals may be too narrow."
+        )
     n_patients = len({(e.member, e.patient) for e in usable})
     reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
     return reply, job, excluded

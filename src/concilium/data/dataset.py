@@ -46,6 +46,8 @@ class Dataset:
     file_ending: str
     cases: tuple[Case, ...]
     missing: tuple[tuple[str, str], ...]
+    patients_known: bool = True
+    """Whether `dataset.json` names the patient of every case."""
 
 
 def open_dataset(folder: str | Path) -> Dataset:
@@ -80,7 +82,15 @@ def open_dataset(folder: str | Path) -> Dataset:
             f"{folder} has no complete case ({len(missing)} lack a file). Expected imagesTr/<case>_0000{ending} for each of "
             f"{len(channels)} channels and labelsTr/<case>{ending}. Check the names and file_ending in dataset.json."
         )
-    return Dataset(folder, channels, about.labels, ending, tuple(cases), tuple(missing))
+    return Dataset(
+        folder,
+        channels,
+        about.labels,
+        ending,
+        tuple(cases),
+        tuple(missing),
+        all(c.name in about.patients for c in cases),
+    )
 
 
 def list_images(folder: str | Path, channels: Sequence[str], file_ending: str) -> tuple[Case, ...]:
