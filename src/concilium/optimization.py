@@ -86,3 +86,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def device_named(name: str) -> torch.device:
     """The device of this name; `auto` is a GPU where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every element of every tensor is finite."""
+    return all(not t.is_floating_point() or bool(torch.isfinite(t).all()) for t in tensors)

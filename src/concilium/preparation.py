@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -26,6 +26,7 @@ from concilium.messages import (
 )
 from concilium.networks import Stages, make_network
 from concilium.record import Record
+from concilium.start_from import Start, check_start, start_of
 from concilium.study import Study, training_of
 
 
@@ -46,10 +47,13 @@ class Plans:
     labels: Mapping[str, int]
     patch_size: tuple[int, ...]
     batch_size: int
+    start: Start | None = None
+    """What models start from in place of drawn weights."""
 
 
 def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Plans:
     """Ask for fingerprints, merge them, plan once."""
+    check_start(study, record)
     request = Examine(study.plan.exact_geometry, study.study.max_excluded)
     asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
@@ -84,7 +88,19 @@ def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) 
     )
     _keep(record, "plans.json", text)
     plan = open_plan(text, p.configuration)
-    return Plans(text, first.channels, dict(first.labels), plan.patch_size, plan.batch_size)
+    plans = Plans(text, first.channels, dict(first.labels), plan.patch_size, plan.batch_size)
+    return replace(plans, start=_start(study, plans, record, ledger))
+
+
+def _start(study: Study, plans: Plans, record: Record, ledger: Ledger) -> Start | None:
+    """What the study says to start from, matched with its network."""
+    if study.start.weights is None:
+        return None
+    plan = open_plan(plans.text, study.plan.configuration).architecture
+    n_channels, n_labels = len(plans.channels), len(plans.labels)
+    start = start_of(study, initial_weights(study, plans), record, n_channels=n_channels, n_labels=n_labels, plan=plan)
+    ledger.warnings += start.warnings
+    return start
 
 
 def _keep(record: Record, name: str, text: str) -> None:
@@ -169,7 +185,8 @@ def network_of(study: Study, plans: Plans) -> Callable[..., Stages]:
 
 
 def initial_weights(study: Study, plans: Plans) -> Tensors:
-    """The weights that every model of a run starts from: a function of the seed and the plan."""
+    """The weights that every model of a run starts from: a function of the seed, the plan, and what the study starts from."""
     network = network_of(study, plans)
     with drawn_from(study.study.seed, "weights"):
-        return network().state_dict()
+        drawn = network().state_dict()
+    return drawn if plans.start is None else {**drawn, **plans.start.weights}

@@ -118,6 +118,8 @@ def run(
                 "stage", f"Planned {study.plan.configuration}: patch {patch}, batch {plans.batch_size}. Preprocessing"
             )
         )
+        if plans.start is not None:
+            watch(Event("stage", plans.start.note))
         cases = prepare_sites(study, engine, record, plans, ledger)
         job = _Job(study, engine, record, plans, watch)
         for model in _models(study, cases, plans.batch_size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,15 @@ from concilium.data.draws import seed_all
 from concilium.errors import ContractError
 from concilium.messages import Tensors, Training
 from concilium.networks import Stack, Stages
-from concilium.optimization import autocast, clip_and_step, make_optimizer, restore_state, set_rate, state_of
+from concilium.optimization import (
+    all_finite,
+    autocast,
+    clip_and_step,
+    make_optimizer,
+    restore_state,
+    set_rate,
+    state_of,
+)
 
 
 class Body:
@@ -90,8 +98,3 @@ class Body:
     def give_up(self) -> None:
         """Let go of the step at hand."""
         self._in, self._out = (), ()
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every element of every tensor is finite."""
-    return all(not t.is_floating_point() or bool(torch.isfinite(t).all()) for t in tensors)
