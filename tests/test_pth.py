@@ -298,12 +298,25 @@ def test_a_tensor_that_is_not_within_its_block_is_refused(change: dict[str, Any]
     refused(packed(tmp_path / "w.pth", written(**change), BLOCK))
 
 
+def named(name: str, **change: Any) -> bytes:
+    """One entry more for what `written` gives."""
+    return written(**change)[3:-1].replace(b"X\x01\x00\x00\x00w", b"X\x04\x00\x00\x00" + name.encode(), 1)
+
+
+def test_many_tensors_of_one_block_take_its_memory_once(tmp_path: Path) -> None:
+    many = written()[:-1] + b"".join(named(f"{i:04d}") for i in range(1000)) + b"."
+    read = read_pth(packed(tmp_path / "w.pth", many, BLOCK))
+    assert len(read) == 1001
+    assert len({t.untyped_storage().data_ptr() for t in read.values()}) == 1
+
+
+@pytest.mark.parametrize("change", [{"n": 2, "shape": (2,), "strides": (1,)}, {"kind": "IntStorage"}])
+def test_a_block_has_one_size_and_type(change: dict[str, Any], tmp_path: Path) -> None:
+    both = written()[:-1] + named("more", **change) + b"."
+    assert "described in two ways" in refused(packed(tmp_path / "w.pth", both, BLOCK))
+
+
 def test_blocks_cannot_be_larger_than_the_file(tmp_path: Path) -> None:
-    """Many tensors in one block are views of it; many entries that lie upon each other are refused."""
-    one = written()[2:-1]
-    many = b"\x80\x02(" + one * 1000 + b"l."
-    assert len(many) > 1000  # of a list there are no weights by name
-    assert "no weights by name" in refused(packed(tmp_path / "w.pth", many, BLOCK))
     path = packed(tmp_path / "w.pth", written(n=2**28), {"0": b""})
     content = path.read_bytes()
     at = content.rindex(b"x/data/0") - 46 + 20  # sizes in the central directory
