@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from concilium.catalog import allowed, coerce
+from concilium.engines import role_of
 from concilium.engines._frames import Certificates
 from concilium.errors import StudyError
 
@@ -171,7 +172,7 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
     folder = s.folder or kit / "runs"
     return Settings(
         about.name,
-        "test" if about.name == TEST else "site",
+        role_of(about.name),
         {about.name: s.data},
         s.test,
         folder / run,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from concilium import wire
-from concilium.engines import Engine, SiteInfo, Traffic
+from concilium.engines import Engine, SiteInfo, Traffic, role_of
 from concilium.engines._delivery import open_reply, require_free
 from concilium.engines._frames import Certificates
 from concilium.engines._hub import Hub, News
@@ -71,7 +71,7 @@ def connect(
             f"[engine] name = 'flare' is not allowed here, for {', '.join(sites)}: `concilium run` works on one machine. Use "
             "`concilium serve` with the server's kit, and `concilium join` at each site."
         )
-    roles = dict.fromkeys(sites, "site") | ({"test": "test"} if has_test else {})
+    roles = {name: role_of(name) for name in (*sites, *(["test"] if has_test else []))}
     engine = Flare(roles, place, run=run, spool=folder / "spool")
     try:
         engine.wait(place)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from concilium import wire
 from concilium.answers import Settings
-from concilium.engines import Engine, SiteInfo, Traffic
+from concilium.engines import Engine, SiteInfo, Traffic, role_of
 from concilium.engines._delivery import open_reply, require_free
 from concilium.engines._recovery import Recovery
 from concilium.engines._workers import Call, InlineWorker, News, SpawnedWorker, Worker
@@ -53,11 +53,6 @@ def connect(
         for name, members in data.items()
     ]
     return Simulation(settings, run=run, workers=min(workers, len(sites)), spool=folder / "spool")
-
-
-def role_of(name: str) -> str:
-    """What a name stands for in a simulation: `site`, `pooled` or `test`."""
-    return name if name in ("pooled", "test") else "site"
 
 
 @dataclass
