@@ -38,9 +38,9 @@ def serve(
         EngineError: FLARE's server does not start; and what `run` raises.
     """
     about = read_about(kit)
-    _check(kit, about, study)
-    study = replace(study, engine=replace(study.engine, name="flare", workers=1, cache=None))
     sites = (*study.sites, *([TEST] if study.test else []))
+    _check(kit, about, study, sites)
+    study = replace(study, engine=replace(study.engine, name="flare", workers=1, cache=None))
     with locked(kit), _keeper(kit, sites) as keeper:
         place = flare.Place(
             certificates(kit, server=True),
@@ -53,11 +53,10 @@ def serve(
         return run(study, out, resume=resume, watch=watch, connect=connect)
 
 
-def _check(kit: Path, about: About, study: Study) -> None:
+def _check(kit: Path, about: About, study: Study, sites: tuple[str, ...]) -> None:
     if about.name != SERVER:
         raise StudyError(f"{kit} is the kit of {about.name}. Expected the server's. Use `concilium join` there.")
-    wanted = [*study.sites, *([TEST] if study.test else [])]
-    if missing := [site for site in wanted if site not in about.sites]:
+    if missing := [site for site in sites if site not in about.sites]:
         raise StudyError(
             f"The study has {', '.join(missing)}, for which there is no kit. Kits exist for {', '.join(about.sites)}. Correct "
             "the study, or provision again."
