@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 ABOUT = "local/concilium.json"
 SETTINGS = "local/site.toml"
-SERVER, ADMIN, AUTHORITY, TEST = "server", "admin", "authority", "test"
-"""Names in a federation with a meaning; `test` is the site that holds the held-out set."""
+ADMIN, AUTHORITY, TEST = "admin", "authority", "test"
+"""Names in a federation with a meaning, beside `SERVER`; `test` is the site that holds the held-out set."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from nvflare.lighter.provisioner import Provisioner
 from nvflare.lighter.spec import Builder, ProvisionContext
 
 from concilium.deployment import ADMINISTRATOR, ALLOWED, ORGANISATION
-from concilium.deployment.kits import ADMIN, AUTHORITY, SERVER, About, write_about
+from concilium.deployment.kits import ADMIN, AUTHORITY, About, write_about
+from concilium.engines._frames import SERVER
 from concilium.errors import StudyError
 
 PERMISSIONS: Mapping[str, Any] = {

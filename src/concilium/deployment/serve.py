@@ -12,8 +12,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from concilium.deployment.kits import SERVER, TEST, About, certificates, locked, read_about
+from concilium.deployment.kits import TEST, About, certificates, locked, read_about
 from concilium.engines import flare
+from concilium.engines._frames import SERVER
 from concilium.errors import StudyError
 from concilium.run import Event, Outcome, run
 from concilium.study import Study
