@@ -13,8 +13,10 @@ from concilium.messages import Tensors, Training
 from concilium.networks import Stack, Stages
 from concilium.optimization import (
     all_finite,
+    are_of,
     autocast,
     clip_and_step,
+    gradient_of,
     make_optimizer,
     restore_state,
     set_rate,
@@ -82,8 +84,7 @@ class Body:
             ContractError: they are not the gradients of what was sent, or not finite.
             FloatingPointError: the body's own gradient is not finite; no step is taken.
         """
-        fit = [(g.shape, g.dtype) for g in gradients] == [(m.shape, m.dtype) for m in self._out]
-        if not fit or not all_finite(gradients):
+        if not are_of(gradients, self._out) or not all_finite(gradients):
             raise ContractError(
                 f"{len(gradients)} gradients came. Expected {len(self._out)}, finite, in shape and type of the float maps that "
                 "were sent. Start the round again."
@@ -91,7 +92,7 @@ class Body:
         torch.autograd.backward(self._out, [g.to(self.device) for g in gradients])
         set_rate(self.optimizer, self.training, step=step, total_steps=total_steps)
         clip_and_step(self.network.parameters(), self.optimizer, self.training.clip_norm)
-        back = tuple(torch.zeros_like(m) if m.grad is None else m.grad for m in self._in if m.requires_grad)
+        back = tuple(gradient_of(m) for m in self._in if m.requires_grad)
         self.give_up()
         return back
 
