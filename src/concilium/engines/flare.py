@@ -1,7 +1,7 @@
 """Sites in hospitals, each in a process of its own behind its firewall; messages over mutually authenticated connections.
 
 NVIDIA FLARE provisions the certificates, authorises the job and starts its processes; the messages travel over our own
-connections, with FLARE's certificates (decisions/0008). `concilium provision`, `serve` and `join` set up and start both ends.
+connections, with FLARE's certificates (decisions/0009). `concilium provision`, `serve` and `join` set up and start both ends.
 
 A deadline counts from when a request is sent. A site whose process is started again comes back in a new life (epoch): it is
 prepared anew and brought back to its last snapshot, as in a simulation.
