@@ -52,7 +52,7 @@ def measure(study: Study, folder: Path, *, cut: tuple[str, ...], rounds: int, st
     )
     try:
         (setting,) = settings(study)[0]
-        plans = plan_for(setting, ask_sites(study, engine, record, Ledger()), record)
+        plans = plan_for(setting, ask_sites(study, engine, record, Ledger()), record, Ledger())
         prepare_sites(setting, engine, record, plans, Ledger())
         supplied: dict[str, Any] = {
             "collect": partial(catalog.load("collect", "plain")),

@@ -17,7 +17,7 @@ import concilium
 from concilium.constraints import RANGES
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
-from concilium.study import RESERVED, Study, parse_study, read_study, to_toml, training_of
+from concilium.study import RESERVED, StartTable, Study, parse_study, read_study, to_toml, training_of
 
 SMALL: dict[str, dict[str, Any]] = {
     "study": {"name": "small"},
@@ -133,6 +133,31 @@ def test_paths_are_relative_to_the_study_file(tmp_path: Path) -> None:
     assert study.engine.cache == folder / "sub" / "cache"
 
 
+def test_what_to_start_from_stands_with_the_network_and_is_none_of_its_options() -> None:
+    study = parse(network={"name": "unet", "levels": 3, "weights": "../run#local:a", "min_matched": 1})
+    assert study.start == StartTable(Path("/run#local:a"), 1.0)
+    assert study.network.options["levels"] == 3
+    assert not {"weights", "min_matched"} & set(study.network.options)
+    assert tomllib.loads(to_toml(study))["network"]["weights"] == "/run#local:a"
+    assert not {"weights", "min_matched"} & set(tomllib.loads(to_toml(parse()))["network"])
+
+
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        ({"weights": 3}, "[network] weights = 3 is not allowed. Allowed: a path."),
+        ({"weights": "w", "min_matched": "all"}, "[network] min_matched = 'all' is not allowed. Allowed: a number."),
+        ({"min_matched": 0.5}, "[network] min_matched = 0.5 is not allowed without weights."),
+        (
+            {"weigths": "w"},
+            "[network] weigths = 'w' is not known. Did you mean 'weights'? Known: base_features, min_matched",
+        ),
+    ],
+)
+def test_what_to_start_from_is_checked(network: dict[str, Any], told: str) -> None:
+    assert errors(raw(network=network))[0].startswith(told)
+
+
 FULL: dict[str, dict[str, Any]] = {
     "study": {"name": "size-1_2.a", "seed": -3, "max_excluded": 0.25},
     "sites": {"a": {"data": "a b"}, "B-2_c": {"data": "/x"}, "3": {"data": 'ö "1" \\ 2'}},
@@ -142,7 +167,7 @@ FULL: dict[str, dict[str, Any]] = {
         "round_seconds": 1e-3,
     },
     "plan": {"configuration": "2d", "planner": "resenc_l", "memory_gb": 11, "exact_geometry": True},
-    "network": {"name": "nnunet", "base_features": 8},
+    "network": {"name": "nnunet", "base_features": 8, "weights": "run#local:a", "min_matched": 0.5},
     "training": {
         "optimizer": "adam", "learning_rate": 1 / 3, "batch_size": 4, "patch_size": [16, 32, 8], "precision": "bfloat16",
     },
@@ -178,7 +203,7 @@ def test_the_resolved_study_says_everything() -> None:
     assert written["training"]["learning_rate"] == 0.01
     assert written["engine"]["threads"] >= 1
     tables = {f.name for f in dataclasses.fields(Study)}
-    assert set(written) == tables - {"test", "variants"}
+    assert set(written) == tables - {"test", "variants", "start"}
 
 
 def test_the_protocols_own_options_stand_in_its_table() -> None:
@@ -248,7 +273,7 @@ def test_a_file_with_many_errors_is_told_all_of_them_at_once(tmp_path: Path) -> 
         "[training] momentum = True is not allowed. Allowed: a number.",
         "[network] name = 'nnunett' is not allowed: networks has no 'nnunett'. Did you mean 'nnunet'? Known: ",
         "[loss] dice_weigth = 1 is not known. Did you mean 'dice_weight'? Known: ce_weight, dice_weight.",
-        "[sites.test] is not a name for a site. Allowed: letters, digits, - and _, but not test, pooled, server. Rename it.",
+        "[sites.test] is not a name for a site. Allowed: letters, digits, - and _, but not test, pooled, server, all. Rename it.",
         "[sites.north] dta = 'n' is not known. Did you mean 'data'? Known: data.",
         "[validation] fold = 5 is not allowed. Allowed: 0 to 4.",
     ]
@@ -362,14 +387,16 @@ def test_every_range_is_checked(full: str) -> None:
         "momentum": 1,
         "folds": 1,
     }
-    extra = {"epochs": {"steps": None}, "exchange_seconds": {"name": "splitfed"}}.get(key, {})
+    extra: dict[str, Any] = {
+        "epochs": {"steps": None}, "exchange_seconds": {"name": "splitfed"}, "min_matched": {"weights": "w"},
+    }.get(key, {})  # fmt: skip
     given = outside.get(key, -1)
     (line,) = errors(raw(**{table: {key: given} | extra}))
     assert line.startswith(f"{full} = ")
     assert line.endswith(f" is not allowed. Allowed: {RANGES[full][1]}.")
     inside = {"patch_size": [16, 16, 8], "folds": 2}.get(key, 0 if key in ("foreground", "momentum", "fold") else 1)
     parse(**{table: {key: inside} | extra})
-    without_default = ("epochs", "memory_gb", "round_seconds", "exchange_seconds")
+    without_default = ("epochs", "memory_gb", "round_seconds", "exchange_seconds", "min_matched")
     if key in without_default or not isinstance(getattr(getattr(parse(), table), key), int | None):
         for endless in (float("nan"), float("inf")):
             assert errors(raw(**{table: {key: endless} | extra}))[0].startswith(f"{full} = {endless!r} is not allowed.")

@@ -106,14 +106,16 @@ def options(kind: str, name: str) -> Mapping[str, inspect.Parameter]:
     return {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in supplied}
 
 
-def fill(kind: str, name: str, given: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """The options of a plug-in with defaults filled in, and what is wrong with those given."""
+def fill(
+    kind: str, name: str, given: Mapping[str, Any], where: str, *, more: Iterable[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """The options of a plug-in with defaults filled in, and what is wrong with those given. `more`: what else is known there."""
     try:
         known = options(kind, name)
     except StudyError as e:
         return {}, [f"{where} name = {name!r} is not allowed: {e}"]
     problems = [
-        f"{where} {key} = {value!r} is not known. {allowed(key, known)}"
+        f"{where} {key} = {value!r} is not known. {allowed(key, [*known, *more])}"
         for key, value in given.items()
         if key not in known
     ]

@@ -26,6 +26,7 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[protocol] round_seconds": (lambda x: x > 0, "more than 0"),
     "[protocol] exchange_seconds": (lambda x: x is None or x > 0, "more than 0"),
     "[plan] memory_gb": (lambda x: x > 0, "more than 0"),
+    "[network] min_matched": (lambda x: 0 <= x <= 1, "0 to 1"),
     "[training] learning_rate": (lambda x: x > 0, "more than 0"),
     "[training] weight_decay": (lambda x: x >= 0, "0 or more"),
     "[training] momentum": (lambda x: 0 <= x < 1, "0 to below 1"),

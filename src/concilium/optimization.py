@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,3 +86,18 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def device_named(name: str) -> torch.device:
     """The device of this name; `auto` is a GPU where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def gradient_of(m: Tensor) -> Tensor:
+    """The gradient of a leaf; zeros where the loss does not depend on it, so that each map sent has one."""
+    return torch.zeros_like(m) if m.grad is None else m.grad
+
+
+def are_of(gradients: Sequence[Tensor], maps: Sequence[Tensor]) -> bool:
+    """Whether gradients are, in number, shape and type, those of these maps."""
+    return [(g.shape, g.dtype) for g in gradients] == [(m.shape, m.dtype) for m in maps]
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every element of every tensor is finite."""
+    return all(not t.is_floating_point() or bool(torch.isfinite(t).all()) for t in tensors)

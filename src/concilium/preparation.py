@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -28,6 +28,7 @@ from concilium.messages import (
 from concilium.networks import Stages, make_network
 from concilium.record import Record
 from concilium.schedule import Setting
+from concilium.start_from import Start, check_start, start_of
 from concilium.study import Study, training_of
 
 
@@ -48,6 +49,8 @@ class Plans:
     labels: Mapping[str, int]
     patch_size: tuple[int, ...]
     batch_size: int
+    start: Start | None = None
+    """What models start from in place of drawn weights."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
         DataError: sites disagree, or the data of one cannot be used.
         EngineError: too few sites answered.
     """
+    for one in (study, *study.variants.values()):
+        check_start(one, record)
     request = Examine(study.plan.exact_geometry, study.study.max_excluded)
     asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
@@ -112,7 +117,7 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     return Told(first.channels, dict(first.labels), first.file_ending, fingerprints)
 
 
-def plan_for(setting: Setting, told: Told, record: Record) -> Plans:
+def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Plans:
     """The plan of a setting, from the fingerprints of the sites that train; the record keeps it where models will find it.
 
     Raises:
@@ -138,7 +143,22 @@ def plan_for(setting: Setting, told: Told, record: Record) -> Plans:
         _keep(record, "fingerprint.json", to_json(merged))
     _keep(record, "plans.json" if setting.is_base else f"plans/{setting.title}.json", text)
     plan = open_plan(text, p.configuration)
-    return Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size)
+    plans = Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size)
+    return replace(plans, start=_start(setting, plans, record, ledger))
+
+
+def _start(setting: Setting, plans: Plans, record: Record, ledger: Ledger) -> Start | None:
+    """What the study says to start from, matched with its network."""
+    study = setting.study
+    if study.start.weights is None:
+        return None
+    plan = open_plan(plans.text, study.plan.configuration).architecture
+    n_channels, n_labels = len(plans.channels), len(plans.labels)
+    name = "start_from" if setting.is_base else f"start/{setting.title}"
+    fresh = initial_weights(study, plans)
+    start = start_of(study, fresh, record, n_channels=n_channels, n_labels=n_labels, plan=plan, name=name)
+    ledger.warnings += start.warnings
+    return start
 
 
 def _keep(record: Record, name: str, text: str) -> None:
@@ -225,7 +245,8 @@ def network_of(study: Study, plans: Plans) -> Callable[..., Stages]:
 
 
 def initial_weights(study: Study, plans: Plans) -> Tensors:
-    """The weights that every model of a run starts from: a function of the seed and the plan."""
+    """The weights that every model of a run starts from: a function of the seed, the plan, and what the study starts from."""
     network = network_of(study, plans)
     with drawn_from(study.study.seed, "weights"):
-        return network().state_dict()
+        drawn = network().state_dict()
+    return drawn if plans.start is None else {**drawn, **plans.start.weights}

@@ -77,7 +77,9 @@ def run(
         watch(Event("stage", "Reading every case"))
         told = ask_sites(study, engine, record, ledger)
         for members in settings(study):
-            plans = plan_for(members[0], told, record)
+            plans = plan_for(members[0], told, record, ledger)
+            if plans.start is not None:
+                watch(Event("stage", plans.start.note))
             finished += _train_members(Work(study, engine, record, plans, watch), members, ledger)
     except BaseException as e:
         ledger.problems.append(

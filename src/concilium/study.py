@@ -21,7 +21,7 @@ from concilium.errors import StudyError
 from concilium.messages import PlugIn, Training
 
 T = TypeVar("T")
-RESERVED = ("test", "pooled", "server")
+RESERVED = ("test", "pooled", "server", "all")
 """Names that no site may have: the simulation uses them itself."""
 
 
@@ -66,6 +66,16 @@ class PlanTable:
     """GPU memory that the plan is made for; omitted: the planner's own (8 GB for the default)."""
     exact_geometry: bool = False
     """Let sites tell the shape and spacing of every case in full; otherwise binned."""
+
+
+@dataclass(frozen=True)
+class StartTable:
+    """What stands in `[network]` beside the network's own options, and is the server's business."""
+
+    weights: Path | None = None
+    """Start from these: a run folder (`RUN`, or `RUN#MODEL`), nnU-Net's model folder, a .safetensors or .pth file."""
+    min_matched: float = 0.9
+    """Smallest share of the network's values, heads not counted, that the weights must give."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,8 @@ class Study:
     test: SiteTable | None = None
     plan: PlanTable = PlanTable()
     network: PlugIn = PlugIn("nnunet")
+    start: StartTable = StartTable()
+    """Its keys stand in `[network]`."""
     training: TrainingTable = TrainingTable()
     aggregation: PlugIn = PlugIn("mean")
     collect: PlugIn = PlugIn("plain")
@@ -188,6 +200,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     before = len(problems)
     raw = {key: table for key, table in raw.items() if key != "variants"}
     hints = typing.get_type_hints(Study)
+    del hints["start"]
     for key in raw:
         if key not in hints:
             problems.append(f"[{key}] is not a known table. {allowed(key, hints)}")
@@ -201,6 +214,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     found: dict[str, Any] = {"protocol": _protocol(tables.get("protocol", {}), problems)}
     for key in ("study", "plan", "training", "validation", "engine"):
         found[key] = _table(hints[key], tables.get(key, {}), f"[{key}]", problems)
+    tables["network"], found["start"] = _start(tables.get("network", {}), problems)
     for key, kind in PLUG_INS.items():
         default = typing.cast(PlugIn, {f.name: f.default for f in dataclasses.fields(Study)}[key])
         found[key] = _plug_in(kind, tables.get(key, {}), default, f"[{key}]", problems)
@@ -231,6 +245,12 @@ def to_toml(study: Study) -> str:
 
     def plain(value: Any) -> Any:
         match value:
+            case Study():
+                table = {
+                    f.name: plain(v) for f in dataclasses.fields(value) if (v := getattr(value, f.name)) is not None
+                }
+                start = table.pop("start")
+                return table | {"network": table["network"] | (start if "weights" in start else {})}
             case PlugIn():
                 return {"name": value.name} | plain(value.options)
             case ProtocolTable():
@@ -308,6 +328,17 @@ def _protocol(raw: Mapping[str, Any], problems: list[str]) -> ProtocolTable | No
     return table and dataclasses.replace(table, options=filled)
 
 
+def _start(raw: Mapping[str, Any], problems: list[str]) -> tuple[Mapping[str, Any], StartTable | None]:
+    """The table of the network without what is not the network's, and that."""
+    keys = [f.name for f in dataclasses.fields(StartTable)]
+    start = _table(StartTable, {key: value for key, value in raw.items() if key in keys}, "[network]", problems)
+    if "min_matched" in raw and "weights" not in raw:
+        problems.append(
+            f"[network] min_matched = {raw['min_matched']!r} is not allowed without weights. Give weights, or leave it out."
+        )
+    return {key: value for key, value in raw.items() if key not in keys}, start
+
+
 def _plug_in(kind: str, raw: Mapping[str, Any], default: PlugIn, where: str, problems: list[str]) -> PlugIn:
     name = raw.get("name", default.name)
     if not isinstance(name, str):
@@ -316,7 +347,8 @@ def _plug_in(kind: str, raw: Mapping[str, Any], default: PlugIn, where: str, pro
         )
         return default
     given = {k: v for k, v in raw.items() if k != "name"}
-    options, wrong = fill(kind, name, given, where)
+    more = [f.name for f in dataclasses.fields(StartTable)] if kind == "networks" else []
+    options, wrong = fill(kind, name, given, where, more=more)
     problems += wrong
     return PlugIn(name, options)
 
@@ -346,6 +378,7 @@ def _resolve(study: Study, folder: Path) -> Study:
     threads = engine.threads or max(1, (os.cpu_count() or 1) // engine.workers)
     cache = None if engine.cache is None else (folder / engine.cache).resolve()
     training = dataclasses.replace(study.training, learning_rate=training_of(study).learning_rate)
+    weights = None if study.start.weights is None else (folder / study.start.weights).resolve()
     sites = {name: _resolved(site, folder) for name, site in study.sites.items()}
     test = None if study.test is None else _resolved(study.test, folder)
     protocol = dataclasses.replace(study.protocol, min_sites=study.protocol.min_sites or min(2, len(study.sites)))
@@ -354,6 +387,7 @@ def _resolve(study: Study, folder: Path) -> Study:
         sites=sites,
         test=test,
         engine=dataclasses.replace(engine, threads=threads, cache=cache),
+        start=dataclasses.replace(study.start, weights=weights),
         training=training,
         protocol=protocol,
     )

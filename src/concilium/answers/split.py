@@ -21,7 +21,7 @@ from concilium.data.patches import stream
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import Finish, Front, Gradients, Maps, Tail, Trained
 from concilium.networks import Parts, Stack
-from concilium.optimization import autocast, clip_and_step, set_rate
+from concilium.optimization import are_of, autocast, clip_and_step, gradient_of, set_rate
 
 
 class Session:
@@ -120,7 +120,7 @@ class Session:
         self._labels = ()
         self._next = ("front", request.step + 1) if request.step + 1 < self.steps else ("finish", self.steps)
         self._seconds += time.monotonic() - began
-        return Gradients(tuple(_gradient(m) for m in came if m.requires_grad))
+        return Gradients(tuple(gradient_of(m) for m in came if m.requires_grad))
 
     def finish(self, request: Finish) -> Trained:
         """Finish the last step; the update of front and tail.
@@ -150,10 +150,9 @@ class Session:
     def _finish_step(self, gradients: Sequence[Tensor]) -> None:
         """Back-propagate through the front with the gradients that came and those of the maps that stayed, and step."""
         places = [i for i in range(self._home, len(self._stack)) if self._stack[i].is_floating_point()]
-        expected = [(self._stack[i].shape, self._stack[i].dtype) for i in places]
-        if [(g.shape, g.dtype) for g in gradients] != expected:
+        if not are_of(gradients, [self._stack[i] for i in places]):
             raise ContractError(
-                f"{len(gradients)} gradients came. Expected {len(expected)}, in shape and type of the float maps that were sent. "
+                f"{len(gradients)} gradients came. Expected {len(places)}, in shape and type of the float maps that were sent. "
                 "Start the round again."
             )
         totals = {i: g.to(self.learner.device) for i, g in zip(places, gradients, strict=True)}
@@ -168,11 +167,6 @@ class Session:
 def _leaf(m: Tensor) -> Tensor:
     """The map cut off from what made it; a float one collects its gradient."""
     return m.detach().requires_grad_(m.is_floating_point())
-
-
-def _gradient(m: Tensor) -> Tensor:
-    """The gradient of a map; zeros where the loss does not depend on it, so that each map sent has one."""
-    return torch.zeros_like(m) if m.grad is None else m.grad
 
 
 def _shows(image: Tensor, m: Tensor) -> bool:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from concilium.deployment.kits import SERVER, locked, read_about, read_settings, write_settings
+from concilium.deployment.kits import locked, read_about, read_settings, write_settings
 from concilium.deployment.processes import start, stop
+from concilium.engines._frames import SERVER
 from concilium.errors import EngineError, StudyError
 
 

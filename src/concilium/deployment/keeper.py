@@ -23,8 +23,9 @@ from typing import Any
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 
 from concilium.deployment import ADMINISTRATOR, ALLOWED
-from concilium.deployment.kits import ADMIN, SERVER
+from concilium.deployment.kits import ADMIN
 from concilium.deployment.processes import start, stop
+from concilium.engines._frames import SERVER
 from concilium.errors import EngineError
 
 START_S = 60.0

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from concilium.catalog import allowed, coerce
+from concilium.engines import role_of
 from concilium.engines._frames import Certificates
 from concilium.errors import StudyError
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 ABOUT = "local/concilium.json"
 SETTINGS = "local/site.toml"
-SERVER, ADMIN, AUTHORITY, TEST = "server", "admin", "authority", "test"
-"""Names in a federation with a meaning; `test` is the site that holds the held-out set."""
+ADMIN, AUTHORITY, TEST = "admin", "authority", "test"
+"""Names in a federation with a meaning, beside `SERVER`; `test` is the site that holds the held-out set."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
     folder = s.folder or kit / "runs"
     return Settings(
         about.name,
-        "test" if about.name == TEST else "site",
+        role_of(about.name),
         {about.name: s.data},
         s.test,
         folder / run,

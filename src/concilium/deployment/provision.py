@@ -19,7 +19,8 @@ from nvflare.lighter.provisioner import Provisioner
 from nvflare.lighter.spec import Builder, ProvisionContext
 
 from concilium.deployment import ADMINISTRATOR, ALLOWED, ORGANISATION
-from concilium.deployment.kits import ADMIN, AUTHORITY, SERVER, About, write_about
+from concilium.deployment.kits import ADMIN, AUTHORITY, About, write_about
+from concilium.engines._frames import SERVER
 from concilium.errors import StudyError
 
 PERMISSIONS: Mapping[str, Any] = {
@@ -100,8 +101,7 @@ def _provision(
     work = out / ".provisioning"
     context = Provisioner(str(work), builders).provision(project, logger=log)
     if context.get("build_error"):
-        shutil.rmtree(work, ignore_errors=True)
-        raise StudyError(f"FLARE could not make the kits ({'; '.join(log.lines[-3:])}). Correct names and host.")
+        raise ValueError("; ".join(log.lines[-3:]))
     made = Path(context["current_prod_dir"])
     kits = {party: out / party for party in about}
     for party, kit in kits.items():

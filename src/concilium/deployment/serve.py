@@ -12,8 +12,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from concilium.deployment.kits import SERVER, TEST, About, certificates, locked, read_about
+from concilium.deployment.kits import TEST, About, certificates, locked, read_about
 from concilium.engines import flare
+from concilium.engines._frames import SERVER
 from concilium.errors import StudyError
 from concilium.preparation import Event
 from concilium.run import Outcome, run
@@ -39,9 +40,9 @@ def serve(
         EngineError: FLARE's server does not start; and what `run` raises.
     """
     about = read_about(kit)
-    _check(kit, about, study)
-    study = replace(study, engine=replace(study.engine, name="flare", workers=1, cache=None))
     sites = (*study.sites, *([TEST] if study.test else []))
+    _check(kit, about, study, sites)
+    study = replace(study, engine=replace(study.engine, name="flare", workers=1, cache=None))
     with locked(kit), _keeper(kit, sites) as keeper:
         place = flare.Place(
             certificates(kit, server=True),
@@ -54,11 +55,10 @@ def serve(
         return run(study, out, resume=resume, watch=watch, connect=connect)
 
 
-def _check(kit: Path, about: About, study: Study) -> None:
+def _check(kit: Path, about: About, study: Study, sites: tuple[str, ...]) -> None:
     if about.name != SERVER:
         raise StudyError(f"{kit} is the kit of {about.name}. Expected the server's. Use `concilium join` there.")
-    wanted = [*study.sites, *([TEST] if study.test else [])]
-    if missing := [site for site in wanted if site not in about.sites]:
+    if missing := [site for site in sites if site not in about.sites]:
         raise StudyError(
             f"The study has {', '.join(missing)}, for which there is no kit. Kits exist for {', '.join(about.sites)}. Correct "
             "the study, or provision again."

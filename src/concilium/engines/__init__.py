@@ -23,6 +23,11 @@ class SiteInfo:
     role: str
 
 
+def role_of(name: str) -> str:
+    """What a name stands for: `pooled` and `test`, which no site of a study may be called, or a `site`."""
+    return name if name in ("pooled", "test") else "site"
+
+
 @dataclass
 class Traffic:
     """Bytes of messages to a site (`down`) and from it (`up`), as packed for the network."""

@@ -16,14 +16,12 @@ from functools import partial
 from typing import Any
 
 from concilium import wire
-from concilium.engines._frames import BEAT_S, VERSION, Certificates, Frame, Kind, Line, peer_name, tls
+from concilium.engines._frames import BEAT_S, SERVER, VERSION, Certificates, Frame, Kind, Line, peer_name, tls
 from concilium.errors import ContractError, EngineError
 
 Answer = Callable[[bytes, dict[str, Any], Callable[[], bool]], bytes]
 """(packed request, its heading, whether it was cancelled) -> packed reply."""
 DIAL_S = 20.0
-SERVER = "server"
-"""Name in the server's certificate."""
 DEAF_S = 60.0
 """A server that sends nothing for so long, not even beats, is dialled again."""
 
@@ -84,7 +82,7 @@ class Dialler:
             number = heading["sequence"]
             reply = answer(body, heading, partial(self._is_cancelled, number))
             del body
-            self._say_up(lambda up, number=number, reply=reply: up.write(Kind.REPLY, {"sequence": number}, reply))  # type: ignore[misc]
+            self._say_up(partial(Line.write, kind=Kind.REPLY, heading={"sequence": number}, body=reply))
 
     def _say_up(self, write: Callable[[Line], None]) -> None:
         """Write to the server; if that fails, both connections are dialled again, and the server asks again."""

@@ -28,6 +28,8 @@ PIECE = 1 << 20
 """Bytes that are read or written at a time."""
 VERSION = 1
 """Of the frames; both ends must have the same."""
+SERVER = "server"
+"""Name in the server's certificate, and of its kit."""
 BEAT_S = 2.0
 """Each end says so often that it is there."""
 

@@ -1,7 +1,7 @@
 """Sites in hospitals, each in a process of its own behind its firewall; messages over mutually authenticated connections.
 
 NVIDIA FLARE provisions the certificates, authorises the job and starts its processes; the messages travel over our own
-connections, with FLARE's certificates (decisions/0008). `concilium provision`, `serve` and `join` set up and start both ends.
+connections, with FLARE's certificates (decisions/0009). `concilium provision`, `serve` and `join` set up and start both ends.
 
 A deadline counts from when a request is sent. A site whose process is started again comes back in a new life (epoch): it is
 prepared anew and brought back to its last snapshot, as in a simulation.
@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from concilium import wire
-from concilium.engines import Engine, SiteInfo, Traffic
+from concilium.engines import Engine, SiteInfo, Traffic, role_of
+from concilium.engines._delivery import open_reply, require_free
 from concilium.engines._frames import Certificates
 from concilium.engines._hub import Hub, News
 from concilium.engines._recovery import Recovery
-from concilium.errors import ContractError, EngineError, StudyError
-from concilium.messages import FAILURES, REPLIES, Failure, Reply, Request, SiteError, SiteLost, SiteTimeout
+from concilium.errors import EngineError, StudyError
+from concilium.messages import Failure, Reply, Request, SiteLost, SiteTimeout
 
 ABSENCE_S, SILENCE_S = 20.0, 120.0
 """A site without connections is lost after the one, a connected one that is silent after the other."""
@@ -70,7 +71,7 @@ def connect(
             f"[engine] name = 'flare' is not allowed here, for {', '.join(sites)}: `concilium run` works on one machine. Use "
             "`concilium serve` with the server's kit, and `concilium join` at each site."
         )
-    roles = dict.fromkeys(sites, "site") | ({"test": "test"} if has_test else {})
+    roles = {name: role_of(name) for name in (*sites, *(["test"] if has_test else []))}
     engine = Flare(roles, place, run=run, spool=folder / "spool")
     try:
         engine.wait(place)
@@ -106,8 +107,6 @@ class Flare:
         self._spool = spool
         self._run = run
         self._sequence = 0
-        self._opened = 0
-        """Bytes of the reply that was opened last."""
         self._epochs: dict[str, int] = {}
         """The life in which each site came; another one is not what the protocol talked to."""
         self._pending: dict[str, _Pending] = {}
@@ -150,11 +149,7 @@ class Flare:
             ContractError: a site is not known, or has a request outstanding.
         """
         packed: dict[int, bytes] = {}
-        for site in requests:
-            if site not in self.sites or site in self._pending:
-                raise ContractError(
-                    f"A request for {site!r} cannot be sent. Expected one of {', '.join(self.sites)} with none outstanding."
-                )
+        require_free(requests, sites=self.sites, pending=self._pending)
         for site, request in requests.items():
             until = float("inf") if deadline_s is None else time.monotonic() + deadline_s
             body = packed[id(request)] if id(request) in packed else wire.pack(request)
@@ -228,7 +223,7 @@ class Flare:
         site, pending = news.site, self._pending.get(news.site)
         match news.event:
             case "reply" if pending is not None and pending.sequence == news.sequence and news.reply is not None:
-                reply = self._open(site, news.reply)
+                reply, size = open_reply(news.reply)
                 if pending.body:  # it was one of those that go first
                     if isinstance(reply, Failure):
                         self._fail(site, reply)
@@ -236,7 +231,7 @@ class Flare:
                         self._go_on(site, pending)
                     return
                 del self._pending[site]
-                self.traffic[site].up += self._opened
+                self.traffic[site].up += size
                 yield site, self._recovery.settle(site, pending.request, reply)
             case "reply":
                 self.dropped += 1
@@ -254,13 +249,3 @@ class Flare:
             if now >= pending.until:
                 self.hub.cancel(site, pending.sequence, forget=True)
                 self._fail(site, SiteTimeout(pending.deadline_s or 0.0))
-
-    def _open(self, site: str, path: Path) -> Reply | Failure:
-        content = path.read_bytes()
-        path.unlink()
-        self._opened = len(content)
-        try:
-            reply: Reply | Failure = wire.unpack(content)
-        except ContractError:
-            return SiteError("ContractError", "damaged_reply", "")
-        return reply if isinstance(reply, REPLIES + FAILURES) else SiteError("ContractError", "wrong_reply", "")

@@ -21,20 +21,11 @@ from pathlib import Path
 
 from concilium import wire
 from concilium.answers import Settings
-from concilium.engines import Engine, SiteInfo, Traffic
+from concilium.engines import Engine, SiteInfo, Traffic, role_of
+from concilium.engines._delivery import open_reply, require_free
 from concilium.engines._recovery import Recovery
 from concilium.engines._workers import Call, InlineWorker, News, SpawnedWorker, Worker
-from concilium.errors import ContractError
-from concilium.messages import (
-    FAILURES,
-    REPLIES,
-    Failure,
-    Reply,
-    Request,
-    SiteError,
-    SiteLost,
-    SiteTimeout,
-)
+from concilium.messages import Failure, Reply, Request, SiteLost, SiteTimeout
 from concilium.wire import Envelope
 
 GRACE_S = 60.0
@@ -62,11 +53,6 @@ def connect(
         for name, members in data.items()
     ]
     return Simulation(settings, run=run, workers=min(workers, len(sites)), spool=folder / "spool")
-
-
-def role_of(name: str) -> str:
-    """What a name stands for in a simulation: `site`, `pooled` or `test`."""
-    return name if name in ("pooled", "test") else "site"
 
 
 @dataclass
@@ -110,11 +96,8 @@ class Simulation:
         """
         packed: dict[int, Path] = {}
         contents: dict[Path, bytes] = {}
-        for site, request in requests.items():
-            if site not in self.sites or site in self._pending:
-                raise ContractError(
-                    f"A request for {site!r} cannot be sent. Expected one of {', '.join(self.sites)} with none outstanding."
-                )
+        require_free(requests, sites=self.sites, pending=self._pending)
+        for request in requests.values():
             if id(request) not in packed:
                 content = wire.pack(request)
                 path = self._spool / f"{self._sequence:09d}-{len(packed)}.request"
@@ -182,7 +165,9 @@ class Simulation:
             yield found[0], SiteTimeout(deadline)
         else:
             self._clear(pending.call.request)
-            yield found[0], self._recovery.settle(found[0], pending.request, self._open(found[0], pending.call.reply))
+            reply, size = open_reply(pending.call.reply)
+            self.traffic[found[0]].up += size
+            yield found[0], self._recovery.settle(found[0], pending.request, reply)
 
     def _on_lost(self, index: int) -> Iterator[tuple[str, Reply | Failure]]:
         gone = {site for site, i in self._worker_of.items() if i == index}
@@ -195,16 +180,6 @@ class Simulation:
         self._workers[index].restart(self._epochs)
         for site in sorted(told):
             yield site, SiteLost()
-
-    def _open(self, site: str, path: Path) -> Reply | Failure:
-        content = path.read_bytes()
-        path.unlink()
-        self.traffic[site].up += len(content)
-        try:
-            reply: Reply | Failure = wire.unpack(content)
-        except ContractError:
-            return SiteError("ContractError", "damaged_reply", "")
-        return reply if isinstance(reply, REPLIES + FAILURES) else SiteError("ContractError", "wrong_reply", "")
 
     def _clear(self, request: Path) -> None:
         """Remove a request that no other site still has to read: in split training there are thousands in a round."""

@@ -9,10 +9,14 @@ A stage takes the top `takes` maps of the stack and leaves `leaves` in their pla
 `down0` is full resolution, `up0` its way back, `head0` the logits at full resolution, `head1` those of deep supervision one
 level below. Heads come last, coarsest first, and `head0` is always there. Every tensor has one owner and one key. A network
 that is no list of stages is one stage, `whole` (`as_stages`).
+
+A file may also have `names_elsewhere(*, plan, n_channels, n_labels) -> Mapping[str, str]`: our name of a tensor by each name that
+it has in published weights of this network, for studies that start from these.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -175,6 +179,13 @@ def make_network(
     build = catalog.load("networks", network.name)
     options = dict(network.options) | {"deep_supervision": deep_supervision}
     return as_stages(cast(nn.Module, build(n_channels=n_channels, n_labels=n_labels, plan=plan, **options)))
+
+
+def names_elsewhere(network: PlugIn, *, n_channels: int, n_labels: int, plan: Mapping[str, Any]) -> Mapping[str, str]:
+    """Our names of the network's tensors by those of published weights, where the network knows such names."""
+    module = inspect.getmodule(catalog.load("networks", network.name))
+    known = getattr(module, "names_elsewhere", None)
+    return {} if known is None else known(plan=plan, n_channels=n_channels, n_labels=n_labels)
 
 
 def as_stages(network: nn.Module) -> Stages:

@@ -161,6 +161,11 @@ def from_library(
     return {name: given[first[name]] for name in shapes if name not in left_out}
 
 
+def names_elsewhere(*, plan: Mapping[str, Any], n_channels: int, n_labels: int) -> dict[str, str]:
+    """Our name of every tensor, by each of nnU-Net's names for it."""
+    return _names(plan, n_channels, n_labels)[0]
+
+
 def _arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The plan's arguments for the network. A plan may come over the wire, so its layers are torch's and nothing else.
 

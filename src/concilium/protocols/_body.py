@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,17 @@ from concilium.data.draws import seed_all
 from concilium.errors import ContractError
 from concilium.messages import Tensors, Training
 from concilium.networks import Stack, Stages
-from concilium.optimization import autocast, clip_and_step, make_optimizer, restore_state, set_rate, state_of
+from concilium.optimization import (
+    all_finite,
+    are_of,
+    autocast,
+    clip_and_step,
+    gradient_of,
+    make_optimizer,
+    restore_state,
+    set_rate,
+    state_of,
+)
 
 
 class Body:
@@ -74,8 +84,7 @@ class Body:
             ContractError: they are not the gradients of what was sent, or not finite.
             FloatingPointError: the body's own gradient is not finite; no step is taken.
         """
-        fit = [(g.shape, g.dtype) for g in gradients] == [(m.shape, m.dtype) for m in self._out]
-        if not fit or not all_finite(gradients):
+        if not are_of(gradients, self._out) or not all_finite(gradients):
             raise ContractError(
                 f"{len(gradients)} gradients came. Expected {len(self._out)}, finite, in shape and type of the float maps that "
                 "were sent. Start the round again."
@@ -83,15 +92,10 @@ class Body:
         torch.autograd.backward(self._out, [g.to(self.device) for g in gradients])
         set_rate(self.optimizer, self.training, step=step, total_steps=total_steps)
         clip_and_step(self.network.parameters(), self.optimizer, self.training.clip_norm)
-        back = tuple(torch.zeros_like(m) if m.grad is None else m.grad for m in self._in if m.requires_grad)
+        back = tuple(gradient_of(m) for m in self._in if m.requires_grad)
         self.give_up()
         return back
 
     def give_up(self) -> None:
         """Let go of the step at hand."""
         self._in, self._out = (), ()
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every element of every tensor is finite."""
-    return all(not t.is_floating_point() or bool(torch.isfinite(t).all()) for t in tensors)

@@ -74,7 +74,8 @@ def splitfed(
     def parts() -> Parts:
         return cut_apart(network(deep_supervision=deep_supervision), after, reveal_labels=reveal_labels)
 
-    in_body, at_site = parts().body.state_dict().keys(), parts().at_site.state_dict().keys()
+    named = parts()
+    in_body, at_site = named.body.state_dict().keys(), named.at_site.state_dict().keys()
     bodies = {owner: Body(parts().body, training, device) for owner in (sorted(steps) if variant == "v1" else [ALL])}
     weights: Tensors = part(start.tensors, WEIGHTS)
     state: Tensors = part(start.tensors, STATE)
