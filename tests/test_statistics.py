@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from concilium._resampling import Draws, interval
+from concilium._resampling import RESAMPLES, Draws, _add, _seed_effects, interval
 from concilium.statistics import ALL_SITES, FOREGROUND_MEAN, MIN_PATIENTS, Scale, spread, summarize
 
 DICE = {"dice": Scale(highest=1.0)}
@@ -136,7 +136,7 @@ def test_the_order_of_the_rows_changes_no_bit() -> None:
     rng = np.random.default_rng(0)
     cases = [
         case(f"p{i}", float(rng.random()), case=f"p{i}-{j}", site=("north", "south")[i % 2], seed=seed, model=model)
-        for i in range(20) for j in range(2) for seed in (1, 2) for model in ("federated", "local:north")
+        for i in range(20) for j in range(4) for seed in (1, 2) for model in ("federated", "local:north")
     ]  # fmt: skip
     shuffled = [cases[i] for i in rng.permutation(len(cases))]
 
@@ -207,11 +207,19 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
 
 
 def test_what_a_seed_does_to_single_patients_does_not_count_twice() -> None:
-    rng = np.random.default_rng(0)
-    scores = rng.normal(0.8, 0.05, (400, 1)) + rng.normal(0, 0.05, (400, 3))
-    scores -= scores.mean(axis=0) - scores.mean()  # no effect on all together
-    low, high = bounds(scores)
-    assert high - low == pytest.approx(2 * 1.97 * scores.mean(axis=1).std(ddof=1) / 20, rel=0.05)
+    """Two patients, two seeds: 0.05 by seed, 0.03 by patient and seed. Residual mean square, by patients: 2 x 0.03**2;
+    the seeds' means have a variance of 2 x 0.05**2: what is left of it is 1 - 0.36, of the effect 0.8."""
+    assert _seed_effects(np.array([[-0.08, 0.08], [-0.02, 0.02]])) == pytest.approx([-0.04, 0.04])
+    assert not _seed_effects(np.array([[-0.08, 0.08], [0.07, -0.07]])).any()
+
+
+def test_resamples_scatter_as_much_as_means_do() -> None:
+    """Of six values drawn with replacement the mean has 5/6 of the variance that it should have."""
+    values = np.array([0.1, 0.2, 0.4, 0.7, 0.8, 0.9])
+    shift, variance = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    _add(shift, variance, values, 1.0, Draws(0).counts("north", 6))
+    assert shift.var() == pytest.approx(values.var(ddof=1) / 6, rel=0.05)
+    assert variance.mean() == pytest.approx(values.var(ddof=0) / 6, rel=0.05)
 
 
 def test_seeds_are_averaged_within_patients() -> None:

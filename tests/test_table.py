@@ -125,6 +125,18 @@ def test_markdown_is_aligned_and_says_what_it_shows() -> None:
     assert "Holm" in caption
 
 
+def test_differences_are_the_first_models_whatever_the_order() -> None:
+    run = results()
+    turned = run | {"models": run["models"][::-1]}
+    there, back = (
+        next(f for f in build([r]).figures if f["minus"] == other and f["label"] == "liver" and f["metric"] == "dice")
+        for r, other in ((run, "centralized_long"), (turned, "federated"))
+    )
+    assert [back[k] for k in ("value", "ci_low", "ci_high", "p_holm")] == [
+        -there["value"], -there["ci_high"], -there["ci_low"], there["p_holm"]
+    ]  # fmt: skip
+
+
 def test_patients_that_do_not_count_are_told_in_the_cell() -> None:
     cells = {c[0]: c for c in markdown(results(), metrics=["dice", "hd95"], labels=["liver"])}
     assert cells["federated"][2].endswith("(n = 7)")
