@@ -207,8 +207,8 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
 
 
 def test_what_a_seed_does_to_single_patients_does_not_count_twice() -> None:
-    """Two patients, two seeds: 0.05 by seed, 0.03 by patient and seed. Residual mean square 4 x 0.03**2, by 2 patients
-    2 x 0.03**2; the seeds' means have a variance of 2 x 0.05**2: what is left of it is 1 - 0.36, of the effect 0.8."""
+    """Two patients, two seeds: 0.05 by seed, 0.03 by patient and seed. Residual mean square, by patients: 2 x 0.03**2;
+    the seeds' means have a variance of 2 x 0.05**2: what is left of it is 1 - 0.36, of the effect 0.8."""
     assert _seed_effects(np.array([[-0.08, 0.08], [-0.02, 0.02]])) == pytest.approx([-0.04, 0.04])
     assert not _seed_effects(np.array([[-0.08, 0.08], [0.07, -0.07]])).any()
 
