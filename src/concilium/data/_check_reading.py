@@ -1,0 +1,116 @@
+"""`check`, one file: its voxels as they are stored, and where they lie."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concilium.data._check_types import Space
+from concilium.data._description import READERS
+from concilium.data._nifti import Payload, is_nifti, scan
+from concilium.data.dataset import reader
+from concilium.errors import DataError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file. `voxels`: (C, X, Y, Z) in the order of nnU-Net's readers (the file's last axis first), of the file's own type."""
+
+    voxels: NDArray[Any]
+    space: Space | None
+    """None where the format has none."""
+    n_not_finite: int
+    no_spacing: tuple[float, ...] | None = None
+    """The header's, where it is none that can be used."""
+    flat: bool = False
+    """A 2D file in a format for volumes."""
+
+
+def read_file(path: Path, ending: str) -> Picture:
+    """The file's voxels and geometry.
+
+    Raises:
+        DataError: it cannot be read; the text says why, the code is `unreadable`, or `channel_mismatch` where voxels are vectors.
+    """
+    try:
+        return _read_volume(path) if READERS.get(ending) == "SimpleITKIO" else _read_picture(path, ending)
+    except DataError:
+        raise
+    except Exception as e:  # readers of other people raise what they like
+        raise DataError(f"{path.name} cannot be read ({_short(e)}).", code="unreadable") from e
+
+
+def _read_picture(path: Path, ending: str) -> Picture:
+    with contextlib.redirect_stdout(io.StringIO()):
+        voxels, _ = reader(ending)().read_images([str(path)])
+    return Picture(voxels, None, _n_not_finite(voxels))
+
+
+def _read_volume(path: Path) -> Picture:
+    import SimpleITK as sitk
+
+    payload = _whole(path)
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    image = sitk.ReadImage(str(path))
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise DataError(
+            f"{path.name} holds {image.GetNumberOfComponentsPerPixel()} values in each voxel: colours, or layers of segments.",
+            code="channel_mismatch",
+        )
+    voxels = sitk.GetArrayFromImage(image)
+    n = image.GetDimension()
+    d = min(n, 3)
+    voxels = voxels[None, None] if n == 2 else voxels[None] if n == 3 else voxels
+    if voxels.ndim != 4:
+        raise DataError(f"{path.name} has {n} dimensions. Allowed are 2 to 4.", code="unreadable")
+    space = Space(
+        image.GetSize()[:d],
+        np.array(image.GetSpacing()[:d]),
+        np.array(image.GetOrigin()[:d]),
+        np.array(image.GetDirection()).reshape(n, n)[:d, :d],
+        payload.placed if payload else True,
+    )
+    if payload is None:
+        return Picture(voxels, space, _n_not_finite(voxels), None, n == 2)
+    bad = not all(np.isfinite(s) and s > 0 for s in payload.spacing[:d])
+    return Picture(voxels, space, payload.n_not_finite, payload.spacing if bad else None, n == 2)
+
+
+def _whole(path: Path) -> Payload | None:
+    """What a NIfTI file holds; None for other formats.
+
+    Raises:
+        DataError: the file is damaged, or shorter than its header says, which its reader would fill with zeros.
+    """
+    if not is_nifti(path):
+        return None
+    try:
+        payload = scan(path)
+    except gzip.BadGzipFile as e:
+        raise DataError(f"{path.name} is not compressed, or damaged ({e}).", code="unreadable") from e
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path.name} is cut off or damaged ({_short(e)}).", code="unreadable") from e
+    if payload and payload.n_missing:
+        raise DataError(
+            f"{path.name} is cut off: {payload.n_missing:,} bytes of voxels are missing that its header announces.",
+            code="unreadable",
+        )
+    return payload
+
+
+def _n_not_finite(voxels: NDArray[Any]) -> int:
+    return int(np.count_nonzero(~np.isfinite(voxels))) if np.issubdtype(voxels.dtype, np.inexact) else 0
+
+
+def _short(e: Exception) -> str:
+    """The last line of an error of a library that has something to say."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return lines[-1] if lines else type(e).__name__
