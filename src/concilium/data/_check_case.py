@@ -80,16 +80,12 @@ def _images(
     if shape is None:
         return None, None, None
     _constant(constant, about, add)
-    if about.channels and readable and n_channels != len(about.channels) and _is_complete(files, about):
+    whole_case = readable and len(files.images) == files.n_images  # otherwise that is a finding of its own
+    if about.channels and whole_case and n_channels != len(about.channels):
         named = f"dataset.json names {len(about.channels)} ({', '.join(about.channels)})"
         text = f"The image has {count(n_channels, 'channel')}. {named}."
         add("error", "channel_mismatch", text, "Correct channel_names, or save the image with these channels.")
-    return first, shape, None if all(constant) or not readable else whole.digest()
-
-
-def _is_complete(files: Files, about: About) -> bool:
-    """Whether no file is missing, which is a finding of its own."""
-    return len(files.images) == len(about.channels or ()) or set(files.images) == {0}
+    return first, shape, None if all(constant) or not whole_case else whole.digest()
 
 
 def _without_voxels(picture: Picture) -> Picture:

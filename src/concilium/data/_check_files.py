@@ -35,9 +35,9 @@ def list_files(site: str, folder: Path) -> Listing:
     images = _sorted_images(folders["imagesTr"], ending, about, add)
     labels = _sorted_labels(folders["labelsTr"], ending, images, add)
     n_channels = _n_files(images, about, ending)
-    cases = [Files(name, images.get(name, {}), labels.get(name)) for name in sorted({*images, *labels})]
+    cases = [Files(name, images.get(name, {}), labels.get(name), n_channels) for name in sorted({*images, *labels})]
     for case in cases:
-        _complete(case, n_channels, ending, about, add)
+        _complete(case, ending, about, add)
     whole = [c for c in cases if c.images and c.label]
     if not whole and not any(f.code == "no_data_set" for f in found):
         text = f"{folder} has no complete case. Expected imagesTr/CASE_0000{ending} with labelsTr/CASE{ending}."
@@ -152,8 +152,8 @@ def _n_files(images: Mapping[str, Mapping[int, Path]], about: About, ending: str
     return 1 if coloured else len(about.channels)
 
 
-def _complete(case: Files, n: int, ending: str, about: About, add: Add) -> None:
-    lacking = [i for i in range(n) if i not in case.images]
+def _complete(case: Files, ending: str, about: About, add: Add) -> None:
+    lacking = [i for i in range(case.n_images) if i not in case.images]
     if not case.images:
         text = f"There is a label map and no image. Expected imagesTr/{case.name}_0000{ending}."
         add("error", "missing_channel", text, "Add the image, or move the label map away.", case.name)

@@ -78,6 +78,8 @@ def _read_volume(path: Path) -> Picture:
         np.array(image.GetDirection()).reshape(n, n)[:d, :d],
         payload.placed if payload else True,
     )
+    if path.suffix == ".gipl" and path.stat().st_size < 256 + voxels.nbytes:  # ITK reads it without a word
+        raise DataError(f"{path.name} is cut off.", code="unreadable")
     if payload is None:
         return Picture(voxels, space, _n_not_finite(voxels), None, n == 2)
     bad = not all(np.isfinite(s) and s > 0 for s in payload.spacing[:d])

@@ -12,7 +12,7 @@ from concilium.data._check_space import orientation, turned
 from concilium.data._check_types import Finding, Listing, Seen, count, some
 
 Add = Callable[..., None]
-LENGTHY = 1.1
+LENGTHY = 1.15
 """Long side over short side from which on a picture is upright or lying."""
 ODD = 8.0
 """Times that a voxel's edge may differ from that of most cases."""
@@ -83,9 +83,10 @@ def _sideways(seen: Sequence[Seen], add: Add) -> None:
         few, many, words = lying, upright, ("lying", "stand upright")
     if not few or len(few) > 0.1 * len(many):
         return
-    shapes = {s.shape for s in many}
+    usual, n = Counter(s.shape for s in many).most_common(1)[0]
     for s in few:
-        swapped = " With sides swapped it has the size of another." if (1, s.shape[2], s.shape[1]) in shapes else ""
+        alike = (1, s.shape[2], s.shape[1]) == usual and n > 1
+        swapped = f" With sides swapped it has the size of {n} others." if alike else ""
         others = f"{len(many)} of {count(len(few) + len(many), 'long picture')} {words[1]}"
         text = f"{s.shape[2]} x {s.shape[1]} pixels: {words[0]}, where {others}.{swapped}"
         add("warning", "sideways", text, "Look at it. If it lies on its side, turn image and label map.", s.case)

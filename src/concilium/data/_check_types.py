@@ -50,6 +50,8 @@ class Files:
     name: str
     images: Mapping[int, Path]
     label: Path | None
+    n_images: int
+    """Files of images that there should be."""
 
 
 @dataclass(frozen=True)
