@@ -150,7 +150,7 @@ def test_every_code_is_in_the_documentation() -> None:
     root = Path(__file__).parents[1]
     source = "".join(p.read_text(encoding="utf-8") for p in (root / "src/concilium/data").glob("_check_*.py"))
     codes = set(re.findall(r'"(?:error|warning|note)"[^"\n]*,\s*"([a-z_]+)"', source)) - {"warning", "note"}
-    codes |= set(re.findall(r'code="([a-z_]+)"', source))
+    codes |= set(re.findall(r'Unusable\("([a-z_]+)"', source))
     documented = re.findall(r"^\| `([a-z_]+)` \|", (root / "docs/check.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(codes) > 30
     assert sorted(codes) == sorted(documented)

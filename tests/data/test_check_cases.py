@@ -17,6 +17,7 @@ from check_sites import SHAPE, found, rewrite, save, site, write
 from skimage import io
 
 from concilium.data import _check_case
+from concilium.data._check_reading import Picture
 from concilium.data.check import check
 from concilium.data.dataset import open_dataset, read_case
 from concilium.errors import DataError
@@ -107,7 +108,7 @@ def layers(folder: Path) -> None:
         (label(origin=(-7, 3.5, 15)), "error", "geometry_mismatch", r"4 mm apart \(5\.7 voxels\)"),
         (label(origin=(-7, 3.5, 11.1)), "warning", "geometry_mismatch", r"0\.1 mm apart.*CopyInformation.*safe"),
         # nnU-Net #2526: another direction
-        (label(direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)), "error", "geometry_mismatch", "mm apart"),
+        (label(direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)), "error", "geometry_mismatch", r"voxels\. → Look at one in a viewer"),
         (header_without_place, "error", "geometry_mismatch", "without a place"),
         # nnU-Net #1669: the y axis the other way round; copying the header, as advised there, moves the structure
         (stored_mirrored, "error", "mirrored", "mirrored along y.*Resample"),
@@ -137,7 +138,7 @@ def test_what_is_wrong_with_a_case_is_said(tmp_path: Path, fault: Fault, severit
     folder = site(tmp_path / "a")
     fault(folder)
     findings = check({"a": folder}).findings
-    about = [(f.severity, f.code) for f in findings if f.case == "c0" and re.search(words, f"{f.text} {f.fix}")]
+    about = [(f.severity, f.code) for f in findings if f.case == "c0" and re.search(words, f"{f.text} → {f.fix}")]
     assert about == [(severity, code)], findings
     assert all(f.case == "c0" for f in findings)
     assert all(f.text.endswith((".", ")")) and f.fix.endswith(".") for f in findings)
@@ -275,6 +276,7 @@ def test_one_file_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
         nonlocal most
         most = max(most, sum(r() is not None for r in alive))
         picture = read(path, ending)
+        assert isinstance(picture, Picture)
         alive.append(weakref.ref(picture.voxels))
         return picture
 

@@ -80,6 +80,13 @@ def test_everything_is_said_at_once(tmp_path: Path) -> None:
     assert codes["missing_label"] == ["c1"]
 
 
+def test_a_wrong_name_is_one_finding(tmp_path: Path) -> None:
+    folder = site(tmp_path / "a")
+    rename(folder, "imagesTr/c0_0000", "imagesTr/c0")
+    rename(folder, "labelsTr/c1", "labelsTr/c1_0000")
+    assert found(folder) == {"unknown_file": ["c0", "c1"], "case_count": [None]}
+
+
 def test_several_data_sets_and_none_that_is_there(tmp_path: Path) -> None:
     checked = check({"a": tmp_path / "nowhere", "b": site(tmp_path / "b")}, test=tmp_path / "also_nowhere")
     assert [(f.site, f.code) for f in checked.findings] == [("a", "no_data_set"), ("test", "no_data_set")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from concilium.data._check_reading import Picture, read_file
 from concilium.data._check_space import compare
 from concilium.data._check_types import About, Files, Finding, Seen, Space, count, some
-from concilium.errors import DataError
 
 Add = Callable[..., None]
 REPLACE = "Export it again from its source, or move the case away."
@@ -38,17 +38,14 @@ def check_case(site: str, files: Files, about: About, ending: str) -> tuple[Seen
     return Seen(site, files.name, patient, named, shape or (), space, digest, label_digest, values), found
 
 
-def _read(path: Any, ending: str, add: Add) -> Picture | None:
-    try:
-        return read_file(path, ending)
-    except DataError as e:
-        fix = (
-            "Save it with one value per voxel (in 3D Slicer: as a label map)."
-            if e.code == "channel_mismatch"
-            else REPLACE
-        )
-        add("error", e.code, f"{path.parent.name}/{e}", fix)
-        return None
+def _read(path: Path, ending: str, add: Add) -> Picture | None:
+    read = read_file(path, ending)
+    if isinstance(read, Picture):
+        return read
+    colours = "Save it with one value per voxel (in 3D Slicer: as a label map)."
+    fix = colours if read.code == "channel_mismatch" else REPLACE
+    add("error", read.code, f"{path.parent.name}/{path.name} {read.why}", fix)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- images

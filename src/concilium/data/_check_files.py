@@ -36,7 +36,8 @@ def list_files(site: str, folder: Path) -> Listing:
     labels = _sorted_labels(folders["labelsTr"], ending, images, add)
     n_channels = _n_files(images, about, ending)
     cases = [Files(name, images.get(name, {}), labels.get(name), n_channels) for name in sorted({*images, *labels})]
-    for case in cases:
+    told = {f.case for f in found if f.code == "unknown_file"}  # what such a case lacks is that file
+    for case in (c for c in cases if c.name not in told):
         _complete(case, ending, about, add)
     whole = [c for c in cases if c.images and c.label]
     if not whole and not any(f.code == "no_data_set" for f in found):

@@ -17,7 +17,6 @@ from concilium.data._check_types import Space
 from concilium.data._description import READERS
 from concilium.data._nifti import Payload, is_nifti, scan
 from concilium.data.dataset import reader
-from concilium.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,20 @@ class Picture:
     """A 2D file in a format for volumes."""
 
 
-def read_file(path: Path, ending: str) -> Picture:
-    """The file's voxels and geometry.
+@dataclass(frozen=True)
+class Unusable:
+    """Why a file cannot be used: `code`, and the end of a sentence that begins with its name."""
 
-    Raises:
-        DataError: it cannot be read; the text says why, the code is `unreadable`, or `channel_mismatch` where voxels are vectors.
-    """
+    code: str
+    why: str
+
+
+def read_file(path: Path, ending: str) -> Picture | Unusable:
+    """The file's voxels and geometry, or why there are none."""
     try:
         return _read_volume(path) if READERS.get(ending) == "SimpleITKIO" else _read_picture(path, ending)
-    except DataError:
-        raise
     except Exception as e:  # readers of other people raise what they like
-        raise DataError(f"{path.name} cannot be read ({_short(e)}).", code="unreadable") from e
+        return Unusable("unreadable", f"cannot be read ({_short(e)}).")
 
 
 def _read_picture(path: Path, ending: str) -> Picture:
@@ -54,23 +55,22 @@ def _read_picture(path: Path, ending: str) -> Picture:
     return Picture(voxels, None, _n_not_finite(voxels))
 
 
-def _read_volume(path: Path) -> Picture:
+def _read_volume(path: Path) -> Picture | Unusable:
     import SimpleITK as sitk
 
     payload = _whole(path)
+    if isinstance(payload, Unusable):
+        return payload
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     image = sitk.ReadImage(str(path))
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        raise DataError(
-            f"{path.name} holds {image.GetNumberOfComponentsPerPixel()} values in each voxel: colours, or layers of segments.",
-            code="channel_mismatch",
-        )
-    voxels = sitk.GetArrayFromImage(image)
-    n = image.GetDimension()
+    n, n_values = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
+    if n_values > 1:
+        return Unusable("channel_mismatch", f"holds {n_values} values in each voxel: colours, or layers of segments.")
+    if n > 4:
+        return Unusable("unreadable", f"has {n} dimensions. Allowed are 2 to 4.")
     d = min(n, 3)
+    voxels = sitk.GetArrayFromImage(image)
     voxels = voxels[None, None] if n == 2 else voxels[None] if n == 3 else voxels
-    if voxels.ndim != 4:
-        raise DataError(f"{path.name} has {n} dimensions. Allowed are 2 to 4.", code="unreadable")
     space = Space(
         image.GetSize()[:d],
         np.array(image.GetSpacing()[:d]),
@@ -79,32 +79,26 @@ def _read_volume(path: Path) -> Picture:
         payload.placed if payload else True,
     )
     if path.suffix == ".gipl" and path.stat().st_size < 256 + voxels.nbytes:  # ITK reads it without a word
-        raise DataError(f"{path.name} is cut off.", code="unreadable")
+        return Unusable("unreadable", "is cut off.")
     if payload is None:
         return Picture(voxels, space, _n_not_finite(voxels), None, n == 2)
     bad = not all(np.isfinite(s) and s > 0 for s in payload.spacing[:d])
     return Picture(voxels, space, payload.n_not_finite, payload.spacing if bad else None, n == 2)
 
 
-def _whole(path: Path) -> Payload | None:
-    """What a NIfTI file holds; None for other formats.
-
-    Raises:
-        DataError: the file is damaged, or shorter than its header says, which its reader would fill with zeros.
-    """
+def _whole(path: Path) -> Payload | Unusable | None:
+    """What a NIfTI file holds; None for other formats. Its reader would fill with zeros what a file lacks."""
     if not is_nifti(path):
         return None
     try:
         payload = scan(path)
     except gzip.BadGzipFile as e:
-        raise DataError(f"{path.name} is not compressed, or damaged ({e}).", code="unreadable") from e
+        return Unusable("unreadable", f"is not compressed, or damaged ({e}).")
     except (OSError, EOFError, zlib.error) as e:
-        raise DataError(f"{path.name} is cut off or damaged ({_short(e)}).", code="unreadable") from e
+        return Unusable("unreadable", f"is cut off or damaged ({_short(e)}).")
     if payload and payload.n_missing:
-        raise DataError(
-            f"{path.name} is cut off: {payload.n_missing:,} bytes of voxels are missing that its header announces.",
-            code="unreadable",
-        )
+        why = f"is cut off: {payload.n_missing:,} bytes of voxels are missing that its header announces."
+        return Unusable("unreadable", why)
     return payload
 
 

@@ -47,7 +47,7 @@ def compare(one: Space, other: Space, *, tolerant: bool = True) -> Difference | 
         text = f"fill the same place but are stored along other axes ({mirrored}): voxels of one index do not belong together."
         fix = "Resample the file onto the image's grid (nearest neighbour for label maps), so that its voxels move too."
         return "error", "mirrored", text, fix
-    if not other.placed or _is_blank(other):
+    if not other.placed or (_is_blank(other) and not _is_blank(one)):
         blank = (
             "The first has a header without a place (origin 0, axes straight), as if saved without that of the image."
         )
@@ -80,7 +80,12 @@ def _reindexed(n: int, order: tuple[int, ...], flips: tuple[int, ...]) -> list[i
 
 
 def _is_blank(space: Space) -> bool:
-    return not space.origin.any() and bool((np.abs(np.abs(space.direction) - np.eye(len(space.size))) < 1e-6).all())
+    """Whether the header is what libraries write where they are told nothing."""
+    return (
+        bool((space.spacing == 1).all())
+        and not space.origin.any()
+        and bool((np.abs(np.abs(space.direction) - np.eye(len(space.size))) < 1e-6).all())
+    )
 
 
 def orientation(space: Space) -> str:
