@@ -59,6 +59,35 @@ def run(
 
 
 @app.command()
+def check(
+    what: Annotated[
+        list[Path], typer.Argument(help="Study file (TOML), or nnU-Net raw folders.", metavar="STUDY|DATASET...")
+    ],
+    test: Annotated[Path | None, typer.Option("--test", help="Held-out set, beside raw folders.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="File for all findings. It names cases: keep it.")] = None,
+    show: Annotated[int, typer.Option("--show", min=1, help="Cases to list for each kind of finding.")] = 20,
+) -> None:
+    """Say everything that is wrong with the data, before anything runs. Runs where they lie, sends nothing, changes nothing."""
+    from concilium.data.check import check as check_data
+    from concilium.reports.findings import lines, to_json
+    from concilium.study import data_sets
+
+    sites, held_out, folds = data_sets(what, test)
+    with _progress() as progress:
+        task = progress.add_task("Checking", total=None, note="")
+        checked = check_data(
+            sites, test=held_out, folds=folds,
+            watch=lambda n, total, case: progress.update(task, completed=n, total=total, note=case),
+        )  # fmt: skip
+    for style, line in lines(checked, most=show):
+        shown.print(line, style=style, markup=False, soft_wrap=not shown.is_terminal)
+    if json:
+        json.write_text(to_json(checked), encoding="utf-8")
+    if checked.n("error"):
+        raise typer.Exit(3)
+
+
+@app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     images: Annotated[Path, typer.Option("-i", "--images", help="Folder of images, named CASE_0000.ENDING.")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -17,6 +18,8 @@ from nnunetv2.experiment_planning.experiment_planners import default_experiment_
 from skimage import io
 
 from concilium.data.plan import Plan, open_plan
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import `check_sites`
 
 LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 

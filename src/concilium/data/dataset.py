@@ -8,7 +8,6 @@ nnU-Net is imported where it is first needed, so that listing a folder stays qui
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concilium.data._description import READERS, read_description
+from concilium.data._nifti import is_nifti, scan
 from concilium.errors import DataError, StudyError
 
 
@@ -136,8 +136,8 @@ def reader(file_ending: str) -> Any:
 def read_case(case: Case, dataset: Dataset) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, dict[str, Any]]:
     """Image (C, X, Y, Z), label map (1, X, Y, Z) or None, and the reader's properties, with `spacing` [mm] along X, Y, Z.
 
-    Both arrays are float32, axes as nnU-Net orders them (the file's last axis first); a 2D image has X = 1. In
-    NIfTI files voxels that are not finite arrive as 0: the library underneath replaces them.
+    Both arrays are float32, axes as nnU-Net orders them (the file's last axis first); a 2D image has X = 1. Voxels that are not
+    finite are refused, in NIfTI files too, where the library underneath would replace them by 0.
 
     Raises:
         DataError: with `code` `unreadable`, `shape_mismatch` (channels differ in shape), `channel_mismatch`, `not_finite`,
@@ -271,15 +271,18 @@ def _read(paths: Sequence[Path], ending: str, name: str) -> tuple[NDArray[np.flo
 
 
 def _check_whole(path: Path, name: str) -> None:
-    """Check that a compressed file is whole: SimpleITK fills what a truncated one lacks with zeros, and says nothing."""
-    if path.suffix != ".gz":
-        return
+    """Check what SimpleITK says nothing about: it fills what a cut-off file lacks with 0, and puts 0 where NIfTI has NaN."""
     try:
-        with gzip.open(path) as file:
-            while file.read(1 << 22):
-                pass
+        payload = scan(path) if is_nifti(path) else None
     except (OSError, EOFError, zlib.error) as e:
         raise _unreadable(name, path, e) from e
+    if payload and payload.n_missing:
+        raise _unreadable(name, path, EOFError(f"{payload.n_missing} bytes of voxels are missing"))
+    if payload and payload.n_not_finite:
+        raise DataError(
+            f"Case {name}: {payload.n_not_finite} voxels of {path} are not finite. All must be. Repair the file.",
+            code="not_finite",
+        )
 
 
 def _unreadable(name: str, path: Path, error: Exception) -> DataError:

@@ -1,0 +1,155 @@
+"""`check`, one data set as a whole: what shows only beside its other cases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from concilium.data._check_space import orientation, turned
+from concilium.data._check_types import Finding, Listing, Seen, count, some
+
+Add = Callable[..., None]
+LENGTHY = 1.15
+"""Long side over short side from which on a picture is upright or lying."""
+ODD = 8.0
+"""Times that a voxel's edge may differ from that of most cases."""
+
+
+def check_site(listing: Listing, seen: Sequence[Seen], *, folds: int, test: bool) -> list[Finding]:
+    """What is wrong with a data set, by its cases together. `test`: it is held out, so that folds do not matter."""
+    found: list[Finding] = []
+
+    def add(severity: Any, code: str, text: str, fix: str, case: str | None = None) -> None:
+        found.append(Finding(severity, code, listing.site, case, text, fix))
+
+    readable = [s for s in seen if s.shape]
+    _labels(listing, seen, add)
+    _orientations(readable, add)
+    _sideways(readable, add)
+    _spacings(listing, readable, add)
+    _patients(listing, seen, folds, test, add)
+    return found
+
+
+def _labels(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
+    """Labels that no case has."""
+    maps = [s.values for s in seen if s.values is not None]
+    labels = listing.about.labels or {}
+    if not maps:
+        return
+    present = frozenset().union(*maps)
+    if present <= {0}:
+        add(
+            "error",
+            "no_foreground",
+            f"All {count(len(maps), 'label map')} are empty.",
+            "Check the annotation, and labelsTr.",
+        )
+        return
+    wanted = {n: ids for n, ids in labels.items() if n != "ignore" and any(ids)}
+    if listing.about.annotated is not None:
+        wanted = {n: ids for n, ids in wanted.items() if n in listing.about.annotated}
+    absent = [f"{n} ({' + '.join(map(str, ids))})" for n, ids in wanted.items() if not present & {*ids}]
+    if absent:
+        text = f"No case shows {some(absent)}, which dataset.json names."
+        fix = (
+            "If it is not annotated here, training would take it for background: list what is annotated under annotated. "
+            "If its id is another, correct it."
+        )
+        add("warning", "absent_label", text, fix)
+
+
+def _orientations(seen: Sequence[Seen], add: Add) -> None:
+    """Volumes stored along other axes than most: nnU-Net reads voxels as stored, and does not look at the direction."""
+    stored = {s.case: orientation(s.space) for s in seen if s.space is not None and len(s.space.size) == 3}
+    most = majority(stored.values())
+    for case, letters in stored.items():
+        if letters != most:
+            text = f"Stored {letters}, most of this site's cases {most}: to the network it is {turned(letters, most)}."
+            fix = "Store all in one orientation, images and label maps alike (SimpleITK: DICOMOrient)."
+            add("warning", "orientation", text, fix, case)
+
+
+def _sideways(seen: Sequence[Seen], add: Add) -> None:
+    """Pictures that lie where nearly all others stand, or the other way round."""
+    flat = [(s, s.shape[1] / s.shape[2]) for s in seen if len(s.shape) == 3 and s.shape[0] == 1]
+    upright = [s for s, ratio in flat if ratio >= LENGTHY]
+    lying = [s for s, ratio in flat if ratio <= 1 / LENGTHY]
+    few, many, words = upright, lying, ("upright", "lie")
+    if len(lying) < len(upright):
+        few, many, words = lying, upright, ("lying", "stand upright")
+    if not few or len(few) > 0.1 * len(many):
+        return
+    usual, n = Counter(s.shape for s in many).most_common(1)[0]
+    for s in few:
+        alike = (1, s.shape[2], s.shape[1]) == usual and n > 1
+        swapped = f" With sides swapped it has the size of {n} others." if alike else ""
+        others = f"{len(many)} of {count(len(few) + len(many), 'long picture')} {words[1]}"
+        text = f"{s.shape[2]} x {s.shape[1]} pixels: {words[0]}, where {others}.{swapped}"
+        add("warning", "sideways", text, "Look at it. If it lies on its side, turn image and label map.", s.case)
+
+
+def _spacings(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
+    spaced = [(s, s.space) for s in seen if s.space is not None]
+    if not spaced:
+        if seen:
+            text = f"{listing.about.ending or 'This'} files have no spacing: distances and areas are counted in pixels."
+            add("note", "pixels", text, "Nothing, if the pictures have about one scale.")
+        return
+    ones = [s for s, space in spaced if (space.spacing == 1).all()]
+    blank = [s for s, space in spaced if (space.spacing == 1).all() and not space.placed]
+    fix = "Compare with the acquisition. If it is wrong, write the true spacing [mm] into the headers."
+    if len(ones) == len(spaced) and not blank:
+        what = "Every case has a spacing of exactly 1 mm along all axes"
+        text = f"{what}: right after resampling, and also what is written where none is known."
+        add("note", "unit_spacing", text, fix)
+    for s in ones if len(ones) < len(spaced) else blank:
+        why = (
+            "the header gives no position either"
+            if s in blank
+            else f"{len(spaced) - len(ones)} other cases have another"
+        )
+        add(
+            "warning",
+            "unit_spacing",
+            f"The spacing is exactly 1 mm along all axes, and {why}: it may be unknown.",
+            fix,
+            s.case,
+        )
+    edges = {s.case: float(np.exp(np.log(np.maximum(space.spacing, 1e-9)).mean())) for s, space in spaced}
+    usual = float(np.median(list(edges.values())))
+    for case, edge in edges.items():
+        if max(edge / usual, usual / edge) > ODD:
+            text = f"Voxels have edges of {edge:.3g} mm (geometric mean), usually {usual:.3g} mm at this site."
+            add("warning", "odd_spacing", text, "Check the unit of the header: it should be mm.", case)
+
+
+def _patients(listing: Listing, seen: Sequence[Seen], folds: int, test: bool, add: Add) -> None:
+    if not seen:
+        return
+    patients = {s.patient for s in seen}
+    if not listing.about.patients:
+        what = "statistics cannot tell patients apart" if test else "folds cannot keep a patient's cases on one side"
+        text = f"dataset.json has no table patient, so every case counts as a patient: {what}."
+        add(
+            "warning",
+            "no_patients",
+            text,
+            'Where patients have several cases, add "patient": {"case": "patient", ...}.',
+        )
+    if test or len(patients) >= folds:
+        return
+    if len(patients) == 1:
+        text = f"There is a single patient ({count(len(seen), 'case')}): nothing is left to validate on."
+    else:
+        text = f"There are {len(patients)} patients for {folds} folds: {len(patients)} folds are made."
+    add("warning", "few_patients", text, "Add patients, or read this site's validation scores with care.")
+
+
+def majority(values: Any) -> str:
+    """The most frequent of them; the first in the alphabet among equals; empty where there is none."""
+    counted = Counter(values)
+    return min(counted, key=lambda v: (-counted[v], v)) if counted else ""

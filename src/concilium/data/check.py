@@ -1,0 +1,77 @@
+"""Everything that is wrong with the sites' data sets, in plain words, before anything runs.
+
+It runs where the data lie and sends nothing. Within a site, between a site and the test set, and between the sites of a
+simulation the same image is found by its voxels. Across hospitals duplicates are not looked for: a digest of an image that
+leaves a hospital tells whoever has that image that the patient was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from concilium.data._check_case import check_case
+from concilium.data._check_files import list_files
+from concilium.data._check_site import check_site
+from concilium.data._check_sites import check_together
+from concilium.data._check_types import Finding, Listing, Seen, Severity
+
+__all__ = ["Checked", "Finding", "check"]
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was looked at, and everything that was found, the gravest first. `cases`: data set -> number of cases."""
+
+    cases: Mapping[str, int]
+    findings: tuple[Finding, ...]
+
+    def n(self, severity: Severity) -> int:
+        """How many findings are of this severity."""
+        return sum(f.severity == severity for f in self.findings)
+
+
+def check(
+    sites: Mapping[str, Path],
+    *,
+    test: Path | None = None,
+    folds: int = 5,
+    watch: Callable[[int, int, str], None] = lambda done, total, case: None,
+) -> Checked:
+    """All findings in the nnU-Net raw folders of these sites and of a held-out `test` set, whatever state they are in.
+
+    Cases are read one after the other, one file in memory at a time; `watch` is told the number done, of how many, and the case.
+    Nothing is changed and nothing raised: a file that cannot be read is a finding.
+    """
+    members = {**sites, **({} if test is None else {"test": test})}
+    listings = [list_files(name, folder) for name, folder in members.items()]
+    total, done = sum(len(x.cases) for x in listings), 0
+    found: list[Finding] = [f for x in listings for f in x.findings]
+    seen: list[Seen] = []
+    for listing in listings:
+        own: list[Seen] = []
+        for files in listing.cases:
+            watch(done, total, f"{listing.site}: {files.name}")
+            one, wrong = check_case(listing.site, files, listing.about, _ending(listing))
+            own.append(one)
+            found += wrong
+            done += 1
+        found += check_site(listing, own, folds=folds, test=listing.site == "test" and test is not None)
+        seen += own
+    watch(done, total, "")
+    found += check_together(listings, seen, test=None if test is None else "test")
+    order = {name: i for i, name in enumerate(members)}
+    found.sort(key=lambda f: (order[f.site], SEVERITIES.index(f.severity), f.code))
+    return Checked({x.site: len(x.cases) for x in listings}, tuple(found))
+
+
+def _ending(listing: Listing) -> str:
+    """That of the data set's files, which dataset.json may not say."""
+    if listing.about.ending:
+        return listing.about.ending
+    case = listing.cases[0]
+    path = next(iter([*case.images.values(), *([case.label] if case.label else [])]))
+    return ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix

@@ -1,0 +1,80 @@
+"""What `concilium check` found, as lines for the terminal and as JSON: by data set, the gravest first."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+
+from concilium.data.check import Checked, Finding
+
+STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
+Line = tuple[str, str]
+"""Style of rich, text."""
+
+
+def lines(checked: Checked, *, most: int = 20) -> Iterator[Line]:
+    """A paragraph per data set; of each kind of finding at most `most` cases are named, and the others counted.
+
+    What is said of every data set in the same words stands once, in a paragraph of its own.
+    """
+    said: dict[tuple[str, str, str], set[str]] = {}
+    for f in checked.findings:
+        if f.case is None:
+            said.setdefault((f.code, f.text, f.fix), set()).add(f.site)
+    everywhere = {key for key, sites in said.items() if len(sites) == len(checked.cases) > 1}
+    for site, n in checked.cases.items():
+        own = [f for f in checked.findings if f.site == site]
+        yield "bold", f"{site}: {_count(n, 'case')}. {_totals(own)}"
+        yield from _groups([f for f in own if (f.code, f.text, f.fix) not in everywhere], most)
+        yield "", ""
+    first = next(iter(checked.cases))
+    shared = [f for f in checked.findings if f.site == first and (f.code, f.text, f.fix) in everywhere]
+    if shared:
+        yield "bold", "All of them:"
+        yield from _groups(shared, most)
+        yield "", ""
+    whole = f"{_count(len(checked.cases), 'data set')}, {_count(sum(checked.cases.values()), 'case')}"
+    yield "bold", f"{whole}. {_totals(checked.findings)}"
+
+
+def to_json(checked: Checked) -> str:
+    """All findings; the cases' names are in it, so it stays at the site."""
+    found = [dataclasses.asdict(f) for f in checked.findings]
+    return json.dumps({"cases": dict(checked.cases), "findings": found}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _groups(findings: Sequence[Finding], most: int) -> Iterator[Line]:
+    """Findings of one kind with one remedy together."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for f in findings:
+        groups.setdefault((f.severity, f.code, f.fix), []).append(f)
+    for (severity, code, fix), group in groups.items():
+        n_cases = len({f.case for f in group if f.case is not None})
+        yield STYLES[severity], f"  {severity}: {code}" + (f", {_count(n_cases, 'case')}" if n_cases else "")
+        yield from (("", f"    {text}") for text in _texts(group, most))
+        yield "", f"    → {fix}"
+
+
+def _texts(group: Sequence[Finding], most: int) -> Iterator[str]:
+    """Each text with the case it is about; one that several cases share stands once, before their names."""
+    shared: dict[str, list[str]] = {}
+    for f in group:
+        shared.setdefault(f.text, []).extend([] if f.case is None else [f.case])
+    left = most
+    for i, (text, cases) in enumerate(shared.items()):
+        if left <= 0:
+            yield f"and {len(shared) - i:,} more"
+            return
+        names = ", ".join(cases[:left]) + (f" and {len(cases) - left:,} more" if len(cases) > left else "")
+        left -= max(1, len(cases))
+        yield f"{names}: {text}" if len(cases) == 1 else f"{text} In {names}." if cases else text
+
+
+def _totals(findings: Sequence[Finding]) -> str:
+    n = {s: sum(f.severity == s for f in findings) for s in ("error", "warning", "note")}
+    return ", ".join(_count(k, s) for s, k in n.items() if k) + "." if findings else "Nothing found."
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
