@@ -58,7 +58,7 @@ def results(
     model = {"protocol": "federated", "parameters": 1, "rounds": 1, "updates": 1, "patches": 1, "batch_size": 1}
     return {
         "version": 1, "study": study, "seed": 1, "complete": True,
-        "models": [{"name": m, "seed": 1, "fold": 0, "seconds": 1.0, "sites": {}} | model for m in MODELS],
+        "models": [{"name": m, "seed": 1, "fold": 0, "selected_round": 3, "seconds": 1.0, "sites": {}} | model for m in MODELS],
         "cases": cases, "summary": summary, "sites": spread(summary, SCALES), "comparisons": compare(cases, SCALES),
         "excluded": [], "warnings": [], "problems": [],
     } | more  # fmt: skip
