@@ -114,7 +114,7 @@ def _differences(
     for row in _renamed(kept, own):
         low, high, value = row["ci_low"], row["ci_high"], row["difference"]
         if row["b"] == first:
-            low, high, value = (None if x is None else -x for x in (low, high, value))
+            low, high, value = (None if x is None else -x for x in (high, low, value))
         judged = margin is not None and row["metric"] in SHARES
         found.append({
             "subset": subset, "label": row["label"], "metric": row["metric"], "model": first,
