@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from concilium.catalog import allowed, names
+from concilium.data.division_rules import DIVISION_RANGES
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
@@ -55,7 +56,8 @@ def check_range(where: str, key: str, value: Any) -> None:
             "The cascade's second network trains on the predictions of the first, which no federation here makes. "
         )
         raise ValueError((cascade if value == "3d_cascade_fullres" else "") + allowed(value, known))
-    fine, text = RANGES.get(full, (lambda _: True, ""))
+    anywhere = re.sub(r"^\[(sites\.[^.\]]*|test)(?=[.\]])", "[sites.NAME", full)
+    fine, text = RANGES.get(full) or DIVISION_RANGES.get(anywhere) or (lambda _: True, "")
     if not fine(value) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"Allowed: {text}.")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
+from concilium.data.partition import Layout, Member, lay_out, materialise
 from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
@@ -26,7 +28,7 @@ from concilium.messages import (
 )
 from concilium.networks import Stages, make_network
 from concilium.record import Record
-from concilium.study import Study, training_of
+from concilium.study import SiteTable, Study, training_of
 
 
 @dataclass
@@ -46,6 +48,26 @@ class Plans:
     labels: Mapping[str, int]
     patch_size: tuple[int, ...]
     batch_size: int
+
+
+def divide(study: Study, folder: Path) -> Layout:
+    """Which cases of which data set each site of a run in `folder` gets, where the study divides or shifts one; writes nothing.
+
+    Raises:
+        StudyError, DataError: the data set does not allow it.
+    """
+    tables = dict(study.sites) | ({"test": study.test} if study.test else {})
+    members = {n: Member(t.data, t.values, t.share, t.annotated, t.shift) for n, t in tables.items()}
+    return lay_out(study.partition, members, folder, seed=study.study.seed)
+
+
+def on_folders(study: Study, layout: Layout, folder: Path) -> Study:
+    """The study with the folders that `divide` asked for, made in the run folder, as the data of its sites and test set."""
+    seed = study.study.seed if study.partition is None or study.partition.seed is None else study.partition.seed
+    made = materialise(layout, folder, seed=seed)
+    test = made.pop("test", None)
+    sites = {n: replace(site, data=made.get(n, site.data), shift=None) for n, site in study.sites.items()}
+    return replace(study, sites=sites, test=SiteTable(test) if test else study.test, partition=None)
 
 
 def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Plans:
