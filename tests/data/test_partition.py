@@ -356,3 +356,30 @@ def test_a_site_with_data_of_its_own_can_be_shifted_too(whole: Path, tmp_path: P
     assert list(materialise(layout, tmp_path, seed=0)) == ["x"]
     assert not (tmp_path / "partition.csv").exists()
     assert not lay_out(None, {"y": Member(data=whole)}, tmp_path, seed=0).parts
+
+
+# ----------------------------------------------------------------------------------------------------------- real data
+
+
+def test_the_figures_of_the_documents(federation: Callable[[str], Path], tmp_path: Path) -> None:
+    """Share of the anterior part in the foreground, at three sites, as `docs/partition.md` tells it."""
+    folder = federation("hippocampus")
+    about: dict[str, Any] = {}
+    for name in ("north", "south", "west"):
+        about = json.loads((folder / name / "dataset.json").read_text()) | {"patient": {}}
+        for kind in ("imagesTr", "labelsTr"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            for file in (folder / name / kind).iterdir():
+                (tmp_path / kind / file.name).symlink_to(file)
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    found = {}
+    for alpha in (1000.0, 0.1):
+        partition = Partition(tmp_path, by="dirichlet", alpha=alpha, min_patients=5)
+        layout = lay_out(partition, {n: Member() for n in "xyz"}, tmp_path / "run", seed=1)
+        voxels = {case: entry["voxels"] for case, entry in json.loads(layout.counts or "").items()}
+        sums = [
+            [sum(voxels[case][name] for case in part.cases) for name in ("anterior", "posterior")]
+            for part in layout.parts.values()
+        ]
+        found[alpha] = sorted(round(100 * a / (a + p)) for a, p in sums)
+    assert found == {1000.0: [52, 52, 53], 0.1: [48, 52, 56]}
