@@ -90,7 +90,7 @@ def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) 
         "file_ending": first.file_ending,
     }
     record.write_json("dataset.json", about)
-    p, t = study.plan, study.training
+    p, t, r = study.plan, study.training, study.preprocessing
     base_features = cast("int | None", study.network.options.get("base_features"))
     text = make_plans(
         merged,
@@ -103,6 +103,7 @@ def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) 
         base_features=base_features,
         batch_size=t.batch_size,
         patch_size=t.patch_size,
+        resize=None if r.name == "nnunet" else {"size": r.size, "intensity": r.intensity},
     )
     _keep(record, "plans.json", text)
     plan = open_plan(text, p.configuration)

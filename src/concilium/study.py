@@ -77,6 +77,16 @@ class PlanTable:
 
 
 @dataclass(frozen=True)
+class PreprocessingTable:
+    name: Literal["nnunet", "resize"] = "nnunet"
+    """nnU-Net's own, or every image at one size, which is then one patch."""
+    size: tuple[int, ...] | None = None
+    """Of resize: voxels along the last two axes (configuration 2d) or all three, the file's last axis first."""
+    intensity: Literal["zscore", "0-1"] | tuple[float, ...] = "zscore"
+    """Of resize: each image's mean and deviation to 0 and 1, its range to 0 to 1, or the range from low to high."""
+
+
+@dataclass(frozen=True)
 class TrainingTable:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: float | None = None
@@ -125,6 +135,7 @@ class Study:
     partition: Partition | None = None
     """One data set that is divided into the sites; omitted: every site has its own."""
     plan: PlanTable = PlanTable()
+    preprocessing: PreprocessingTable = PreprocessingTable()
     network: PlugIn = PlugIn("nnunet")
     training: TrainingTable = TrainingTable()
     aggregation: PlugIn = PlugIn("mean")
@@ -181,7 +192,7 @@ def parse_study(raw: Mapping[str, Any], *, folder: Path, source: str = "study", 
     ]
 
     found: dict[str, Any] = {"protocol": _protocol(tables.get("protocol", {}), problems)}
-    for key in ("study", "plan", "training", "validation", "engine"):
+    for key in ("study", "plan", "preprocessing", "training", "validation", "engine"):
         found[key] = _table(hints[key], tables.get(key, {}), f"[{key}]", problems)
     for key, kind in PLUG_INS.items():
         default = typing.cast(PlugIn, {f.name: f.default for f in dataclasses.fields(Study)}[key])
