@@ -8,8 +8,18 @@ from typing import Any
 
 from concilium.catalog import allowed
 
-CHANGEABLE = ("protocol", "plan", "network", "training", "aggregation", "collect", "loss", "local_update")
-FIXED = ("study", "sites", "test", "validation", "engine", "variants")
+CHANGEABLE = (
+    "protocol",
+    "plan",
+    "preprocessing",
+    "network",
+    "training",
+    "aggregation",
+    "collect",
+    "loss",
+    "local_update",
+)
+FIXED = ("study", "sites", "test", "partition", "validation", "engine", "variants")
 """Tables of the study that all its variants share: who takes part, and which cases are held out."""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from concilium.catalog import allowed, names
+from concilium.data.division_rules import DIVISION_RANGES
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
@@ -58,7 +59,8 @@ def check_range(where: str, key: str, value: Any) -> None:
             "The cascade's second network trains on the predictions of the first, which no federation here makes. "
         )
         raise ValueError((cascade if value == "3d_cascade_fullres" else "") + allowed(value, known))
-    fine, text = RANGES.get(full, (lambda _: True, ""))
+    anywhere = re.sub(r"^\[(sites\.[^.\]]*|test)(?=[.\]])", "[sites.NAME", full)
+    fine, text = RANGES.get(full) or DIVISION_RANGES.get(anywhere) or (lambda _: True, "")
     if not fine(value) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"Allowed: {text}.")
 
@@ -92,7 +94,41 @@ def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
         problems.append(
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )
-    return problems + _cannot_split(found)
+    return problems + _misresized(found) + _cannot_split(found)
+
+
+def _misresized(found: Mapping[str, Any]) -> list[str]:
+    """What is wrong with images at one size."""
+    r, plan, t = found["preprocessing"], found["plan"], found["training"]
+    if not r or not plan:
+        return []
+    if r.name != "resize":
+        text = (
+            "[preprocessing] {} = {} is not used by name = 'nnunet'. Used there: none. Remove it, or choose 'resize'."
+        )
+        used = {"size": r.size, "intensity": None if r.intensity == "zscore" else r.intensity}
+        return [text.format(key, value) for key, value in used.items() if value is not None]
+    problems = []
+    n_axes = {"2d": 2, "3d_fullres": 3}.get(plan.configuration)
+    if n_axes is None:
+        problems.append(
+            f"[plan] configuration = {plan.configuration!r} is not allowed with resize. Allowed: '2d', '3d_fullres'."
+        )
+    elif r.size is None or len(r.size) != n_axes or min(r.size) < 8:
+        problems.append(
+            f"[preprocessing] size = {r.size and list(r.size)} is not allowed. Allowed with configuration "
+            f"{plan.configuration!r}: {n_axes} whole numbers of 8 or more."
+        )
+    span = r.intensity
+    if isinstance(span, tuple) and not (len(span) == 2 and math.isfinite(span[1] - span[0]) and span[0] < span[1]):
+        problems.append(
+            f"[preprocessing] intensity = {list(span)} is not allowed. Allowed: 'zscore', '0-1' or [low, high]."
+        )
+    if t and t.patch_size is not None:
+        problems.append(
+            f"[training] patch_size = {list(t.patch_size)} is not allowed with resize. Allowed: none, the size is the patch."
+        )
+    return problems
 
 
 def _cannot_validate(v: Any, p: Any, n_sites: int) -> list[str]:

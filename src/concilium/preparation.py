@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
+from concilium.data.partition import Layout, Member, lay_out, materialise
 from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
@@ -29,7 +31,7 @@ from concilium.networks import Stages, make_network
 from concilium.record import Record
 from concilium.schedule import Setting
 from concilium.start_from import Start, check_start, start_of
-from concilium.study import Study, training_of
+from concilium.study import SiteTable, Study, training_of
 
 
 @dataclass
@@ -88,6 +90,26 @@ class Told:
     """Of the study's sites, by name."""
 
 
+def divide(study: Study, folder: Path) -> Layout:
+    """Which cases of which data set each site of a run in `folder` gets, where the study divides or shifts one; writes nothing.
+
+    Raises:
+        StudyError, DataError: the data set does not allow it.
+    """
+    tables = dict(study.sites) | ({"test": study.test} if study.test else {})
+    members = {n: Member(t.data, t.values, t.share, t.annotated, t.shift) for n, t in tables.items()}
+    return lay_out(study.partition, members, folder, seed=study.study.seed)
+
+
+def on_folders(study: Study, layout: Layout, folder: Path) -> Study:
+    """The study with the folders that `divide` asked for, made in the run folder, as the data of its sites and test set."""
+    seed = study.study.seed if study.partition is None or study.partition.seed is None else study.partition.seed
+    made = materialise(layout, folder, seed=seed)
+    test = made.pop("test", None)
+    sites = {n: replace(site, data=made.get(n, site.data), shift=None) for n, site in study.sites.items()}
+    return replace(study, sites=sites, test=SiteTable(test) if test else study.test, partition=None)
+
+
 def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Told:
     """Have every site read its cases and tell what may be told of them.
 
@@ -125,7 +147,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     """
     study = setting.study
     merged = merge([fingerprint for name, fingerprint in told.fingerprints.items() if name in setting.sites])
-    p, t = study.plan, study.training
+    p, t, r = study.plan, study.training, study.preprocessing
     base_features = cast("int | None", study.network.options.get("base_features"))
     text = make_plans(
         merged,
@@ -138,6 +160,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
         base_features=base_features,
         batch_size=t.batch_size,
         patch_size=t.patch_size,
+        resize=None if r.name == "nnunet" else {"size": r.size, "intensity": r.intensity},
     )
     if setting.is_base:
         _keep(record, "fingerprint.json", to_json(merged))

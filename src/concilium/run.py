@@ -27,9 +27,11 @@ from concilium.preparation import (
     Ledger,
     Work,
     ask_sites,
+    divide,
     failure_line,
     initial_weights,
     network_of,
+    on_folders,
     plan_for,
     prepare_sites,
 )
@@ -68,9 +70,13 @@ def run(
     """
     if connect is None and study.engine.name == "flare":  # before there is a folder that says a run began
         catalog.load("engines", "flare")(sites=study.sites, test=None, folder=out, run="")
+    layout = divide(study, out)  # before too: what the data do not allow is mended in the study
     record = Record(out, study, resume=resume)
     torch.set_num_threads(study.engine.threads)  # a protocol may compute at the server
-    ledger = Ledger(warnings=record.changes)
+    ledger = Ledger(warnings=[*record.changes, *layout.notes])
+    if layout.parts:
+        watch(Event("stage", f"Writing {layout.summary}"))
+        study = on_folders(study, layout, out)
     engine = _connect(study, record, connect or catalog.load("engines", study.engine.name))
     finished: list[Mapping[str, Any]] = []
     try:

@@ -17,6 +17,9 @@ import tomli_w
 from concilium._variants import FIXED, variant_tables
 from concilium.catalog import allowed, coerce, fill, names, options, spell
 from concilium.constraints import check_range, confusions, contradictions
+from concilium.data.division_rules import undivided
+from concilium.data.partition import Partition
+from concilium.data.shifts import Shift
 from concilium.errors import StudyError
 from concilium.messages import PlugIn, Training
 
@@ -39,6 +42,14 @@ class StudyTable:
 class SiteTable:
     data: Path | None = None
     """nnU-Net raw folder: dataset.json, imagesTr, labelsTr. Between hospitals each site knows its own, and this is not read."""
+    values: tuple[str, ...] | None = None
+    """In a partition by key or csv: the values of the site's cases; omitted: its name."""
+    share: float | None = None
+    """In a partition by size: its part of the patients, relative to the others'; omitted by all: equal parts."""
+    annotated: tuple[str, ...] | None = None
+    """In a partition by labels: the labels that its label maps keep."""
+    shift: Shift | None = None
+    """What is done to its images, in a simulation."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,16 @@ class StartTable:
     """Start from these: a run folder (`RUN`, or `RUN#MODEL`), nnU-Net's model folder, a .safetensors or .pth file."""
     min_matched: float = 0.9
     """Smallest share of the network's values, heads not counted, that the weights must give."""
+
+
+@dataclass(frozen=True)
+class PreprocessingTable:
+    name: Literal["nnunet", "resize"] = "nnunet"
+    """nnU-Net's own, or every image at one size, which is then one patch."""
+    size: tuple[int, ...] | None = None
+    """Of resize: voxels along the last two axes (configuration 2d) or all three, the file's last axis first."""
+    intensity: Literal["zscore", "0-1"] | tuple[float, ...] = "zscore"
+    """Of resize: each image's mean and deviation to 0 and 1, its range to 0 to 1, or the range from low to high."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +152,10 @@ class Study:
     sites: Mapping[str, SiteTable]
     protocol: ProtocolTable
     test: SiteTable | None = None
+    partition: Partition | None = None
+    """One data set that is divided into the sites; omitted: every site has its own."""
     plan: PlanTable = PlanTable()
+    preprocessing: PreprocessingTable = PreprocessingTable()
     network: PlugIn = PlugIn("nnunet")
     start: StartTable = StartTable()
     """Its keys stand in `[network]`."""
@@ -212,24 +236,19 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     ]
 
     found: dict[str, Any] = {"protocol": _protocol(tables.get("protocol", {}), problems)}
-    for key in ("study", "plan", "training", "validation", "engine"):
+    for key in ("study", "plan", "preprocessing", "training", "validation", "engine"):
         found[key] = _table(hints[key], tables.get(key, {}), f"[{key}]", problems)
     tables["network"], found["start"] = _start(tables.get("network", {}), problems)
     for key, kind in PLUG_INS.items():
         default = typing.cast(PlugIn, {f.name: f.default for f in dataclasses.fields(Study)}[key])
         found[key] = _plug_in(kind, tables.get(key, {}), default, f"[{key}]", problems)
     found["sites"] = _sites(tables.get("sites", {}), problems)
-    found["test"] = _table(SiteTable, tables["test"], "[test]", problems) if "test" in tables else None
-    elsewhere = found["engine"] is not None and found["engine"].name == "flare"  # each site knows where its data lie
-    for name, table in (("[test]", found["test"]), *((f"[sites.{n}]", s) for n, s in found["sites"].items())):
-        if table is None or elsewhere:
-            continue
-        if table.data is None:
-            problems.append(f"{name} data is missing. Expected a path. Add it.")
-        elif check_data and not (folder / table.data / "dataset.json").is_file():
-            problems.append(
-                f"{name} data = '{table.data}' is no nnU-Net raw folder: it has no dataset.json. Correct the path."
-            )
+    found["test"] = _site(tables["test"], "[test]", problems) if "test" in tables else None
+    found["partition"] = (
+        _table(Partition, tables["partition"], "[partition]", problems) if "partition" in tables else None
+    )
+    problems += _lost_data(found, "partition" in tables, folder if check_data else None)
+    problems += undivided(found, "partition" in tables)
     problems += contradictions(found, n_sites=len(tables.get("sites", {})))
     problems += confusions(found["sites"], found["test"], folder)
     return _resolve(Study(**found), folder) if len(problems) == before else None
@@ -393,10 +412,37 @@ def _sites(raw: Mapping[str, Any], problems: list[str]) -> dict[str, SiteTable]:
         if not isinstance(table, Mapping):
             problems.append(f"{where} = {table!r} is not allowed. Expected a table with data = PATH.")
             continue
-        site = _table(SiteTable, table, where, problems)
+        site = _site(table, where, problems)
         if site is not None:
             sites[name] = site
     return sites
+
+
+def _site(raw: Mapping[str, Any], where: str, problems: list[str]) -> SiteTable | None:
+    """The table of a site or of the test set, with the table of its shift."""
+    given = raw.get("shift", {})
+    if not isinstance(given, Mapping):
+        problems.append(f"{where} shift = {given!r} is not allowed. Expected a table {where[:-1]}.shift].")
+        given = {}
+    shift = _table(Shift, given, f"{where[:-1]}.shift]", problems)
+    site = _table(SiteTable, {k: v for k, v in raw.items() if k != "shift"}, where, problems)
+    return site and dataclasses.replace(site, shift=shift if given else None)
+
+
+def _lost_data(found: Mapping[str, Any], divided: bool, folder: Path | None) -> list[str]:
+    """Data that are not where the study says, or of which it says nothing; without `folder` only the latter."""
+    if found["engine"] is not None and found["engine"].name == "flare":  # each site knows where its data lie
+        return []
+    problems = []
+    tables = {"[test]": found["test"]} | {f"[sites.{n}]": s for n, s in found["sites"].items()}
+    for name, table in (tables | {"[partition]": found["partition"]}).items():
+        if table is not None and table.data is None and not divided:
+            problems.append(f"{name} data is missing. Expected a path. Add it.")
+        elif folder and table and table.data and not (folder / table.data / "dataset.json").is_file():
+            problems.append(
+                f"{name} data = '{table.data}' is no nnU-Net raw folder: it has no dataset.json. Correct the path."
+            )
+    return problems
 
 
 def _resolve(study: Study, folder: Path) -> Study:
@@ -409,10 +455,17 @@ def _resolve(study: Study, folder: Path) -> Study:
     sites = {name: _resolved(site, folder) for name, site in study.sites.items()}
     test = None if study.test is None else _resolved(study.test, folder)
     protocol = dataclasses.replace(study.protocol, min_sites=study.protocol.min_sites or min(2, len(study.sites)))
+    partition = study.partition and dataclasses.replace(
+        study.partition,
+        data=(folder / study.partition.data).resolve(),
+        file=study.partition.file and (folder / study.partition.file).resolve(),
+        seed=study.study.seed if study.partition.seed is None else study.partition.seed,
+    )
     return dataclasses.replace(
         study,
         sites=sites,
         test=test,
+        partition=partition,
         engine=dataclasses.replace(engine, threads=threads, cache=cache),
         start=dataclasses.replace(study.start, weights=weights),
         training=training,
@@ -421,4 +474,4 @@ def _resolve(study: Study, folder: Path) -> Study:
 
 
 def _resolved(site: SiteTable, folder: Path) -> SiteTable:
-    return SiteTable(None if site.data is None else (folder / site.data).resolve())
+    return dataclasses.replace(site, data=None if site.data is None else (folder / site.data).resolve())

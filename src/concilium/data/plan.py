@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from concilium.data._resize import write_settings
 from concilium.data.dataset import reader
 from concilium.data.fingerprint import to_nnunet
 from concilium.errors import ContractError, StudyError
@@ -84,6 +85,7 @@ def make_plans(  # noqa: PLR0913  (options of the study)
     base_features: int | None = None,
     batch_size: int | None = None,
     patch_size: tuple[int, ...] | None = None,
+    resize: Mapping[str, Any] | None = None,
 ) -> str:
     """The plan as JSON in nnU-Net's own format (`plans.json`): the same text for the same arguments.
 
@@ -97,6 +99,7 @@ def make_plans(  # noqa: PLR0913  (options of the study)
         batch_size: replaces the plan's.
         patch_size: replaces the plan's, along its axes; pooling and kernels follow nnU-Net's rule, the batch size does not
             change.
+        resize: every image at `size`, scaled as `intensity` says (see `_resize`), as one patch.
 
     Raises:
         StudyError: an argument is not allowed, or this configuration does not exist for these data; says which do.
@@ -121,6 +124,9 @@ def make_plans(  # noqa: PLR0913  (options of the study)
             planning.UNet_base_num_features = base_features
         plans = planning.plan_experiment()
     plan = _chosen(plans["configurations"], configuration)
+    if resize is not None:
+        write_settings(plans, configuration, resize)
+        patch_size = tuple(resize["size"])
     if patch_size is not None:
         _set_patch_size(plan, tuple(patch_size), planning)
     if batch_size is not None:

@@ -24,6 +24,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from concilium.data._resize import resize_case, resizes, restore_label, settings_of
 from concilium.data.dataset import Case, Dataset, content_key, read_case
 from concilium.data.plan import Plan
 from concilium.errors import ContractError, DataError
@@ -103,6 +104,8 @@ def preprocess(case: Case, dataset: Dataset, plan: Plan) -> tuple[Array, dict[st
 
 def restore(logits: Tensor, plan: Plan, labels: Labels, properties: Mapping[str, Any]) -> Array:
     """Label map (X, Y, Z) in the geometry of the original file, from logits (L, X, Y, Z) of the preprocessed image."""
+    if resizes(plan):
+        return restore_label(logits, properties, label_rules(plan, labels))
     restored: Array = convert_predicted_logits_to_segmentation_with_correct_shape(
         logits.detach().cpu(),
         plan.manager,
@@ -126,6 +129,7 @@ def prepared_key(case: Case, dataset: Dataset, plan: Plan) -> str:
         "transpose_forward": plan.manager.transpose_forward,
         "intensities": plan.manager.foreground_intensity_properties_per_channel,
         **{name: plan.configuration.configuration[name] for name in _DECIDING},
+        **settings_of(plan),
     }
     return blake2b(json.dumps(_as_json(deciding), sort_keys=True).encode(), digest_size=20).hexdigest()
 
@@ -162,6 +166,8 @@ def _dataset_json(labels: Labels) -> dict[str, Any]:
 
 def _run(image: Array, label: Array | None, properties: Mapping[str, Any], plan: Plan, labels: Labels) -> Any:
     name = plan.configuration.preprocessor_name
+    if resizes(plan):
+        return resize_case(image, label, properties, plan, label_rules(plan, labels))
     if name != DefaultPreprocessor.__name__:
         raise ContractError(
             f"The plan asks for the preprocessor {name}. {DefaultPreprocessor.__name__} is allowed. Plan again without it."
