@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +10,8 @@ from typing import cast
 
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
+from concilium.data.labels import Labels, n_heads, to_nnunet
+from concilium.data.matching import Names, Space, agree, reorder
 from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
@@ -43,9 +46,17 @@ class Plans:
 
     text: str
     channels: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Labels
     patch_size: tuple[int, ...]
     batch_size: int
+
+
+def names_of(study: Study) -> dict[str, Names]:
+    """What sites, and the test set, call otherwise than the study; between hospitals each site's own settings say it."""
+    if study.engine.name == "flare":
+        return {}
+    tables = dict(study.sites) | ({"test": study.test} if study.test else {})
+    return {name: Names(t.labels or {}, t.channels or {}) for name, t in tables.items() if t.labels or t.channels}
 
 
 def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Plans:
@@ -53,27 +64,23 @@ def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) 
     request = Examine(study.plan.exact_geometry, study.study.max_excluded)
     asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
-    first = next(reply for name, reply in told.items() if name in study.sites)
-    for name, reply in told.items():
-        if (reply.channels, dict(reply.labels)) != (first.channels, dict(first.labels)):
-            raise DataError(
-                f"{name} has channels {list(reply.channels)} and labels {dict(reply.labels)}. "
-                f"Expected {list(first.channels)} and {dict(first.labels)}, as at the other sites. Make their dataset.json agree."
-            )
-    merged = merge([reply.fingerprint for name, reply in sorted(told.items()) if name in study.sites])
+    told = {name: told[name] for name in (*study.sites, *told) if name in told}  # the first site's order and ids count
+    space, how = agree({name: Space(reply.channels, reply.labels) for name, reply in told.items()})
+    first = next(iter(told.values()))
+    merged = merge([reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites])
     _keep(record, "fingerprint.json", to_json(merged))
     about = {
-        "channel_names": {str(i): c for i, c in enumerate(first.channels)},
-        "labels": dict(first.labels),
+        "channel_names": {str(i): c for i, c in enumerate(space.channels)},
+        **to_nnunet(space.labels),
         "file_ending": first.file_ending,
     }
-    record.write_json("dataset.json", about)
+    _keep(record, "dataset.json", json.dumps(about, indent=1) + "\n")
     p, t = study.plan, study.training
     base_features = cast("int | None", study.network.options.get("base_features"))
     text = make_plans(
         merged,
-        channels=first.channels,
-        labels=first.labels,
+        channels=space.channels,
+        labels=space.labels,
         file_ending=first.file_ending,
         configuration=p.configuration,
         planner=p.planner,
@@ -84,7 +91,7 @@ def plan_together(study: Study, engine: Engine, record: Record, ledger: Ledger) 
     )
     _keep(record, "plans.json", text)
     plan = open_plan(text, p.configuration)
-    return Plans(text, first.channels, dict(first.labels), plan.patch_size, plan.batch_size)
+    return Plans(text, space.channels, dict(space.labels), plan.patch_size, plan.batch_size)
 
 
 def _keep(record: Record, name: str, text: str) -> None:
@@ -114,6 +121,8 @@ def prepare_sites(study: Study, engine: Engine, record: Record, plans: Plans, le
         v.fold,
         study.study.seed,
         study.study.max_excluded,
+        plans.channels,
+        plans.labels,
     )
     roles = {"site", "test"} | ({"pooled"} if "centralized" in study.protocol.compare else set())
     asked = {name: request for name, site in engine.sites.items() if site.role in roles}
@@ -162,7 +171,7 @@ def network_of(study: Study, plans: Plans) -> Callable[..., Stages]:
         make_network,
         study.network,
         n_channels=len(plans.channels),
-        n_labels=len(plans.labels),
+        n_labels=n_heads(plans.labels),
         plan=open_plan(plans.text, study.plan.configuration).architecture,
         deep_supervision=study.training.deep_supervision,
     )

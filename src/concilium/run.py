@@ -35,7 +35,16 @@ from concilium.messages import (
     as_failure,
 )
 from concilium.optimization import device_named
-from concilium.preparation import Ledger, Plans, failure_line, initial_weights, network_of, plan_together, prepare_sites
+from concilium.preparation import (
+    Ledger,
+    Plans,
+    failure_line,
+    initial_weights,
+    names_of,
+    network_of,
+    plan_together,
+    prepare_sites,
+)
 from concilium.protocols import WEIGHTS, Round, part, start_with
 from concilium.record import Record
 from concilium.results import METRICS, account, score_rows, write_results
@@ -145,6 +154,7 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
         threads=e.threads,
         device=e.device,
         cache=e.cache,
+        **({"names": names} if (names := names_of(study)) else {}),
     )
 
 

@@ -36,6 +36,10 @@ class StudyTable:
 class SiteTable:
     data: Path | None = None
     """nnU-Net raw folder: dataset.json, imagesTr, labelsTr. Between hospitals each site knows its own, and this is not read."""
+    labels: Mapping[str, str] | None = None
+    """Its own names of labels, where they differ -> the study's. Between hospitals: `label_names` in the site's `site.toml`."""
+    channels: Mapping[str, str] | None = None
+    """The same of channels (`channel_names`)."""
 
 
 @dataclass(frozen=True)
@@ -324,4 +328,4 @@ def _resolve(study: Study, folder: Path) -> Study:
 
 
 def _resolved(site: SiteTable, folder: Path) -> SiteTable:
-    return SiteTable(None if site.data is None else (folder / site.data).resolve())
+    return dataclasses.replace(site, data=None if site.data is None else (folder / site.data).resolve())

@@ -18,16 +18,17 @@ from concilium.data.fingerprint import fingerprint_of_case, merge
 from concilium.data.plan import Plan, make_plans, open_plan
 from concilium.local_updates import Local
 from concilium.local_updates.plain import step
-from concilium.messages import PlugIn, Training
+from concilium.messages import Labels, PlugIn, Training
 from concilium.networks.nnunet import build, to_library
 from concilium.optimization import make_optimizer
 
 TRAINING = Training(
     "sgd", 0.01, 3e-5, 0.99, "float32", 0.33, True, "nnunet", 12.0, True, 0, PlugIn("dice_ce"), PlugIn("plain")
 )  # fmt: skip
+LABELS: Labels = {"background": 0, "a": 1, "b": 2}
 
 
-def plan_for(configuration: str, planner: str) -> Plan:
+def plan_for(configuration: str, planner: str, labels: Labels | None = None) -> Plan:
     """A small plan by nnU-Net's planner."""
     rng = np.random.default_rng(0)
     shape = (1, 40, 36) if configuration == "2d" else (24, 40, 36)
@@ -37,7 +38,7 @@ def plan_for(configuration: str, planner: str) -> Plan:
     label[..., 22:30, 12:20] = 2
     fingerprint = merge([fingerprint_of_case(image, label, (2.0, 1.0, 1.0), exact_geometry=False)] * 6)
     plans = make_plans(
-        fingerprint, channels=("T1", "T2"), labels={"background": 0, "a": 1, "b": 2}, file_ending=".nii.gz",
+        fingerprint, channels=("T1", "T2"), labels=labels or LABELS, file_ending=".nii.gz",
         configuration=configuration, planner=planner, base_features=4, batch_size=2,
     )  # fmt: skip
     return open_plan(plans, configuration)
@@ -82,7 +83,7 @@ def test_a_step_is_nnu_nets_step(configuration: str, planner: str) -> None:
     )  # fmt: skip
     image, labels = batch(plan)
     stock = trainer(plan, theirs)
-    job: Any = SimpleNamespace(plan=plan, training=TRAINING)
+    job: Any = SimpleNamespace(plan=plan, training=TRAINING, labels=LABELS)
     local = Local(ours, make_optimizer(ours, TRAINING), make_objective(job), nullcontext, {}, TRAINING.clip_norm)
     for _ in range(2):  # the second step has momentum
         expected = stock.train_step({"data": image, "target": labels})["loss"]
@@ -105,7 +106,7 @@ def test_clipping_is_part_of_it() -> None:
     for clip_norm in (12.0, 0.01):
         torch.manual_seed(1)
         ours = build(n_channels=2, n_labels=3, plan=plan.architecture, deep_supervision=True)
-        job: Any = SimpleNamespace(plan=plan, training=TRAINING)
+        job: Any = SimpleNamespace(plan=plan, training=TRAINING, labels=LABELS)
         local = Local(ours, make_optimizer(ours, TRAINING), make_objective(job), nullcontext, {}, clip_norm)
         step(local, *batch(plan))
         results.append(torch.cat([p.detach().flatten() for p in ours.parameters()]))
