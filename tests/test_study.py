@@ -249,7 +249,7 @@ def test_a_file_with_many_errors_is_told_all_of_them_at_once(tmp_path: Path) -> 
         "[network] name = 'nnunett' is not allowed: networks has no 'nnunett'. Did you mean 'nnunet'? Known: ",
         "[loss] dice_weigth = 1 is not known. Did you mean 'dice_weight'? Known: ce_weight, dice_weight.",
         "[sites.test] is not a name for a site. Allowed: letters, digits, - and _, but not test, pooled, server. Rename it.",
-        "[sites.north] dta = 'n' is not known. Did you mean 'data'? Known: data.",
+        "[sites.north] dta = 'n' is not known. Did you mean 'data'? Known: channels, data, labels.",
         "[validation] fold = 5 is not allowed. Allowed: 0 to 4.",
     ]
     for line, start in zip(lines[1:], expected, strict=True):

@@ -68,7 +68,10 @@ def example(hint: Any, rng: random.Random) -> Any:
     """A value of a type that `messages.py` may name."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        is_json = any(typing.get_origin(a) is tuple for a in arguments)
+        is_json = any(
+            isinstance(a, typing.ForwardRef) or (typing.get_origin(a) is tuple and a != tuple[int, ...])
+            for a in arguments
+        )
         return rng.choice(JSON) if is_json else example(rng.choice(arguments), rng)
     if origin is tuple:
         return tuple(example(arguments[0], rng) for _ in range(rng.choice((0, 1, 3))))

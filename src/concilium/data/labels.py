@@ -57,7 +57,7 @@ def n_heads(labels: Labels) -> int:
 
 def to_nnunet(labels: Labels) -> dict[str, Any]:
     """`labels`, and where there are regions `regions_class_order`, as in nnU-Net's `dataset.json`."""
-    table: dict[str, Any] = {"labels": {n: list(v) if isinstance(v, tuple) else v for n, v in labels.items()}}
+    table: dict[str, Any] = {"labels": {n: sorted(v) if isinstance(v, tuple) else v for n, v in labels.items()}}
     if has_regions(labels):
         table["regions_class_order"] = [ids[0] for ids in foreground(labels).values()]
     return table

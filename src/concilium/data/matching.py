@@ -171,27 +171,27 @@ def _match(kind: str, own: Sequence[str], study: Sequence[str], where: str, othe
     if sorted(own) == sorted(study) and (list(own) == list(study) or len(set(own)) == len(own)):
         return
     mine, missing = [n for n in own if n not in study], [n for n in study if n not in own]
-    text = f"{where} has {kind} {', '.join(own)}. Expected {', '.join(study)}, as in {other}."
-    if kind == "labels" and mine and not missing:
-        text += f" {other} lacks {', '.join(mine)}: {_PARTIAL}"
-    elif kind == "labels" and missing and not mine:
-        text += f" It lacks {', '.join(missing)}: {_PARTIAL}"
-    else:
-        text += _nearest(kind, mine, missing)
-    raise DataError(text, code="sites_differ")
+    partial = kind == "labels" and bool(mine) is not bool(missing)
+    raise DataError(
+        f"{where} has {kind} {', '.join(own)}. Expected {', '.join(study)}, as in {other}. "
+        + (_partial(*((other, mine) if mine else (where, missing))) if partial else _nearest(kind, mine, missing)),
+        code="sites_differ",
+    )
 
 
-_PARTIAL = (
-    "sites that annotate only some of the labels are not supported yet. Annotate the others too, or leave a site out."
-)
+def _partial(who: str, lacks: Sequence[str]) -> str:
+    return (
+        f"{who} lacks {', '.join(lacks)}: sites that annotate only some of the labels are not supported yet. Annotate the others "
+        "there too, or leave the site out."
+    )
 
 
 def _nearest(kind: str, mine: Iterable[str], missing: Sequence[str]) -> str:
     """What the names may be called in the study."""
     pairs = {name: near for name in mine if (near := _near(name, missing))}
     table = ", ".join(f'"{a}" = "{b}"' for a, b in pairs.items())
-    hint = f" Perhaps {kind} = {{ {table} }} in the site's table of the study?" if pairs else ""
-    return f"{hint} Correct its dataset.json, or give the site a table of {kind} (its own name = the study's)."
+    hint = f"Perhaps {kind} = {{ {table} }} in the site's table of the study? " if pairs else ""
+    return f"{hint}Correct its dataset.json, or give the site a table of {kind} (its own name = the study's)."
 
 
 def _near(name: str, missing: Sequence[str]) -> str | None:
