@@ -423,6 +423,19 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_study(tmp_path)
 
 
+def test_a_site_may_have_its_own_words(tmp_path: Path) -> None:
+    sites = {"north": {"data": "n"}, "south": {"data": "s", "labels": {"ant": "anterior"}, "channels": {"T1w": "T1"}}}
+    raw = {"study": {"name": "s"}, "protocol": {"rounds": 1, "steps": 1}, "sites": sites}
+    study = parse_study(raw, folder=tmp_path, check_data=False)
+    assert (study.sites["south"].labels, study.sites["south"].channels) == ({"ant": "anterior"}, {"T1w": "T1"})
+    (tmp_path / "study.toml").write_text(to_toml(study))
+    assert read_study(tmp_path / "study.toml", check_data=False) == study
+    with pytest.raises(
+        StudyError, match=r"\[sites.south\] labels = \{'ant': 1\} is not allowed. Allowed: .*a table, each value text"
+    ):
+        parse_study(raw | {"sites": {"south": {"data": "s", "labels": {"ant": 1}}}}, folder=tmp_path, check_data=False)
+
+
 def test_data_must_be_there_unless_it_is_not_asked_for(tmp_path: Path) -> None:
     document = raw(test={"data": "t"})
     (tmp_path / "n").mkdir()

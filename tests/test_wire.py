@@ -132,6 +132,21 @@ def test_every_type_comes_back_as_it_was(cls: type) -> None:
         assert same(wire.unpack(wire.pack(message)), message)
 
 
+@pytest.mark.parametrize(
+    "value", [None, True, 1.5, "1", [True], ["1"], [[1]], [1, None], [1.0], {"%": []}, {"%": [["a", 1]]}, {"~": "nan"}]
+)
+def test_labels_are_ids_or_lists_of_them(value: Any) -> None:
+    def told(labels: Any) -> bytes:
+        tensors: list[Tensor] = []
+        header = wire._encode(dataclasses.replace(example(messages.Examined, random.Random(1)), labels={}), tensors)
+        header["labels"] = {"%": [["a", labels]]}
+        return raw(header, {str(i): t for i, t in enumerate(tensors)})
+
+    assert wire.unpack(told([1, 2])).labels == {"a": (1, 2)}
+    assert wire.unpack(told(3)).labels == {"a": 3}
+    refused(told(value), "labels")
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_whole_numbers_have_any_size(number: int) -> None:
     sums = ChannelStatistics(number, -number, 0.0, 1.0, torch.empty(0), torch.empty(0))

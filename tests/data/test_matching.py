@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from concilium.answers.statistics import _agreed
 from concilium.data.dataset import content_key, open_dataset, read_case, translated
 from concilium.data.fingerprint import fingerprint_of_case
 from concilium.data.matching import CHANNEL_NOTE, ID_NOTE, Names, Space, agree, renamed, reorder, translate
 from concilium.errors import ContractError, DataError
-from concilium.messages import Labels
+from concilium.messages import Labels, PlugIn, Prepare, Training
 
 STUDY = Space(("T1", "T2"), {"background": 0, "anterior": 1, "posterior": 2})
 
@@ -150,3 +151,13 @@ def test_an_id_that_only_others_ignore_is_unknown_here(write_site: Callable[...,
     _, read, _ = read_case(open_dataset(site).cases[0], translated(open_dataset(site), study))
     assert read is not None
     assert set(np.unique(read)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "labels", [{"tumour": 1}, {"background": 0, "tumour": -1}, {"background": 0, "tumour": (1, 10**9)}]
+)
+def test_labels_of_a_server_that_cannot_be_are_refused(labels: Labels) -> None:
+    training = Training("sgd", 0.01, 0, 0, "float32", 0.3, True, "none", 1, True, 0, PlugIn("dice_ce"), PlugIn("plain"))
+    request = Prepare("", "3d_fullres", PlugIn("unet"), training, 5, 0, 1, 0.1, ("MRI",), labels)
+    with pytest.raises(ContractError, match="The server tells labels"):
+        _agreed(request)
