@@ -133,6 +133,10 @@ def test_files_are_re_mapped_as_they_are_read(volumes: Path, write_site: Callabl
     assert [float(channel.mean()) for channel in read] == [8.0, 3.0]
     assert [int(s.max()) for s in mapped[0]] == [0, 2, 1, 0]
     assert content_key(case, own) == content_key(case, same) != content_key(case, other)
+    about = json.loads((site / "dataset.json").read_text())
+    (site / "dataset.json").write_text(json.dumps(about | {"labels": dict(STUDY.labels)}))
+    assert content_key(case, translated(open_dataset(site), STUDY)) != content_key(case, other)
+    (site / "dataset.json").write_text(json.dumps(about))
     label[3] = 3
     sitk.WriteImage(sitk.GetImageFromArray(label), str(site / "labelsTr" / "a.nii.gz"))
     with pytest.raises(DataError, match=r"holds 3\. dataset.json knows background = 0, posterior = 1, anterior = 2"):
