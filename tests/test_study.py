@@ -274,7 +274,7 @@ def test_a_file_with_many_errors_is_told_all_of_them_at_once(tmp_path: Path) -> 
         "[network] name = 'nnunett' is not allowed: networks has no 'nnunett'. Did you mean 'nnunet'? Known: ",
         "[loss] dice_weigth = 1 is not known. Did you mean 'dice_weight'? Known: ce_weight, dice_weight.",
         "[sites.test] is not a name for a site. Allowed: letters, digits, - and _, but not test, pooled, server, all. Rename it.",
-        "[sites.north] dta = 'n' is not known. Did you mean 'data'? Known: annotated, data, share, shift, values.",
+        "[sites.north] dta = 'n' is not known. Did you mean 'data'? Known: annotated, channels, data, labels, ",
         "[validation] fold = 5 is not allowed. Allowed: 0 to 4.",
     ]
     for line, start in zip(lines[1:], expected, strict=True):
@@ -448,6 +448,19 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_study(tmp_path / "none.toml")
     with pytest.raises(StudyError, match=r"cannot be read \(Is a directory\)"):
         read_study(tmp_path)
+
+
+def test_a_site_may_have_its_own_words(tmp_path: Path) -> None:
+    sites = {"north": {"data": "n"}, "south": {"data": "s", "labels": {"ant": "anterior"}, "channels": {"T1w": "T1"}}}
+    raw = {"study": {"name": "s"}, "protocol": {"rounds": 1, "steps": 1}, "sites": sites}
+    study = parse_study(raw, folder=tmp_path, check_data=False)
+    assert (study.sites["south"].labels, study.sites["south"].channels) == ({"ant": "anterior"}, {"T1w": "T1"})
+    (tmp_path / "study.toml").write_text(to_toml(study))
+    assert read_study(tmp_path / "study.toml", check_data=False) == study
+    with pytest.raises(
+        StudyError, match=r"\[sites.south\] labels = \{'ant': 1\} is not allowed. Allowed: .*a table, each value text"
+    ):
+        parse_study(raw | {"sites": {"south": {"data": "s", "labels": {"ant": 1}}}}, folder=tmp_path, check_data=False)
 
 
 def test_data_must_be_there_unless_it_is_not_asked_for(tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ def example(hint: Any, rng: random.Random) -> Any:
     """A value of a type that `messages.py` may name."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        is_json = any(typing.get_origin(a) is tuple for a in arguments)
+        is_json = any(
+            isinstance(a, typing.ForwardRef) or (typing.get_origin(a) is tuple and a != tuple[int, ...])
+            for a in arguments
+        )
         return rng.choice(JSON) if is_json else example(rng.choice(arguments), rng)
     if origin is tuple:
         return tuple(example(arguments[0], rng) for _ in range(rng.choice((0, 1, 3))))
@@ -127,6 +130,21 @@ def test_every_type_comes_back_as_it_was(cls: type) -> None:
     for _ in range(40):
         message = example(cls, rng)
         assert same(wire.unpack(wire.pack(message)), message)
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 1.5, "1", [True], ["1"], [[1]], [1, None], [1.0], {"%": []}, {"%": [["a", 1]]}, {"~": "nan"}]
+)
+def test_labels_are_ids_or_lists_of_them(value: Any) -> None:
+    def told(labels: Any) -> bytes:
+        tensors: list[Tensor] = []
+        header = wire._encode(dataclasses.replace(example(messages.Examined, random.Random(1)), labels={}), tensors)
+        header["labels"] = {"%": [["a", labels]]}
+        return raw(header, {str(i): t for i, t in enumerate(tensors)})
+
+    assert wire.unpack(told([1, 2])).labels == {"a": (1, 2)}
+    assert wire.unpack(told(3)).labels == {"a": 3}
+    refused(told(value), "labels")
 
 
 @pytest.mark.parametrize("number", NUMBERS)

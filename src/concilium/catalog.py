@@ -6,6 +6,7 @@ supplies. Code outside the package is named `module:function`.
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
 import functools
 import importlib
@@ -34,7 +35,7 @@ ENTRIES: Mapping[str, str | None] = {
 SUPPLIED: Mapping[str, frozenset[str]] = {
     "collect": frozenset({"like"}),
     "engines": frozenset({"sites", "folder", "test", "run"}),
-    "losses": frozenset({"batch_dice"}),
+    "losses": frozenset({"batch_dice", "regions", "ignore"}),
     "networks": frozenset({"n_channels", "n_labels", "plan", "deep_supervision"}),
     "protocols": frozenset(
         {
@@ -156,6 +157,8 @@ def coerce(value: Any, annotation: Any) -> Any:
         return value
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(coerce(v, arguments[0]) for v in value)
+    if origin is collections.abc.Mapping and isinstance(value, Mapping):
+        return {str(key): coerce(v, arguments[1]) for key, v in value.items()}
     if annotation is float and type(value) in (int, float):
         return float(value)
     if annotation is Path and isinstance(value, str):
@@ -185,5 +188,7 @@ def spell(annotation: Any) -> str:
         return " or ".join(spell(a) for a in arguments if a is not types.NoneType)
     if origin is tuple:
         return f"a list, each {spell(arguments[0])}"
+    if origin is collections.abc.Mapping:
+        return f"a table, each value {spell(arguments[1])}"
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
     return words.get(annotation, str(annotation))

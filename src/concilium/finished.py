@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from concilium import catalog
+from concilium.data.labels import Labels, from_nnunet, n_heads
 from concilium.data.plan import Plan, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Tensors
@@ -29,7 +29,7 @@ class Finished:
     plans: str
     """nnU-Net's plan file, as JSON."""
     channels: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Labels
     file_ending: str
     files: tuple[Path, ...]
 
@@ -49,7 +49,7 @@ class Finished:
             network = make_network(
                 self.study.network,
                 n_channels=len(self.channels),
-                n_labels=len(self.labels),
+                n_labels=n_heads(self.labels),
                 plan=self.plan.architecture,
                 deep_supervision=self.study.training.deep_supervision,
             )
@@ -89,7 +89,7 @@ def open_finished(run: Path, name: str | None = None) -> Finished:
         study.variants.get(title.partition(WITHOUT)[0], study),
         (own_plan if own_plan.is_file() else run / "plans.json").read_text(encoding="utf-8"),
         tuple(about["channel_names"].values()),
-        about["labels"],
+        from_nnunet(about),
         about["file_ending"],
         _files(run, name, n_folds=len(folds_of(study))),
     )

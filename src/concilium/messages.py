@@ -15,6 +15,8 @@ from typing import TypeAlias
 from torch import Tensor
 
 Tensors: TypeAlias = Mapping[str, Tensor]
+Labels: TypeAlias = Mapping[str, int | tuple[int, ...]]
+"""Name -> id, or the ids of a region, of which the first is written into label maps (`data/labels.py`)."""
 Json: TypeAlias = "bool | int | float | str | tuple[Json, ...] | Mapping[str, Json] | None"
 
 # ----------------------------------------------------------------------------------------------- what messages hold
@@ -133,7 +135,10 @@ class Examine:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Preprocess all cases by this plan (nnU-Net's own JSON) and get ready to train."""
+    """Preprocess all cases by this plan (nnU-Net's own JSON) and get ready to train.
+
+    The sites have agreed on `channels`, in this order, and on `labels`; each re-maps its own by name. Empty: as they are there.
+    """
 
     plans: str
     configuration: str
@@ -143,6 +148,8 @@ class Prepare:
     fold: int
     seed: int
     max_excluded: float
+    channels: tuple[str, ...] = ()
+    labels: Labels = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -263,7 +270,7 @@ Request: TypeAlias = Examine | Prepare | Train | Front | Tail | Finish | Evaluat
 class Examined:
     fingerprint: Fingerprint
     channels: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Labels
     file_ending: str
     excluded: tuple[Excluded, ...]
 

@@ -26,6 +26,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 # files
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 # prediction
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
@@ -37,7 +38,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 
 # training
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -46,6 +47,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 __all__ = [
     "ConvDropoutNormReLU",
+    "DC_and_BCE_loss",
     "DC_and_CE_loss",
     "DefaultPreprocessor",
     "ExperimentPlanner",
@@ -56,6 +58,7 @@ __all__ = [
     "PlansManager",
     "ResidualEncoderUNet",
     "SimpleITKIO",
+    "Tiff3DIO",
     "convert_predicted_logits_to_segmentation_with_correct_shape",
     "crop_and_pad_nd",
     "crop_to_nonzero",

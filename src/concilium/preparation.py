@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,6 +11,8 @@ from typing import cast
 
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
+from concilium.data.labels import Labels, n_heads, to_nnunet
+from concilium.data.matching import Names, Space, agree, reorder
 from concilium.data.partition import Layout, Member, lay_out, materialise
 from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
@@ -48,7 +51,7 @@ class Plans:
 
     text: str
     channels: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Labels
     patch_size: tuple[int, ...]
     batch_size: int
     start: Start | None = None
@@ -84,7 +87,7 @@ class Told:
     """What the sites told of their data."""
 
     channels: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Labels
     file_ending: str
     fingerprints: Mapping[str, Fingerprint]
     """Of the study's sites, by name."""
@@ -107,7 +110,20 @@ def on_folders(study: Study, layout: Layout, folder: Path) -> Study:
     made = materialise(layout, folder, seed=seed)
     test = made.pop("test", None)
     sites = {n: replace(site, data=made.get(n, site.data), shift=None) for n, site in study.sites.items()}
-    return replace(study, sites=sites, test=SiteTable(test) if test else study.test, partition=None)
+    return replace(
+        study,
+        sites=sites,
+        test=replace(study.test or SiteTable(), data=test, shift=None) if test else study.test,
+        partition=None,
+    )
+
+
+def names_of(study: Study) -> dict[str, Names]:
+    """What sites, and the test set, call otherwise than the study; between hospitals each site's own settings say it."""
+    if study.engine.name == "flare":
+        return {}
+    tables = dict(study.sites) | ({"test": study.test} if study.test else {})
+    return {name: Names(t.labels or {}, t.channels or {}) for name, t in tables.items() if t.labels or t.channels}
 
 
 def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Told:
@@ -122,21 +138,17 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     request = Examine(study.plan.exact_geometry, study.study.max_excluded)
     asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
-    first = next(reply for name, reply in told.items() if name in study.sites)
-    for name, reply in told.items():
-        if (reply.channels, dict(reply.labels)) != (first.channels, dict(first.labels)):
-            raise DataError(
-                f"{name} has channels {list(reply.channels)} and labels {dict(reply.labels)}. "
-                f"Expected {list(first.channels)} and {dict(first.labels)}, as at the other sites. Make their dataset.json agree."
-            )
+    told = {name: told[name] for name in (*study.sites, *told) if name in told}  # the first site's order and ids count
+    space, how = agree({name: Space(reply.channels, reply.labels) for name, reply in told.items()})
+    first = next(iter(told.values()))
     about = {
-        "channel_names": {str(i): c for i, c in enumerate(first.channels)},
-        "labels": dict(first.labels),
+        "channel_names": {str(i): c for i, c in enumerate(space.channels)},
+        **to_nnunet(space.labels),
         "file_ending": first.file_ending,
     }
-    record.write_json("dataset.json", about)
-    fingerprints = {name: reply.fingerprint for name, reply in sorted(told.items()) if name in study.sites}
-    return Told(first.channels, dict(first.labels), first.file_ending, fingerprints)
+    _keep(record, "dataset.json", json.dumps(about, indent=1) + "\n")
+    fingerprints = {name: reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites}
+    return Told(space.channels, dict(space.labels), first.file_ending, fingerprints)
 
 
 def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Plans:
@@ -176,7 +188,7 @@ def _start(setting: Setting, plans: Plans, record: Record, ledger: Ledger) -> St
     if study.start.weights is None:
         return None
     plan = open_plan(plans.text, study.plan.configuration).architecture
-    n_channels, n_labels = len(plans.channels), len(plans.labels)
+    n_channels, n_labels = len(plans.channels), n_heads(plans.labels)
     name = "start_from" if setting.is_base else f"start/{setting.title}"
     fresh = initial_weights(study, plans)
     start = start_of(study, fresh, record, n_channels=n_channels, n_labels=n_labels, plan=plan, name=name)
@@ -212,6 +224,8 @@ def prepare_sites(setting: Setting, engine: Engine, record: Record, plans: Plans
         cast(int, v.fold),
         study.study.seed,
         study.study.max_excluded,
+        plans.channels,
+        plans.labels,
     )
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())
@@ -261,7 +275,7 @@ def network_of(study: Study, plans: Plans) -> Callable[..., Stages]:
         make_network,
         study.network,
         n_channels=len(plans.channels),
-        n_labels=len(plans.labels),
+        n_labels=n_heads(plans.labels),
         plan=open_plan(plans.text, study.plan.configuration).architecture,
         deep_supervision=study.training.deep_supervision,
     )

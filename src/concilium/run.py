@@ -30,6 +30,7 @@ from concilium.preparation import (
     divide,
     failure_line,
     initial_weights,
+    names_of,
     network_of,
     on_folders,
     plan_for,
@@ -110,6 +111,7 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
         threads=e.threads,
         device=e.device,
         cache=e.cache,
+        **({"names": names} if (names := names_of(study)) else {}),
     )
 
 

@@ -247,7 +247,7 @@ class Site:
         """Write which number stands for which case, and what was set aside and why: for the site's own eyes."""
         data = dict(self.settings.data) | ({"test": self.settings.test} if self.settings.test else {})
         found: dict[str, tuple[Entry, ...]] = {
-            member: find_cases({member: folder})[0] for member, folder in data.items()
+            member: find_cases({member: folder}, self.settings.names)[0] for member, folder in data.items()
         }
         cases = {
             m: [

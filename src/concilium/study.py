@@ -50,6 +50,10 @@ class SiteTable:
     """In a partition by labels: the labels that its label maps keep."""
     shift: Shift | None = None
     """What is done to its images, in a simulation."""
+    labels: Mapping[str, str] | None = None
+    """Its own names of labels, where they differ -> the study's. Between hospitals: `label_names` in the site's `site.toml`."""
+    channels: Mapping[str, str] | None = None
+    """The same of channels (`channel_names`)."""
 
 
 @dataclass(frozen=True)

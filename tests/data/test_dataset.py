@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from skimage import io
 from sklearn.model_selection import KFold
 
+from concilium.data._description import READERS
 from concilium.data.dataset import content_key, folds, list_images, open_dataset, read_case, reader
 from concilium.errors import DataError, StudyError
 
 Write = Callable[..., Path]
+REGIONS = {"background": 0, "whole": [1, 2], "core": 2}
 SHAPE = (4, 5, 6)
 
 
@@ -112,8 +116,31 @@ def test_cases_that_lack_a_file_are_set_aside(tmp_path: Path, write_site: Write)
         ({"labels": {"background": 0, "tumour": 2}}, "Number the labels"),
         ({"labels": {"background": 0, "tumour": True}}, "Number the labels"),
         ({"labels": {"healthy": 0, "tumour": 1}}, "background"),
-        ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "Regions"),
-        ({"labels": {"background": 0, "tumour": 1, "ignore": 2}}, "ignore label is not supported yet"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "Number the labels"),
+        ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "one id for each of whole, core: add it"),
+        ({"labels": REGIONS, "regions_class_order": [1]}, "one id for each of whole, core: add it"),
+        ({"labels": REGIONS, "regions_class_order": [3, 2]}, "3 is no id of whole"),
+        (
+            {"labels": {"background": 0, "core": 2, "whole": [1, 2]}, "regions_class_order": [2, 1]},
+            "Name whole before core",
+        ),
+        ({"labels": {"background": 0, "whole": [1, 3], "core": 3}, "regions_class_order": [1, 3]}, "Number the labels"),
+        ({"labels": {"background": 0, "whole": [0, 1], "core": 1}, "regions_class_order": [1, 1]}, "Take 0 out"),
+        (
+            {"labels": {"background": 0, "whole": [1, "2"], "core": 1}, "regions_class_order": [1, 1]},
+            "Number the labels",
+        ),
+        (
+            {"labels": {"background": 0, "whole": [], "core": 1}, "regions_class_order": [1, 1]},
+            "Correct regions_class_order",
+        ),
+        ({"labels": {"background": [0], "ignore": 1}}, "beside background and ignore"),
+        ({"labels": {"background": 0, "ignore": 1, "tumour": 2}}, "Give ignore one id, above all others"),
+        (
+            {"labels": {"background": 0, "tumour": 1, "ignore": [2, 3]}, "regions_class_order": [1]},
+            "Give ignore one id",
+        ),
+        ({"overwrite_image_reader_writer": "NibabelIOWithReorient"}, "images are read as they lie"),
         ({"file_ending": ".jpg"}, r"\.nii\.gz"),
         ({"file_ending": None}, "file_ending"),
         ({"file_ending": ".nrrd"}, "no complete case"),
@@ -164,7 +191,10 @@ def test_images_alone_are_listed_for_prediction(site: Path) -> None:
 
 def test_readers_are_those_of_nnunet() -> None:
     assert all(reader(ending) is SimpleITKIO for ending in (".nii", *SimpleITKIO.supported_file_endings))
-    assert all(reader(ending) is NaturalImage2DIO for ending in NaturalImage2DIO.supported_file_endings)
+    assert all(reader(ending) is NaturalImage2DIO for ending in (".png", ".bmp"))
+    assert reader(".tiff") is Tiff3DIO
+    known = {ending for kind in LIST_OF_IO_CLASSES for ending in kind.supported_file_endings}
+    assert known == set(READERS)
     with pytest.raises(DataError, match=r"\.jpg.*\.png"):
         reader(".jpg")
 

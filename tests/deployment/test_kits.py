@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from concilium import wire
 from concilium.answers import Policy, Settings
 from concilium.cli import app
+from concilium.data.matching import Names
 from concilium.deployment import ALLOWED
 from concilium.deployment import join as joining
 from concilium.deployment.kits import (
@@ -222,6 +223,13 @@ def test_by_default_nothing_beyond_updates_leaves_a_site(kit: Path, phantom: Pat
     assert (settings.name, settings.role, settings.data) == ("north", "site", {"north": (phantom / "north").resolve()})
 
 
+def test_a_site_may_have_its_own_words(kit: Path, phantom: Path) -> None:
+    text = f"data = '{phantom / 'north'}'\nlabel_names = {{ ant = 'anterior' }}\nchannel_names = {{ T1w = 'T1' }}\n"
+    (kit / "local" / "site.toml").write_text(text)
+    write_settings(kit, read_settings(kit, {"threads": 2}))
+    assert settings_of_run(kit, read_about(kit), "0a1b").names == {"north": Names({"ant": "anterior"}, {"T1w": "T1"})}
+
+
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -234,6 +242,7 @@ def test_by_default_nothing_beyond_updates_leaves_a_site(kit: Path, phantom: Pat
         ("data = '{phantom}/north'\nsplit = 'yes'", r"split = 'yes' is not allowed"),
         ("data = '{phantom}/north'\ndevice = 'tpu'", r"device = 'tpu'"),
         ("data = '{phantom}/north'\nplug_ins = 'a:b'", r"plug_ins = 'a:b' is not allowed"),
+        ("data = '{phantom}/north'\nlabel_names = ['a']", r"label_names = \['a'\] is not allowed. Allowed: a table"),
         ("data = ", r"site.toml"),
         ("data = '{phantom}/north' # \udcff", r"site.toml"),
     ],

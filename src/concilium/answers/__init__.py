@@ -7,10 +7,12 @@ folds as there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from concilium.data.dataset import Case, Dataset
+from concilium.data.labels import Labels
+from concilium.data.matching import Names
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan
 from concilium.messages import Training
@@ -50,6 +52,8 @@ class Settings:
     threads: int
     device: str
     policy: Policy = Policy()
+    names: Mapping[str, Names] = field(default_factory=dict)
+    """Member (or `test`) -> what it calls otherwise than the study."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Job:
     """A site ready to train: its cases preprocessed by the plan, and divided."""
 
     plan: Plan
-    labels: Mapping[str, int]
+    labels: Labels
     n_channels: int
     network: Callable[..., Stages]
     """Builds the network with new weights; `deep_supervision` may be given, in place of the study's."""
@@ -83,6 +87,8 @@ class Job:
     """Cases by subset: `training` and `validation`."""
     batches: Batches | None
     """`None` where there is nothing to train on."""
+    channels: tuple[str, ...] = ()
+    """Their names, in the study's order."""
 
 
 Check = Callable[[], bool]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import nn
 from concilium import catalog
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
 from concilium.answers.statistics import Exclusions, count, find_cases
-from concilium.data.dataset import Case, Dataset, read_case
+from concilium.data.dataset import Case, Dataset, pixel_size, read_case
+from concilium.data.labels import Labels, foreground, ignored
+from concilium.data.matching import Space
 from concilium.data.patches import predict_logits
 from concilium.data.plan import Plan
 from concilium.data.preprocess import preprocess, restore
@@ -63,7 +65,7 @@ def _subset(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry],
     if subset == "all":
         return [entry for part in job.entries.values() for entry in part], {}
     if subset == "test" and settings.test is not None:
-        return find_cases({"test": settings.test})
+        return find_cases({"test": settings.test}, settings.names, Space(job.channels, job.labels))
     raise DataError(
         f"{settings.name} has no cases for {subset!r}. Expected training, validation or test. Correct the study.",
         code="no_such_subset",
@@ -87,12 +89,7 @@ def _score_case(
         mirror=t.mirror,
         precision=t.precision,
     )
-    # headers hold float32: without rounding, a distance equal to a tolerance may fall on either side of it
-    spacing = (
-        None
-        if entry.dataset.file_ending in UNKNOWN_SPACING
-        else tuple(round(float(s), 6) for s in properties["spacing"])
-    )
+    spacing = pixel_size(entry.case, entry.dataset, properties)
     return score_labels(
         prediction, reference[0], spacing, job.labels, metrics, case=entry.number, patient=entry.patient
     )
@@ -103,7 +100,7 @@ def segment(
     dataset: Dataset,
     *,
     plan: Plan,
-    labels: Mapping[str, int],
+    labels: Labels,
     networks: Sequence[nn.Module],
     device: torch.device,
     mirror: bool,
@@ -123,21 +120,19 @@ def segment(
     return restore(logits, plan, labels, properties), properties
 
 
-UNKNOWN_SPACING = (".png", ".bmp", ".tif", ".tiff")
-"""Formats without a spacing: distances are in pixels."""
-
-
 def score_labels(
     prediction: NDArray[Any],
     reference: NDArray[Any],
     spacing: tuple[float, ...] | None,
-    labels: Mapping[str, int],
+    labels: Labels,
     metrics: Sequence[PlugIn],
     *,
     case: int,
     patient: int,
 ) -> list[Score]:
-    """Scores of every foreground label of one case; both label maps (X, Y, Z) in original geometry.
+    """Scores of every foreground label or region of one case; both label maps (X, Y, Z) in original geometry.
+
+    Where the reference says `ignore`, neither label map counts as anything.
 
     Raises:
         ContractError: the label maps differ in shape.
@@ -149,11 +144,15 @@ def score_labels(
     functions = {m.name: partial(catalog.load("metrics", m.name), **m.options) for m in metrics}
     voxel = float(np.prod(spacing)) / 1000 if spacing else 1.0  # [ml], or [px]
     scores = []
-    for label, value in labels.items():
-        if value == 0:
-            continue
-        pair = Pair(prediction == value, reference == value, spacing)
+    if (ignore := ignored(labels)) is not None:
+        prediction = np.where(reference == ignore, 0, prediction)
+    for label, ids in foreground(labels).items():
+        pair = Pair(_holds(prediction, ids), _holds(reference, ids), spacing)
         values = {name: function(pair) for name, function in functions.items()}
         volumes = (float(pair.reference.sum()) * voxel, float(pair.prediction.sum()) * voxel)
         scores.append(Score(case, patient, label, status(pair), pair.unit, values, *volumes))
     return scores
+
+
+def _holds(label_map: NDArray[Any], ids: Sequence[int]) -> NDArray[np.bool_]:
+    return label_map == ids[0] if len(ids) == 1 else np.isin(label_map, ids)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
-from concilium.data.dataset import Dataset, folds, open_dataset, read_case
+from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
 from concilium.data.fingerprint import fingerprint_of_case, merge
+from concilium.data.labels import flaw, n_heads
+from concilium.data.matching import Names, Space
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
 from concilium.data.preprocess import Prepared as PreparedCase
 from concilium.data.preprocess import prepare as prepare_case
-from concilium.errors import DataError
+from concilium.errors import ContractError, DataError
 from concilium.messages import Examine, Examined, Excluded, Fingerprint, Prepare, Prepared
 from concilium.networks import Stages, make_network
 
@@ -24,24 +26,24 @@ Exclusions = dict[str, tuple[str, str]]
 """Case -> (code, text). The text stays at the site."""
 
 
-def find_cases(data: Mapping[str, Path]) -> tuple[tuple[Entry, ...], Exclusions]:
+def find_cases(
+    data: Mapping[str, Path], names: Mapping[str, Names] | None = None, space: Space | None = None
+) -> tuple[tuple[Entry, ...], Exclusions]:
     """All cases of all members, numbered, and those of which a file is missing.
 
+    Args:
+        names: what members call otherwise than the study.
+        space: the study's channels and labels, which all get; omitted: the first member's.
+
     Raises:
-        DataError: a data set cannot be used, or the members' channels or labels differ.
+        DataError: a data set cannot be used, or the names of its channels or labels are others.
     """
     found: list[Entry] = []
     excluded: Exclusions = {}
-    first: Dataset | None = None
     for member, folder in data.items():
-        dataset = open_dataset(folder)
-        first = first or dataset
-        if (dataset.channels, dict(dataset.labels)) != (first.channels, dict(first.labels)):
-            raise DataError(
-                f"{folder} has channels {dataset.channels} and labels {dict(dataset.labels)}. "
-                f"Expected {first.channels} and {dict(first.labels)}, as in {first.folder}. Make them the same.",
-                code="sites_differ",
-            )
+        dataset = open_dataset(folder, (names or {}).get(member))
+        space = space or dataset.space
+        dataset = translated(dataset, space)
         before = len(found)  # numbers go on from member to member: in a pool no two cases have the same
         patients = {p: i for i, p in enumerate(sorted({c.patient for c in dataset.cases}), before)}
         found += [Entry(member, dataset, c, i, patients[c.patient]) for i, c in enumerate(dataset.cases, before)]
@@ -58,7 +60,7 @@ def examine(settings: Settings, request: Examine, cancelled: Check) -> tuple[Exa
     Raises:
         DataError: the data set cannot be used, or too many cases were set aside.
     """
-    found, excluded = find_cases(settings.data)
+    found, excluded = find_cases(settings.data, settings.names)
     read = partial(_fingerprint, exact_geometry=request.exact_geometry)
     made = _each(found, read, excluded, cancelled)
     _limit(excluded, len(made), request.max_excluded)
@@ -75,7 +77,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     Raises:
         DataError: the data set cannot be used, or too many cases were set aside.
     """
-    found, excluded = find_cases(settings.data)
+    found, excluded = find_cases(settings.data, settings.names, _agreed(request))
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
     read = partial(_prepare_case, plan=plan, cache=settings.cache)
@@ -112,6 +114,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         request.seed,
         parts,
         batches,
+        dataset.channels,
     )
     warnings = [] if parts["validation"] or not trains else ["No validation cases: the site has a single patient."]
     if 1 < len({e.patient for e in usable}) < request.folds:
@@ -120,9 +123,26 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         warnings.append(
             "Patients unknown (no complete patient table in dataset.json): cases count as patients, intervals may be too narrow."
         )
+    if dataset.translation is not None and len(settings.data) == 1:  # the pool's members have told it themselves
+        warnings += dataset.translation.notes
     n_patients = len({(e.member, e.patient) for e in usable})
     reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
     return reply, job, excluded
+
+
+def _agreed(request: Prepare) -> Space | None:
+    """Channels and labels of the study, where the server tells them.
+
+    Raises:
+        ContractError: such labels cannot be.
+    """
+    if not request.channels:
+        return None
+    if problem := flaw(request.labels):
+        raise ContractError(
+            f"The server tells labels {dict(request.labels)}. {problem}. Do not take part in this study."
+        )
+    return Space(request.channels, request.labels)
 
 
 def _builder(request: Prepare, plan: Plan, dataset: Dataset) -> Callable[..., Stages]:
@@ -131,7 +151,7 @@ def _builder(request: Prepare, plan: Plan, dataset: Dataset) -> Callable[..., St
         make_network,
         request.network,
         n_channels=len(dataset.channels),
-        n_labels=len(dataset.labels),
+        n_labels=n_heads(dataset.labels),
         plan=plan.architecture,
         deep_supervision=request.training.deep_supervision,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import time
@@ -19,6 +20,7 @@ from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job
 from concilium.data.augment import deep_supervision_weights
 from concilium.data.draws import seed_all
+from concilium.data.labels import has_regions, ignored
 from concilium.data.patches import Batches, stream
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import Local
@@ -177,7 +179,16 @@ class Learner:
 def make_objective(job: Job) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
     """Loss over the scales of deep supervision: each weighs half of the finer one, the coarsest nothing (Isensee et al. 2021)."""
     plug_in = job.training.loss
-    loss = partial(catalog.load("losses", plug_in.name), batch_dice=job.plan.batch_dice, **plug_in.options)
+    function = catalog.load("losses", plug_in.name)
+    labels = {"regions": has_regions(job.labels), "ignore": ignored(job.labels)}
+    needed = {key: value for key, value in labels.items() if value not in (False, None)}
+    known = inspect.signature(function).parameters
+    if missing := [key for key in needed if key not in known]:
+        raise ContractError(
+            f"Loss {plug_in.name} takes no {' and no '.join(missing)}, which these labels have. Allowed is one that does, "
+            "such as dice_ce. Choose another [loss]."
+        )
+    loss = partial(function, batch_dice=job.plan.batch_dice, **needed, **plug_in.options)
     weights = deep_supervision_weights(job.plan) if job.training.deep_supervision else (1.0,)
 
     def objective(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:

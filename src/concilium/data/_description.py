@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from concilium.data.labels import Labels, from_nnunet
 from concilium.errors import DataError
 
 READERS: Mapping[str, str] = {
@@ -19,8 +20,13 @@ READERS: Mapping[str, str] = {
     ".png": "NaturalImage2DIO",
     ".bmp": "NaturalImage2DIO",
     ".tif": "NaturalImage2DIO",
+    ".tiff": "Tiff3DIO",
 }
 """File ending -> nnU-Net's reader."""
+ALSO: Mapping[str, str] = {".nii.gz": "NibabelIO", ".nii": "NibabelIO", ".tif": "Tiff3DIO"}
+"""Another one that a `dataset.json` may name: the first gives the same arrays, the second is tried where the pictures' fails."""
+FLAT = (999, 1, 1)
+"""What nnU-Net's reader of pictures gives for a spacing that is not known."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Description:
     """What `dataset.json` says. `patients`: case -> patient, for the cases that it names."""
 
     channels: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Labels
     file_ending: str
     patients: Mapping[str, str]
 
@@ -49,6 +55,12 @@ def read_description(folder: Path) -> Description:
         _file_ending(settings, folder),
         {case: str(patient) for case, patient in patients.items()},
     )
+
+
+def spacing_file(path: Path, *, channel: bool) -> Path:
+    """Where nnU-Net's `Tiff3DIO` looks for the spacing of an image (of which this is a channel) or of a label map."""
+    stem = path.name[: -len(path.suffix)]
+    return path.with_name((stem[: -len("_0000")] if channel else stem) + ".json")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -84,26 +96,23 @@ def _channels(settings: dict[str, Any], folder: Path) -> tuple[str, ...]:
     return tuple(ordered.values())
 
 
-def _labels(settings: dict[str, Any], folder: Path) -> dict[str, int]:
-    given = settings.get("labels")
-    allowed = 'a table like {"background": 0, "tumour": 1}, numbered from 0 without a gap'
-    if not isinstance(given, dict) or len(given) < 2:
-        raise _wrong(folder, "labels", given, allowed, "Write it so")
-    if any(isinstance(v, list) for v in given.values()):
-        raise _wrong(
-            folder, "labels", given, allowed, "Regions (lists of ids) are not supported yet: give each label one id"
-        )
-    if "ignore" in given:
-        raise _wrong(folder, "labels", given, allowed, "The ignore label is not supported yet: remove it")
-    if any(type(v) is not int for v in given.values()) or sorted(given.values()) != list(range(len(given))):
-        raise _wrong(folder, "labels", given, allowed, "Number the labels so, in the label maps too")
-    if given.get("background") != 0:
-        raise _wrong(folder, "labels", given, allowed, "Call label 0 background")
-    return dict(sorted(given.items(), key=lambda item: item[1]))
+def _labels(settings: dict[str, Any], folder: Path) -> Labels:
+    allowed = (
+        'a table like {"background": 0, "tumour": 1}, numbered from 0 without a gap; a region is a list of ids; '
+        '"ignore" may be the highest'
+    )
+    try:
+        return from_nnunet(settings)
+    except ValueError as e:
+        raise _wrong(folder, "labels", settings.get("labels"), allowed, str(e)) from e
 
 
 def _file_ending(settings: dict[str, Any], folder: Path) -> str:
     given = settings.get("file_ending")
     if not isinstance(given, str) or given not in READERS:
         raise _wrong(folder, "file_ending", given, f"one of {', '.join(READERS)}", "Correct it, or convert the images")
+    key, names = "overwrite_image_reader_writer", [READERS[given], *([ALSO[given]] if given in ALSO else [])]
+    named = settings.get(key, "None")
+    if named not in ("None", *names):
+        raise _wrong(folder, key, named, f"{' or '.join(names)} for {given}", "Remove it: images are read as they lie")
     return given

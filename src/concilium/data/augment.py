@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
+from concilium.data.labels import Labels, foreground, has_regions, ignored
 from concilium.data.plan import Plan
 from concilium.errors import ContractError
 from concilium.nnunet_parts import GaussianBlurTransform, nnUNetTrainer
@@ -21,12 +22,13 @@ AUGMENTATIONS = ("nnunet", "none")
 
 
 def training_transforms(
-    plan: Plan, *, mirror: bool, augmentation: str, deep_supervision: bool
+    plan: Plan, *, mirror: bool, augmentation: str, deep_supervision: bool, labels: Labels | None = None
 ) -> tuple[Transforms, tuple[int, ...], tuple[int, ...]]:
     """The transforms, the size of the patch they must be given [voxels], and the axes that they mirror.
 
     `augmentation` is `nnunet` or `none` (patches as they are; nnU-Net's validation transforms). With deep supervision the
-    label map comes out as a list, one per `deep_supervision_scales`.
+    label map comes out as a list, one per `deep_supervision_scales`. If `labels` hold regions it comes out as bool (R, *patch),
+    with a last channel for `ignore` where there is one.
     """
     if augmentation not in AUGMENTATIONS:
         raise ContractError(
@@ -34,8 +36,11 @@ def training_transforms(
         )
     scales = [list(scale) for scale in deep_supervision_scales(plan)] if deep_supervision else None
     final = tuple(int(n) for n in plan.configuration.patch_size)
+    apart: dict[str, Any] = {}
+    if labels is not None and has_regions(labels):
+        apart = {"regions": list(foreground(labels).values()), "ignore_label": ignored(labels)}
     if augmentation == "none":
-        return nnUNetTrainer.get_validation_transforms(scales), final, ()
+        return nnUNetTrainer.get_validation_transforms(scales, **apart), final, ()
     trainer = _trainer(plan)
     rotation, flat, initial, axes = nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size(trainer)
     axes = axes if mirror else ()
@@ -46,6 +51,7 @@ def training_transforms(
         axes,
         flat,
         use_mask_for_norm=plan.configuration.use_mask_for_norm,
+        **apart,
     )
     for part in _tree(transforms):
         if isinstance(part, GaussianBlurTransform):

@@ -7,23 +7,35 @@ nnU-Net is imported where it is first needed, so that listing a folder stays qui
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import re
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from concilium.data._description import READERS, read_description
-from concilium.data._nifti import is_nifti, scan
+from concilium.data._description import FLAT, READERS, read_description, spacing_file
+from concilium.data._reading import check_label, read_files, read_label, reader, some, unreadable
+from concilium.data.labels import Labels, has_regions
+from concilium.data.matching import Names, Space, Translation, renamed, translate
 from concilium.errors import DataError, StudyError
+
+__all__ = [
+    "Case",
+    "Dataset",
+    "content_key",
+    "folds",
+    "list_images",
+    "open_dataset",
+    "pixel_size",
+    "read_case",
+    "reader",
+    "translated",
+]
 
 
 @dataclass(frozen=True)
@@ -42,16 +54,23 @@ class Dataset:
 
     folder: Path
     channels: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Labels
     file_ending: str
     cases: tuple[Case, ...]
     missing: tuple[tuple[str, str], ...]
     patients_known: bool = True
     """Whether `dataset.json` names the patient of every case."""
+    translation: Translation | None = None
+    """What is done to the files as they are read, so that channels and ids are those above."""
+
+    @property
+    def space(self) -> Space:
+        """Channels and labels."""
+        return Space(self.channels, self.labels)
 
 
-def open_dataset(folder: str | Path) -> Dataset:
-    """The cases of an nnU-Net raw folder; no image is read.
+def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
+    """The cases of an nnU-Net raw folder, its labels and channels called as `names` says; no image is read.
 
     `numTraining` is not looked at: the files decide.
 
@@ -82,15 +101,19 @@ def open_dataset(folder: str | Path) -> Dataset:
             f"{folder} has no complete case ({len(missing)} lack a file). Expected imagesTr/<case>_0000{ending} for each of "
             f"{len(channels)} channels and labelsTr/<case>{ending}. Check the names and file_ending in dataset.json."
         )
-    return Dataset(
-        folder,
-        channels,
-        about.labels,
-        ending,
-        tuple(cases),
-        tuple(missing),
-        all(c.name in about.patients for c in cases),
-    )
+    space = renamed(Space(channels, about.labels), names or Names(), str(folder))
+    known = all(case.name in about.patients for case in cases)
+    return Dataset(folder, space.channels, space.labels, ending, tuple(cases), tuple(missing), known)
+
+
+def translated(dataset: Dataset, study: Space) -> Dataset:
+    """The data set with the study's channels and ids: its files are re-mapped by name as they are read.
+
+    Raises:
+        DataError: the names differ (`sites_differ`).
+    """
+    translation = translate(dataset.space, study, where=str(dataset.folder))
+    return replace(dataset, channels=study.channels, labels=study.labels, translation=translation)
 
 
 def list_images(folder: str | Path, channels: Sequence[str], file_ending: str) -> tuple[Case, ...]:
@@ -107,7 +130,7 @@ def list_images(folder: str | Path, channels: Sequence[str], file_ending: str) -
     short = [name for name, files in found.items() if files is None]
     if short:
         raise DataError(
-            f"{len(short)} of {len(found)} cases in {folder} lack a channel ({_some(short)}). Each needs {len(channels)} "
+            f"{len(short)} of {len(found)} cases in {folder} lack a channel ({some(short)}). Each needs {len(channels)} "
             f"({', '.join(channels)}). Add the files or move these cases away.",
             code="missing_channel",
         )
@@ -116,21 +139,6 @@ def list_images(folder: str | Path, channels: Sequence[str], file_ending: str) -
             f"{folder} has no image. Expected <case>_0000{file_ending}. Check the folder and the file ending."
         )
     return tuple(Case(name, files, None, name) for name, files in sorted(found.items()) if files is not None)
-
-
-def reader(file_ending: str) -> Any:
-    """nnU-Net's reader class for this file ending.
-
-    Raises:
-        DataError: no reader is known for it.
-    """
-    if file_ending not in READERS:
-        raise DataError(
-            f"Files end in {file_ending!r}. Known are: {', '.join(READERS)}. Convert the images to one of them."
-        )
-    from concilium import nnunet_parts  # brings torch along: some seconds
-
-    return getattr(nnunet_parts, READERS[file_ending])
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, dict[str, Any]]:
@@ -143,7 +151,7 @@ def read_case(case: Case, dataset: Dataset) -> tuple[NDArray[np.float32], NDArra
         DataError: with `code` `unreadable`, `shape_mismatch` (channels differ in shape), `channel_mismatch`, `not_finite`,
             `geometry_mismatch` (image and label map differ in shape, or channels in spacing) or `unknown_label`.
     """
-    image, properties = _read(case.images, dataset.file_ending, case.name)
+    image, properties = read_files(case.images, dataset.file_ending, case.name)
     if len(image) != len(dataset.channels):
         raise DataError(
             f"Case {case.name} has {len(image)} channels. dataset.json names {len(dataset.channels)} "
@@ -154,11 +162,40 @@ def read_case(case: Case, dataset: Dataset) -> tuple[NDArray[np.float32], NDArra
         raise DataError(
             f"Case {case.name} has voxels that are not finite. All must be. Repair the image.", code="not_finite"
         )
+    how = dataset.translation
+    if how is not None and how.moves_channels:
+        image = image[list(how.channels)]
     if case.label is None:
         return image, None, properties
-    label, _ = _read((case.label,), dataset.file_ending, case.name)
-    _check_label(case.name, image, label, dataset.labels)
-    return image, label, properties
+    label = read_label(case.label, dataset.file_ending, case.name)
+    check_label(case.name, image, label, dataset.labels if how is None else how.own)
+    return image, _moved(label, how), properties
+
+
+def _moved(label: NDArray[np.float32], how: Translation | None) -> NDArray[np.float32]:
+    """The label map with the study's ids."""
+    if how is None or not how.moves_ids:
+        return label
+    table = np.zeros(max(how.ids) + 1, np.float32)
+    table[list(how.ids)] = list(how.ids.values())
+    return table[label.astype(np.intp)]
+
+
+def pixel_size(case: Case, dataset: Dataset, properties: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Size of a voxel [mm] along X, Y, Z; None where the files do not tell it. A 2D image counts as 1 mm thick.
+
+    nnU-Net's readers make numbers up for what is not told: 1 for pixels, and 999 pixels for the thickness of a 2D image.
+    """
+    spacing = tuple(properties["spacing"])
+    tiff = dataset.file_ending in (".tif", ".tiff")
+    if dataset.file_ending in (".png", ".bmp") or (tiff and spacing == FLAT):
+        return None
+    if tiff and not spacing_file(case.images[0], channel=True).is_file():
+        return None
+    if len(properties.get("sitk_stuff", {}).get("spacing", spacing)) == 2:
+        spacing = (1.0, *spacing[1:])
+    # headers hold float32: without rounding, a distance equal to a tolerance may fall on either side of it
+    return tuple(round(float(s), 6) for s in spacing)
 
 
 def folds(patients: Sequence[str], n_folds: int, fold: int) -> set[str]:
@@ -189,7 +226,16 @@ def content_key(case: Case, dataset: Dataset) -> str:
     Raises:
         DataError: a file cannot be read (`unreadable`).
     """
-    definition = {"channels": list(dataset.channels), "labels": dict(dataset.labels), "ending": dataset.file_ending}
+    definition: dict[str, Any] = {
+        "channels": list(dataset.channels),
+        "labels": dict(dataset.labels),
+        "ending": dataset.file_ending,
+    }
+    how = dataset.translation
+    if has_regions(dataset.labels):  # where patches are drawn depends on the order of the regions
+        definition["regions"] = list(dataset.labels)
+    if how is not None and how.notes:
+        definition |= {"order": list(how.channels), "ids": list(how.ids.items())}
     whole = hashlib.blake2b(json.dumps(definition, sort_keys=True).encode(), digest_size=32)
     for path in (*case.images, case.label):
         whole.update(b"label" if path is case.label else b"image")
@@ -199,7 +245,10 @@ def content_key(case: Case, dataset: Dataset) -> str:
             with path.open("rb") as file:
                 whole.update(hashlib.file_digest(file, "blake2b").digest())
         except OSError as e:
-            raise _unreadable(case.name, path, e) from e
+            raise unreadable(case.name, path, e) from e
+    beside = spacing_file(case.images[0], channel=True)
+    if dataset.file_ending in (".tif", ".tiff") and beside.is_file():
+        whole.update(beside.read_bytes())
     return whole.hexdigest()
 
 
@@ -233,87 +282,3 @@ def _images(folder: Path, channels: Sequence[str], ending: str) -> dict[str, tup
     return {
         name: tuple(f[i] for i in range(n)) if set(f) == set(range(n)) else None for name, f in sorted(found.items())
     }
-
-
-# ------------------------------------------------------------------------------------------------------------- arrays
-
-
-def _read(paths: Sequence[Path], ending: str, name: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """What the reader makes of these files; the reason, where it fails, is found by reading them one by one."""
-    read = reader(ending)().read_images
-    for path in paths:
-        _check_whole(path, name)
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            image, properties = read([str(p) for p in paths])
-            return image, properties
-        except Exception as e:
-            failure = e
-        single = []
-        for path in paths:
-            try:
-                single.append(read([str(path)]))
-            except Exception as e:
-                raise _unreadable(name, path, e) from e
-    shapes = {image.shape[1:] for image, _ in single}
-    if len(shapes) > 1:
-        raise DataError(
-            f"Channels of case {name} have shapes {sorted(shapes)}. All must be equal. Resample them.",
-            code="shape_mismatch",
-        )
-    spacings = [tuple(float(s) for s in properties["spacing"]) for _, properties in single]
-    if not np.allclose(spacings[0], spacings):
-        raise DataError(
-            f"Channels of case {name} have spacings {spacings} mm. All must be equal. Resample them.",
-            code="geometry_mismatch",
-        )
-    raise _unreadable(name, paths[0], failure) from failure
-
-
-def _check_whole(path: Path, name: str) -> None:
-    """Check what SimpleITK says nothing about: it fills what a cut-off file lacks with 0, and puts 0 where NIfTI has NaN."""
-    try:
-        payload = scan(path) if is_nifti(path) else None
-    except (OSError, EOFError, zlib.error) as e:
-        raise _unreadable(name, path, e) from e
-    if payload and payload.n_missing:
-        raise _unreadable(name, path, EOFError(f"{payload.n_missing} bytes of voxels are missing"))
-    if payload and payload.n_not_finite:
-        raise DataError(
-            f"Case {name}: {payload.n_not_finite} voxels of {path} are not finite. All must be. Repair the file.",
-            code="not_finite",
-        )
-
-
-def _unreadable(name: str, path: Path, error: Exception) -> DataError:
-    return DataError(f"Case {name}: {path} cannot be read ({error}). Replace the file.", code="unreadable")
-
-
-def _check_label(name: str, image: NDArray[Any], label: NDArray[Any], labels: Mapping[str, int]) -> None:
-    if len(label) != 1:
-        raise DataError(
-            f"The label map of case {name} has {len(label)} channels. Allowed is 1. Save it as ids, not as colours.",
-            code="channel_mismatch",
-        )
-    if label.shape[1:] != image.shape[1:]:
-        raise DataError(
-            f"Case {name} has an image of {image.shape[1:]} voxels and a label map of {label.shape[1:]}. Both must be equal. "
-            "Resample the label map to the image.",
-            code="geometry_mismatch",
-        )
-    if not np.isfinite(label).all():
-        raise DataError(f"The label map of case {name} is not finite. It must hold ids. Repair it.", code="not_finite")
-    known = np.zeros(label.shape, dtype=bool)
-    for value in labels.values():
-        known |= label == value
-    if not known.all():
-        unknown = [f"{v:g}" for v in np.unique(label[~known])]
-        raise DataError(
-            f"The label map of case {name} holds {_some(unknown)}. dataset.json knows "
-            f"{', '.join(f'{k} = {v}' for k, v in labels.items())}. Correct one of them.",
-            code="unknown_label",
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -17,13 +17,16 @@ from torch.utils.data import DataLoader
 
 from concilium.data.augment import mirror_axes, training_transforms
 from concilium.data.draws import drawn_from
+from concilium.data.labels import Labels, to_nnunet
 from concilium.data.plan import Plan
-from concilium.data.preprocess import Array, Labels, Prepared, label_rules, open_prepared
+from concilium.data.preprocess import Array, Prepared, label_rules, open_prepared
 from concilium.errors import ContractError, DataError
 from concilium.nnunet_parts import nnUNetDataLoader, nnUNetPredictor
 
 Batch: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
-"""Images float32 (B, C, *patch) and label maps int16 (B, 1, *patch), one per supervised scale, finest first."""
+"""Images float32 (B, C, *patch) and label maps int16 (B, 1, *patch), one per supervised scale, finest first.
+
+With regions the label maps are bool (B, R, *patch), one channel per region, and a last one where voxels are to be ignored."""
 Key: TypeAlias = tuple[str | int, ...]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +58,7 @@ class Batches:
         if not prepared:
             raise DataError("There are 0 cases to train on. At least one is needed. Add cases, or use fewer folds.")
         transforms, initial, _ = training_transforms(
-            plan, mirror=mirror, augmentation=augmentation, deep_supervision=deep_supervision
+            plan, mirror=mirror, augmentation=augmentation, deep_supervision=deep_supervision, labels=labels
         )
         files = {name: p.path if isinstance(p, Prepared) else p for name, p in prepared.items()}
         self._loader = nnUNetDataLoader(
@@ -196,7 +199,7 @@ def predict_logits(
             plan.manager,
             plan.configuration,
             None,
-            {"labels": dict(labels)},
+            to_nnunet(labels),
             "nnUNetTrainer",
             mirror_axes(plan),
         )

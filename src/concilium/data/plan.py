@@ -24,10 +24,13 @@ from typing import Any
 
 import torch
 
+from concilium.data._description import FLAT
+from concilium.data._reading import reader_name
 from concilium.data._resize import write_settings
-from concilium.data.dataset import reader
 from concilium.data.fingerprint import to_nnunet
-from concilium.errors import ContractError, StudyError
+from concilium.data.labels import Labels
+from concilium.data.labels import to_nnunet as labels_to_nnunet
+from concilium.errors import ContractError, DataError, StudyError
 from concilium.messages import Fingerprint
 from concilium.nnunet_parts import (
     ExperimentPlanner,
@@ -77,7 +80,7 @@ def make_plans(  # noqa: PLR0913  (options of the study)
     fingerprint: Fingerprint,
     *,
     channels: Sequence[str],
-    labels: Mapping[str, int],
+    labels: Labels,
     file_ending: str,
     configuration: str,
     planner: str = "default",
@@ -103,15 +106,17 @@ def make_plans(  # noqa: PLR0913  (options of the study)
 
     Raises:
         StudyError: an argument is not allowed, or this configuration does not exist for these data; says which do.
-        DataError: no case has foreground.
+        DataError: no case has foreground, or the images are flat along an axis that nnU-Net does not take for the slices'.
     """
     _check(configuration, planner, memory_gb=memory_gb, base_features=base_features, batch_size=batch_size)
     description = {
         "channel_names": {str(i): name for i, name in enumerate(channels)},
-        "labels": dict(labels),
+        **labels_to_nnunet(labels),
         "numTraining": fingerprint.n_cases,
         "file_ending": file_ending,
-        "overwrite_image_reader_writer": reader(file_ending).__name__,
+        "overwrite_image_reader_writer": reader_name(
+            file_ending, flat=all(g.spacing == FLAT for g in fingerprint.geometry)
+        ),
         "dataset": {
             "case": {"images": [f"case_0000{file_ending}"], "label": f"case{file_ending}"}
         },  # asked for, never opened
@@ -124,6 +129,7 @@ def make_plans(  # noqa: PLR0913  (options of the study)
             planning.UNet_base_num_features = base_features
         plans = planning.plan_experiment()
     plan = _chosen(plans["configurations"], configuration)
+    _check_flat(plan)
     if resize is not None:
         write_settings(plans, configuration, resize)
         patch_size = tuple(resize["size"])
@@ -195,6 +201,16 @@ def _check(configuration: str, planner: str, **numbers: float | None) -> None:
             raise StudyError(
                 f"{name} is {number}. Allowed is a number above 0. Correct it, or omit it for the plan's own."
             )
+
+
+def _check_flat(plan: Mapping[str, Any]) -> None:
+    """nnU-Net takes the axis of the largest spacing for that of the slices; one that is a single voxel must be it."""
+    size = [round(n) for n in plan["median_image_size_in_voxels"]]
+    if 1 in size:
+        raise DataError(
+            f"The images are a single voxel thick, but not along the axis of their largest spacing (median size {size}). nnU-Net "
+            "takes that axis for the slices'. Give the thin axis a spacing [mm] above the others, or save the images as 2D."
+        )
 
 
 def _chosen(configurations: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """nnU-Net's preprocessing of one case by a plan, kept on disk, and the way back from logits to a label map.
 
-A prepared case is one safetensors file, `<key>.safetensors`: `image`, `label`, one `locations/<label>` per foreground label,
-and its geometry as JSON in the header. The key is a digest of the case's content and of all that decides the arrays.
-Arrays are mapped from the file, so that cutting a patch from a large volume reads the patch only.
+A prepared case is one safetensors file, `<key>.safetensors`: `image`, `label`, one `locations/<ids>` per foreground label or
+region (and one for all that is annotated, where some voxels are to be ignored), and its geometry as JSON in the header. The key
+is a digest of the case's content and of all that decides the arrays. Arrays are mapped from the file, so that cutting a patch
+from a large volume reads the patch only.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from torch import Tensor
 
 from concilium.data._resize import resize_case, resizes, restore_label, settings_of
 from concilium.data.dataset import Case, Dataset, content_key, read_case
+from concilium.data.labels import Labels, to_nnunet
 from concilium.data.plan import Plan
 from concilium.errors import ContractError, DataError
 from concilium.nnunet_parts import DefaultPreprocessor, convert_predicted_logits_to_segmentation_with_correct_shape
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-Labels: TypeAlias = Mapping[str, int]
 
 FORMAT = "concilium.prepared/1"
 _DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I16": np.dtype("<i2"), "I64": np.dtype("<i8")}
@@ -57,15 +58,15 @@ class Prepared:
     """float32 (C, X, Y, Z), in the plan's axis order and spacing; Z, Y, X of the file unless the plan transposes."""
     label: Array
     """int16 (1, X, Y, Z); -1 outside the region where any channel is non-zero."""
-    locations: Mapping[int, Array]
-    """int64 (n, 4) per foreground label: voxels (0, x, y, z) to centre patches on, sampled by nnU-Net; n may be 0."""
+    locations: Mapping[int | tuple[int, ...], Array]
+    """int64 (n, 4) per foreground label or region: voxels (0, x, y, z) to centre patches on, sampled by nnU-Net; n may be 0."""
     properties: dict[str, Any]
     """Geometry before preprocessing: what `restore` and the writers of label maps need."""
 
 
 def label_rules(plan: Plan, labels: Labels) -> Any:
     """nnU-Net's label manager for these labels."""
-    return plan.manager.get_label_manager(_dataset_json(labels))
+    return plan.manager.get_label_manager(to_nnunet(labels))
 
 
 def prepare(case: Case, dataset: Dataset, plan: Plan, folder: Path) -> Prepared:
@@ -145,7 +146,7 @@ def open_prepared(path: Path) -> Prepared:
         about = json.loads(metadata["about"])
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}")
-        locations = {int(name): arrays[f"locations/{name}"] for name in about["locations"]}
+        locations = {_ids(name): arrays[f"locations/{name}"] for name in about["locations"]}
         image, label = arrays["image"], arrays["label"]
         if (image.dtype.str, label.dtype.str) != ("<f4", "<i2") or label.shape != (1, *image.shape[1:]):
             raise ValueError(f"image {image.dtype} {image.shape}, label {label.dtype} {label.shape}")
@@ -160,10 +161,6 @@ def open_prepared(path: Path) -> Prepared:
 # ---------------------------------------------------------------------------------------------------- nnU-Net's part
 
 
-def _dataset_json(labels: Labels) -> dict[str, Any]:
-    return {"labels": dict(labels)}
-
-
 def _run(image: Array, label: Array | None, properties: Mapping[str, Any], plan: Plan, labels: Labels) -> Any:
     name = plan.configuration.preprocessor_name
     if resizes(plan):
@@ -176,7 +173,7 @@ def _run(image: Array, label: Array | None, properties: Mapping[str, Any], plan:
     label = None if label is None else label.astype(np.float32)
     with redirect_stdout(io.StringIO()):
         return DefaultPreprocessor(verbose=False).run_case_npy(
-            image, label, dict(properties), plan.manager, plan.configuration, _dataset_json(labels)
+            image, label, dict(properties), plan.manager, plan.configuration, to_nnunet(labels)
         )
 
 
@@ -184,7 +181,7 @@ def _run(image: Array, label: Array | None, properties: Mapping[str, Any], plan:
 
 
 def _write(path: Path, image: Array, label: Array, properties: dict[str, Any]) -> None:
-    locations = {str(int(label)): voxels for label, voxels in properties.pop("class_locations").items()}
+    locations = {_name(ids): voxels for ids, voxels in properties.pop("class_locations").items()}
     arrays: dict[str, Array] = {
         "image": np.ascontiguousarray(image, np.float32),
         "label": np.ascontiguousarray(label, np.int16),
@@ -207,6 +204,17 @@ def _write(path: Path, image: Array, label: Array, properties: dict[str, Any]) -
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _name(ids: Any) -> str:
+    """Ids as text: `2`, or `1,2` of a region."""
+    return ",".join(str(int(i)) for i in (ids if isinstance(ids, tuple) else (ids,)))
+
+
+def _ids(name: str) -> int | tuple[int, ...]:
+    """Ids from text."""
+    ids = tuple(map(int, name.split(",")))
+    return ids if len(ids) > 1 else ids[0]
 
 
 def _map_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:

@@ -9,7 +9,7 @@ import dataclasses
 import fcntl
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,10 @@ class SiteSettings:
     """Whether a study with `reveal_labels` may run here, from which the server can compute label maps."""
     plug_ins: tuple[str, ...] = ()
     """Code from outside Concilium, as `module:function`, that a study may name."""
+    label_names: Mapping[str, str] | None = None
+    """What this site calls its labels, where the study calls them otherwise -> the study's names."""
+    channel_names: Mapping[str, str] | None = None
+    """The same of channels."""
 
 
 def read_about(kit: Path) -> About:
@@ -132,6 +136,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "split": bool,
     }
     hints |= {"labels": bool, "plug_ins": tuple[str, ...]}
+    hints |= dict.fromkeys(("label_names", "channel_names"), Mapping[str, str])
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in fields:
@@ -167,6 +172,7 @@ def write_settings(kit: Path, settings: SiteSettings) -> None:
 def settings_of_run(kit: Path, about: About, run: str) -> Settings:
     """What the site answers with in one run."""
     from concilium.answers import Policy, Settings  # and with them torch, which a site that waits does not need
+    from concilium.data.matching import Names
 
     s = read_settings(kit)
     folder = s.folder or kit / "runs"
@@ -180,4 +186,5 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         s.threads,
         s.device,
         Policy(s.plug_ins, s.split, s.labels),
+        names={about.name: Names(s.label_names or {}, s.channel_names or {})},
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from concilium import wire
 from concilium.answers import Settings
+from concilium.data.matching import Names
 from concilium.engines import Engine, SiteInfo, Traffic, role_of
 from concilium.engines._delivery import open_reply, require_free
 from concilium.engines._recovery import Recovery
@@ -32,7 +33,7 @@ GRACE_S = 60.0
 """A worker that is still at a request so long [s] after its deadline, and as long again as the deadline, is taken to hang."""
 
 
-def connect(
+def connect(  # noqa: PLR0913  (options of the engine)
     *,
     sites: Mapping[str, Path],
     test: Path | None,
@@ -42,14 +43,18 @@ def connect(
     threads: int = 1,
     device: str = "auto",
     cache: Path | None = None,
+    names: Mapping[str, Names] | None = None,
 ) -> Engine:
-    """A simulation of these sites (name -> data); `folder` gets a folder for each of them. Whoever connects closes it."""
+    """A simulation of these sites (name -> data); `folder` gets a folder for each of them. Whoever connects closes it.
+
+    `names`: what a site, or the test set, calls otherwise than the study.
+    """
     data: dict[str, Mapping[str, Path]] = {name: {name: path} for name, path in sites.items()} | {"pooled": sites}
     if test is not None:
         data["test"] = {"test": test}
     cache = cache or folder / "cache"
     settings = [
-        Settings(name, role_of(name), members, test, folder / "sites" / name, cache, threads, device)
+        Settings(name, role_of(name), members, test, folder / "sites" / name, cache, threads, device, names=names or {})
         for name, members in data.items()
     ]
     return Simulation(settings, run=run, workers=min(workers, len(sites)), spool=folder / "spool")
