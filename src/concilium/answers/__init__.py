@@ -50,6 +50,8 @@ class Settings:
     threads: int
     device: str
     policy: Policy = Policy()
+    pictures: bool = True
+    """Whether a picture of each scored case is kept in `folder`."""
 
 
 @dataclass(frozen=True)

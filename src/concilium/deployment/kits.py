@@ -62,6 +62,8 @@ class SiteSettings:
     """Whether a study with `reveal_labels` may run here, from which the server can compute label maps."""
     plug_ins: tuple[str, ...] = ()
     """Code from outside Concilium, as `module:function`, that a study may name."""
+    pictures: bool = True
+    """Whether a picture of each scored case is kept in the run's folder here."""
 
 
 def read_about(kit: Path) -> About:
@@ -179,4 +181,5 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         s.threads,
         s.device,
         Policy(s.plug_ins, s.split, s.labels),
+        s.pictures,
     )

@@ -51,6 +51,7 @@ def connect(
     threads: int = 1,
     device: str = "auto",
     cache: Path | None = None,
+    pictures: bool = True,
 ) -> Engine:
     """A simulation of these sites (name -> data); `folder` gets a folder for each of them. Whoever connects closes it."""
     data: dict[str, Mapping[str, Path]] = {name: {name: path} for name, path in sites.items()} | {"pooled": sites}
@@ -58,7 +59,7 @@ def connect(
         data["test"] = {"test": test}
     cache = cache or folder / "cache"
     settings = [
-        Settings(name, role_of(name), members, test, folder / "sites" / name, cache, threads, device)
+        Settings(name, role_of(name), members, test, folder / "sites" / name, cache, threads, device, pictures=pictures)
         for name, members in data.items()
     ]
     return Simulation(settings, run=run, workers=min(workers, len(sites)), spool=folder / "spool")
