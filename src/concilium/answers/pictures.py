@@ -35,12 +35,16 @@ BOTH = (255, 255, 255)
 """Where the two outlines of a label meet."""
 SIZE = 256
 """Longest side [pixels]."""
+PHOTOGRAPH = 216
+"""Longest side of a photograph, which takes more bytes."""
 MAX_BYTES = 15_000
 UNKNOWN = 1.0
 """Spacing where there is none."""
 
-_LEVELS = ((SIZE, 48), (SIZE, 24), (208, 24), (160, 24), (128, 16), (96, 8))
-"""Longest side and number of greys or colours, tried in turn until the file is small enough."""
+LEVELS = 32
+"""Greys, or colours of a photograph."""
+SMALLEST = 32
+"""No picture is made smaller than this to save bytes."""
 
 
 def save_case(
@@ -119,16 +123,16 @@ def draw(
     channels = upright(np.take(image[: 3 if in_colour else 1], index, axis=axis + 1))
     maps = [upright(np.take(m, index, axis=axis)) for m in (reference, prediction)]
     rows, columns = _window((maps[0] > 0) | (maps[1] > 0))
-    low, high = np.percentile(channels, (0.5, 99.5))
+    low, high = np.percentile(channels.ravel()[:: max(1, channels.size // 20_000)], (0.5, 99.5))
     shown = np.clip((channels[:, rows, columns] - low) / max(float(high - low), 1e-9), 0, 1)
     height, width = shown.shape[1] * mm[others[0]], shown.shape[2] * mm[others[1]]
-    content = b""
-    for side, levels in _LEVELS:
+    side = float(SIZE if len(shown) == 1 else PHOTOGRAPH)
+    while True:
         shape = tuple(max(1, round(x * side / max(height, width))) for x in (height, width))
-        content = _png(shown, [m[rows, columns] for m in maps], shape, levels, values)
-        if len(content) <= MAX_BYTES:
-            break
-    return content
+        content = _png(shown, [m[rows, columns] for m in maps], shape, values)
+        if len(content) <= MAX_BYTES or side <= SMALLEST:
+            return content
+        side = max(SMALLEST, 0.95 * side * (MAX_BYTES / len(content)) ** 0.5)
 
 
 def _hex(colour: Sequence[int]) -> str:
@@ -149,18 +153,19 @@ def _window(outlined: Array) -> tuple[slice, slice]:
     return found[0], found[1]
 
 
-def _png(shown: Array, maps: Sequence[Array], shape: tuple[int, ...], levels: int, values: Sequence[int]) -> bytes:
+def _png(shown: Array, maps: Sequence[Array], shape: tuple[int, ...], values: Sequence[int]) -> bytes:
     """The PNG: `shown` (C, rows, columns) from 0 to 1, the label maps drawn into it, resampled to `shape` (rows, columns)."""
     size = (shape[1], shape[0])
     if len(shown) == 3:
         colour = Image.fromarray(np.moveaxis(shown * 255, 0, -1).round().astype(np.uint8)).resize(size)
-        picture = colour.quantize(levels, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        palette = (picture.getpalette() or [])[: 3 * levels]
+        sample = colour.resize((32, 32)).quantize(LEVELS, method=Image.Quantize.MEDIANCUT)
+        picture = colour.quantize(palette=sample, dither=Image.Dither.NONE)
+        palette = (sample.getpalette() or [])[: 3 * LEVELS]
         pixels = np.array(picture)
     else:
         grey = Image.fromarray(shown[0].astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
-        pixels = np.clip(np.asarray(grey) * (levels - 1), 0, levels - 1).round().astype(np.uint8)
-        palette = [round(255 * i / (levels - 1)) for i in range(levels) for _ in range(3)]
+        pixels = np.clip(np.asarray(grey) * (LEVELS - 1), 0, LEVELS - 1).round().astype(np.uint8)
+        palette = [round(255 * i / (LEVELS - 1)) for i in range(LEVELS) for _ in range(3)]
     first = len(palette) // 3
     colours = [*REFERENCE, *PREDICTION, BOTH]
     for i, value in enumerate(values):
@@ -171,7 +176,7 @@ def _png(shown: Array, maps: Sequence[Array], shape: tuple[int, ...], levels: in
     result = Image.fromarray(pixels, mode="L")
     result.putpalette([*palette, *(c for colour in colours for c in colour)])
     file = io.BytesIO()
-    result.save(file, "PNG", optimize=True)
+    result.save(file, "PNG", compress_level=4)
     return file.getvalue()
 
 
