@@ -44,6 +44,27 @@ def test_the_slice_with_the_most_wrong_voxels_is_shown() -> None:
     assert len(where(picture, pictures.REFERENCE[0])[0]) > 0
 
 
+def test_error_counts_more_than_foreground() -> None:
+    """A large structure that is right in slice 1, a small one that is missed in slice 4."""
+    image, reference, prediction = case()
+    reference[1, 5:35, 5:35] = prediction[1, 5:35, 5:35] = 1
+    reference[4, 18:22, 18:22] = 1
+    picture = drawn(image, reference, prediction, (3.0, 1.0, 1.0), [1])
+    assert len(where(picture, pictures.REFERENCE[0])[0]) > 0
+    assert len(where(picture, pictures.BOTH)[0]) == 0
+
+
+def test_the_picture_is_cut_to_what_is_outlined() -> None:
+    """Rows 5 to 9 and columns 30 to 44 of 60: 24 rows (two fifths) from 0 and 30 columns (twice 15) from 22."""
+    image, reference, prediction = case((1, 60, 60))
+    reference[0, 5:10, 30:45] = 1
+    picture = drawn(image, reference, prediction, None, [1])
+    assert picture.shape[:2] == pytest.approx((256 * 24 / 30, 256), abs=1)
+    rows, columns = where(picture, pictures.REFERENCE[0])
+    assert (rows.min(), rows.max() + 1) == pytest.approx((5 * 256 / 30, 10 * 256 / 30), abs=1)
+    assert (columns.min(), columns.max() + 1) == pytest.approx((8 * 256 / 30, 23 * 256 / 30), abs=1)
+
+
 def test_without_error_the_slice_with_the_most_foreground_is_shown() -> None:
     image, reference, _ = case()
     reference[2, 10:30, 10:30] = 1

@@ -132,7 +132,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "device": str,
         "split": bool,
     }
-    hints |= {"labels": bool, "plug_ins": tuple[str, ...]}
+    hints |= {"labels": bool, "pictures": bool, "plug_ins": tuple[str, ...]}
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in fields:
