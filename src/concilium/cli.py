@@ -145,6 +145,26 @@ def table(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; or at a site, the folder of a run there.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write. Default: report.html in the folder.")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write losses and Dice per round to tensorboard/ beside it.")
+    ] = False,
+) -> None:
+    """Write a run's report as one HTML file; a site's own with its pictures, where the folder is a site's."""
+    from concilium.reports.html import write_report
+
+    shown.print(f"Report: {write_report(folder, out=out)}", markup=False, soft_wrap=True)
+    if tensorboard:
+        from concilium.reports.tensorboard import write_events
+
+        shown.print(f"TensorBoard: {write_events(folder)}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def provision(
     study: Annotated[Path, typer.Argument(help="Study file (TOML): its name and its sites.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the kits; must be empty. They hold private keys.")],
@@ -257,7 +277,18 @@ def _shown(work: Callable[[Callable[[Event], None]], Outcome], again: str) -> No
         console.print(f"Stopped. This goes on from the last complete round: {again}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from e
     _show(outcome)
+    _write_report(outcome.folder)
     raise typer.Exit(outcome.exit_code)
+
+
+def _write_report(folder: Path) -> None:
+    """Write the report of a run that has ended; a report that cannot be made does not undo the run."""
+    from concilium.reports.html import write_report
+
+    try:
+        shown.print(f"Report: {write_report(folder)}", markup=False, soft_wrap=True)
+    except Exception as e:
+        console.print(f"Warning: no report could be made: {type(e).__name__}: {e}", style="yellow", markup=False)
 
 
 def _progress() -> Progress:

@@ -111,6 +111,7 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
         threads=e.threads,
         device=e.device,
         cache=e.cache,
+        pictures=e.pictures,
         **({"names": names} if (names := names_of(study)) else {}),
     )
 

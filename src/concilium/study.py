@@ -146,6 +146,8 @@ class EngineTable:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache: Path | None = None
     """Folder for preprocessed cases; omitted: inside the run folder."""
+    pictures: bool = True
+    """Whether sites keep a picture of each scored case, for the report of a simulation and for their own."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ class Settings:
     policy: Policy = Policy()
     names: Mapping[str, Names] = field(default_factory=dict)
     """Member (or `test`) -> what it calls otherwise than the study."""
+    pictures: bool = True
+    """Whether a picture of each scored case is kept in `folder`."""
 
 
 @dataclass(frozen=True)

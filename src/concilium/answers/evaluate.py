@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from concilium import catalog
-from concilium.answers import Cancelled, Check, Entry, Job, Settings
+from concilium.answers import Cancelled, Check, Entry, Job, Settings, pictures
 from concilium.answers.statistics import Exclusions, count, find_cases
 from concilium.data.dataset import Case, Dataset, pixel_size, read_case
 from concilium.data.labels import Labels, foreground, ignored
@@ -49,13 +49,22 @@ def evaluate(
         networks.append(network.eval())
     found, excluded = _subset(settings, job, request.subset)
     scores: list[Score] = []
+    kept: list[pictures.Row] = []  # for the site's own eyes
     for entry in found:
         if cancelled():
             raise Cancelled
         try:
-            scores += _score_case(entry, job, networks, request.metrics, device)
+            scored, arrays, spacing = _score_case(entry, job, networks, request.metrics, device)
         except DataError as e:
             excluded[entry.key] = (e.code, str(e))
+            continue
+        scores += scored
+        if request.final:
+            kept += pictures.save_case(
+                settings.folder, request, entry, arrays, spacing, scored, labels=job.labels, pictures=settings.pictures
+            )
+    if request.final:
+        pictures.save_scores(settings.folder, settings.name, request, kept, job.labels)
     return Evaluated(tuple(scores), count(excluded), time.monotonic() - started), excluded
 
 
@@ -74,8 +83,9 @@ def _subset(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry],
 
 def _score_case(
     entry: Entry, job: Job, networks: Sequence[nn.Module], metrics: Sequence[PlugIn], device: torch.device
-) -> list[Score]:
-    _, reference, properties = read_case(entry.case, entry.dataset)
+) -> tuple[list[Score], tuple[NDArray[Any], NDArray[Any], NDArray[Any]], tuple[float, ...] | None]:
+    """Scores of a case; its image, reference and prediction; its spacing [mm], if known."""
+    image, reference, properties = read_case(entry.case, entry.dataset)
     if reference is None:
         raise DataError(f"{entry.key} has no label map. Expected one to score against. Add it.", code="missing_label")
     t = job.training
@@ -90,9 +100,10 @@ def _score_case(
         precision=t.precision,
     )
     spacing = pixel_size(entry.case, entry.dataset, properties)
-    return score_labels(
+    scores = score_labels(
         prediction, reference[0], spacing, job.labels, metrics, case=entry.number, patient=entry.patient
     )
+    return scores, (image, reference[0], prediction), spacing
 
 
 def segment(

@@ -67,6 +67,8 @@ class SiteSettings:
     """What this site calls its labels, where the study calls them otherwise -> the study's names."""
     channel_names: Mapping[str, str] | None = None
     """The same of channels."""
+    pictures: bool = True
+    """Whether a picture of each scored case is kept in the run's folder here."""
 
 
 def read_about(kit: Path) -> About:
@@ -135,7 +137,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "device": str,
         "split": bool,
     }
-    hints |= {"labels": bool, "plug_ins": tuple[str, ...]}
+    hints |= {"labels": bool, "pictures": bool, "plug_ins": tuple[str, ...]}
     hints |= dict.fromkeys(("label_names", "channel_names"), Mapping[str, str])
     values: dict[str, Any] = {}
     for key, value in raw.items():
@@ -187,4 +189,5 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         s.device,
         Policy(s.plug_ins, s.split, s.labels),
         names={about.name: Names(s.label_names or {}, s.channel_names or {})},
+        pictures=s.pictures,
     )

@@ -53,13 +53,14 @@ def connect(
     threads: int = 1,
     device: str = "auto",
     cache: Path | None = None,
+    pictures: bool = True,
     place: Place | None = None,
     has_test: bool = False,
 ) -> Engine:
     """The sites of a study, as they dial in; whoever connects closes it. Data, threads and device are each site's own business.
 
     Args:
-        sites: their names count; `test`, `workers`, `threads`, `device` and `cache` are those of a simulation.
+        sites: their names count; `test`, `workers`, `threads`, `device`, `cache` and `pictures` are those of a simulation.
         place: where the server listens.
         has_test: one more site, `test`, holds the held-out set.
 

@@ -33,7 +33,7 @@ GRACE_S = 60.0
 """A worker that is still at a request so long [s] after its deadline, and as long again as the deadline, is taken to hang."""
 
 
-def connect(  # noqa: PLR0913  (options of the engine)
+def connect(
     *,
     sites: Mapping[str, Path],
     test: Path | None,
@@ -44,6 +44,7 @@ def connect(  # noqa: PLR0913  (options of the engine)
     device: str = "auto",
     cache: Path | None = None,
     names: Mapping[str, Names] | None = None,
+    pictures: bool = True,
 ) -> Engine:
     """A simulation of these sites (name -> data); `folder` gets a folder for each of them. Whoever connects closes it.
 
@@ -54,7 +55,18 @@ def connect(  # noqa: PLR0913  (options of the engine)
         data["test"] = {"test": test}
     cache = cache or folder / "cache"
     settings = [
-        Settings(name, role_of(name), members, test, folder / "sites" / name, cache, threads, device, names=names or {})
+        Settings(
+            name,
+            role_of(name),
+            members,
+            test,
+            folder / "sites" / name,
+            cache,
+            threads,
+            device,
+            names=names or {},
+            pictures=pictures,
+        )
         for name, members in data.items()
     ]
     return Simulation(settings, run=run, workers=min(workers, len(sites)), spool=folder / "spool")

@@ -1,0 +1,167 @@
+"""Scores as a report looks at them: cases with one figure each, the worst of them, and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from concilium.reports._elements import amount
+from concilium.reports._figures import NEUTRAL
+from concilium.reports._found import Found, Picture, Row
+
+MIN_CASES = 5
+"""A private report shows no value that describes fewer patients."""
+SMALL_SHARE = 5
+"""Percentile of a site's reference volumes below which a structure is small ..."""
+SMALL_FROM = 20
+"""... where the site has so many: among fewer, some case is always the smallest."""
+SPACING_SLACK = 0.01
+"""Share by which a spacing may leave the federation's range: sites tell theirs rounded."""
+
+Place = tuple[str, str]
+"""Site, subset."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a report may show: everything, or (`private`) nothing that describes fewer than `min_cases` patients."""
+
+    found: Found
+    private: bool
+    min_cases: int = MIN_CASES
+
+    def enough(self, n: int) -> bool:
+        """Whether a figure over `n` patients may be shown."""
+        return not self.private or n >= self.min_cases
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models' names, the study's own first."""
+        return tuple(dict.fromkeys(m["name"] for m in self.found.results["models"]))
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where cases were scored: the test set, then the sites."""
+        places = dict.fromkeys((c["site"], c["subset"]) for c in self.found.results["cases"])
+        return tuple(sorted(places, key=lambda p: p[1] != "test"))
+
+    @property
+    def colours(self) -> Mapping[str, int]:
+        """A number for each site, the same in every figure."""
+        trained = [s for line in self.found.rounds for s in line["sites"]]
+        scored = [c["site"] for c in self.found.results["cases"]]
+        names = list(dict.fromkeys(trained + scored))
+        sites = [name for name in names if name not in ("pooled", "test")]
+        numbers = {name: i for i, name in enumerate(sites)}
+        return numbers | {"pooled": len(sites)} | {"test": NEUTRAL}
+
+    @property
+    def unit(self) -> str:
+        """`mm` or `px`."""
+        return next((c["unit"] for c in self.found.results["cases"]), "mm")
+
+    @property
+    def volume_unit(self) -> str:
+        """`ml`, or `px` where the spacing is unknown."""
+        return "ml" if self.unit == "mm" else "px"
+
+    def of(self, model: str) -> list[Row]:
+        """The scores of a model, at every site that has one of its name."""
+        return [c for c in self.found.results["cases"] if base(c["model"]) == model]
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """One case under one model: Dice over the labels (and the seeds), `None` where it is undefined for all."""
+
+    model: str
+    place: Place
+    case: str
+    dice: float | None
+    rows: tuple[Row, ...]
+
+
+def base(model: str) -> str:
+    """The model's name without that of a site."""
+    return model.partition(":")[0]
+
+
+def place_name(place: Place) -> str:
+    """What a person calls it."""
+    site, subset = place
+    return "test set" if site == "test" else f"{site}, {subset} cases" if subset != "validation" else site
+
+
+def by_case(rows: Iterable[Row]) -> list[CaseScore]:
+    """Scores by case, in their order."""
+    groups: dict[tuple[str, Place, str], list[Row]] = defaultdict(list)
+    for r in rows:
+        groups[base(r["model"]), (r["site"], r["subset"]), r["case"]].append(r)
+    return [CaseScore(*key, _mean(r["dice"] for r in group), tuple(group)) for key, group in groups.items()]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def ranked(cases: Sequence[CaseScore]) -> list[CaseScore]:
+    """Those whose Dice is defined, the worst first."""
+    return sorted((c for c in cases if c.dice is not None), key=lambda c: (c.dice, c.place, c.case))
+
+
+def patients(rows: Iterable[Row]) -> int:
+    """How many patients the scores are of."""
+    return len({(r["site"], r["patient"]) for r in rows})
+
+
+def small_volumes(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
+    """(Site, label) -> volume below which a structure counts as small there; sites with too few cases have none."""
+    volumes: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for r in rows:
+        if r["reference_volume"] > 0:
+            volumes[r["site"], r["label"]][r["case"]] = r["reference_volume"]
+    return {
+        key: float(np.percentile(list(found.values()), SMALL_SHARE))
+        for key, found in volumes.items()
+        if len(found) >= SMALL_FROM
+    }
+
+
+def reasons(case: CaseScore, view: View, small: Mapping[tuple[str, str], float]) -> list[str]:
+    """What is known of why a case may be hard."""
+    told: dict[str, None] = {}
+    for r in case.rows:
+        if r["status"] == "empty_prediction":
+            told[f"{r['label']}: nothing was predicted"] = None
+        if r["status"] == "empty_reference":
+            told[f"{r['label']}: predicted, but not in the reference"] = None
+        limit = small.get((r["site"], r["label"]), 0.0)
+        if 0 < r["reference_volume"] < limit:
+            volume = f"{amount(r['reference_volume'])} {view.volume_unit}"
+            told[f"{r['label']}: small ({volume}; one in twenty at this site is below {amount(limit)})"] = None
+    picture = view.found.picture(case.rows[0])
+    return [*told, *(_unlike_training(picture, view.found) if picture else [])]
+
+
+def _unlike_training(picture: Picture, found: Found) -> list[str]:
+    """In what a case lies outside the federation's fingerprint."""
+    told = []
+    spacings = [g["spacing"] for g in found.fingerprint.get("geometry", [])]
+    if picture.spacing and spacings:
+        limits = [
+            (min(axis) * (1 - SPACING_SLACK), max(axis) * (1 + SPACING_SLACK)) for axis in zip(*spacings, strict=True)
+        ]
+        if any(not low <= mm <= high for mm, (low, high) in zip(picture.spacing, limits, strict=False)):
+            mm = " × ".join(amount(s) for s in picture.spacing)
+            told.append(f"spacing {mm} mm is outside the federation's")
+    known: Mapping[str, Any] = found.plans.get("foreground_intensity_properties_per_channel", {})
+    for i, median in enumerate(picture.medians or ()):
+        channel = known.get(str(i))
+        if channel and not channel["percentile_00_5"] <= median <= channel["percentile_99_5"]:
+            told.append(f"intensity (channel {i}: median {amount(median)}) is outside 99 % of the federation's")
+    return told

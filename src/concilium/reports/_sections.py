@@ -1,0 +1,264 @@
+"""The parts of a report made of aggregates: what came out, how the models compare, how they learnt, what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TypeAlias
+from xml.etree.ElementTree import Element
+
+from concilium.reports import _figures as draw
+from concilium.reports._cases import Place, View, base, place_name
+from concilium.reports._elements import Child, duration, e, figure, fold, number, p_value, signed, size, table
+from concilium.reports._found import Row
+from concilium.statistics import FOREGROUND_MEAN
+
+Lines: TypeAlias = "dict[str, dict[str, list[tuple[float, float]]]]"
+"""Model -> site -> (round, value)."""
+TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "95 % Hausdorff distance", "nsd": "Normalised surface Dice"}
+HIGHER_IS_BETTER = {"dice": True, "iou": True, "hd95": False, "nsd": True}
+
+
+def section(title: str, *content: Child) -> Element:
+    """A part of the report with its heading."""
+    return e("section", e("h2", title), *content, id=slug(title))
+
+
+def slug(title: str) -> str:
+    """The title as the name of a place in the page."""
+    return "".join(c if c.isalnum() else "-" for c in title.lower())
+
+
+def shown_model(name: str) -> str:
+    """The name of a model for people."""
+    return name.replace("_", " ")
+
+
+def label_name(label: str) -> str:
+    """The name of a label for people."""
+    return "mean over the labels" if label == FOREGROUND_MEAN else label
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def overall_label(view: View) -> str:
+    """The label that stands for all: the mean over them, or the only one."""
+    labels = list(dict.fromkeys(s["label"] for s in view.found.results["summary"]))
+    return FOREGROUND_MEAN if FOREGROUND_MEAN in labels or not labels else labels[0]
+
+
+def cell(
+    view: View, place: Place, model: str, metric: str, label: str
+) -> tuple[float, float | None, float | None, int] | None:
+    """Mean, interval and number of patients; of several models of one name their mean, without interval; or `None`."""
+    rows = [
+        s
+        for s in view.found.results["summary"]
+        if (s["site"], s["subset"]) == place and base(s["model"]) == model
+        and (s["metric"], s["label"]) == (metric, label) and s["mean"] is not None
+    ]  # fmt: skip
+    if not rows or not view.enough(min(s["n"] for s in rows)):
+        return None
+    if len(rows) > 1:
+        return fmean(s["mean"] for s in rows), None, None, min(s["n"] for s in rows)
+    return rows[0]["mean"], rows[0]["ci_low"], rows[0]["ci_high"], rows[0]["n"]
+
+
+def results(view: View) -> Element:
+    """Model × site for Dice; the other metrics and single labels folded."""
+    label = overall_label(view)
+    labels = list(dict.fromkeys(s["label"] for s in view.found.results["summary"] if s["label"] != label))
+    notes = ["A cell: mean over patients, with its 95 % interval where there are 6 patients or more."]
+    if any(":" in s["model"] for s in view.found.results["summary"]):
+        notes.append("local: the model each site trained alone; on the test set, the mean over these models.")
+    if view.private:
+        notes.append(f"“n < {view.min_cases}”: too few patients to be shown.")
+    more = [_matrix(view, m, label) for m in TITLES if m != "dice"]
+    single = [_matrix(view, m, one) for one in labels for m in ("dice", "hd95")]
+    return section(
+        "Results",
+        _matrix(view, "dice", label),
+        e("p", " ".join(notes), class_="note"),
+        fold("Other metrics", more),
+        fold("Each label by itself", single) if single else None,
+    )
+
+
+def _matrix(view: View, metric: str, label: str) -> Element:
+    digits = 1 if metric == "hd95" else 3
+    rows: list[list[Child]] = []
+    for place in view.places:
+        found = [cell(view, place, model, metric, label) for model in view.models]
+        counts = sorted({c[3] for c in found if c})
+        n = f"n = {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}" if counts else ""
+        name = e("span", place_name(place), e("small", n))
+        rows.append([name, *(_cell_text(view, place, model, metric, label, digits) for model in view.models)])
+    unit = f" [{view.unit}]" if metric == "hd95" else ""
+    better = "higher" if HIGHER_IS_BETTER[metric] else "lower"
+    caption = f"{TITLES[metric]}{unit}, {label_name(label)} ({better} is better)"
+    return table(["", *(shown_model(m) for m in view.models)], rows, caption=caption)
+
+
+def _cell_text(view: View, place: Place, model: str, metric: str, label: str, digits: int) -> Child:
+    found = cell(view, place, model, metric, label)
+    if found is None:
+        there = any(
+            (s["site"], s["subset"]) == place and base(s["model"]) == model for s in view.found.results["summary"]
+        )
+        return f"n < {view.min_cases}" if there and view.private else None
+    mean, low, high, _ = found
+    return [
+        number(mean, digits),
+        e("small", f"[{number(low, digits)}, {number(high, digits)}]") if low is not None else None,
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- comparisons
+
+
+def comparisons(view: View) -> Element | None:
+    """Paired differences in words."""
+    found: Sequence[Row] = [c for c in view.found.results["comparisons"] if view.enough(c["n"])]
+    hidden = len(view.found.results["comparisons"]) - len(found)
+    if not found:
+        return None
+    main = [c for c in found if c["label"] == overall_label(view) and c["metric"] == "dice"]
+    rest = [c for c in found if c not in main]
+    note = (
+        "Paired over the same patients; 95 % interval; p-values after Holm's correction. “No difference shown” does not mean "
+        "that there is none: the interval says how large it may still be."
+    )
+    if hidden:
+        note += f" {hidden} with fewer than {view.min_cases} patients are not shown."
+    return section(
+        "Comparisons",
+        _differences(main or found),
+        e("p", note, class_="note"),
+        fold("Other metrics and labels", _differences(rest)) if main and rest else None,
+    )
+
+
+def _differences(found: Sequence[Row]) -> Element:
+    rows: list[list[Child]] = []
+    for c in found:
+        digits = 1 if c["metric"] == "hd95" else 3
+        where = [str(c[k]) for k in ("subset", "site") if c.get(k)]
+        interval = (
+            f" [{signed(c['ci_low'], digits)}, {signed(c['ci_high'], digits)}]" if c.get("ci_low") is not None else ""
+        )
+        rows.append([
+            f"{shown_model(c['a'])} minus {shown_model(c['b'])}",
+            ", ".join(dict.fromkeys([TITLES.get(c["metric"], str(c["metric"])), label_name(c["label"]), *where])),
+            f"{signed(c['difference'], digits)}{interval}",
+            p_value(c.get("p_holm")),
+            str(c["n"]),
+            _reading(c),
+        ])  # fmt: skip
+    header = ["comparison", "of", "difference [95 % interval]", "p (Holm)", "patients", "in words"]
+    return e("div", table(header, rows, words=2), class_="words-last")
+
+
+def _reading(c: Row) -> str:
+    if c["difference"] is None or c.get("ci_low") is None:
+        return "too few patients to say"
+    if c["ci_low"] <= 0 <= c["ci_high"] or (c.get("p_holm") or 0) >= 0.05:
+        return "no difference shown"
+    a_better = (c["difference"] > 0) == HIGHER_IS_BETTER.get(c["metric"], True)
+    return f"{shown_model(c['a'] if a_better else c['b'])} is better"
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+
+def curves(view: View) -> Element | None:
+    """Training loss, and Dice on validation cases where it was measured, per round and site."""
+    parts = [
+        _panels(view, losses(view), "loss", "Training loss of each round, mean over its steps; lower is better."),
+        _panels(
+            view, dice(view), "Dice", "Dice on validation cases after each round; shown, never used to choose one."
+        ),
+    ]
+    if not any(p is not None for p in parts):
+        return None
+    hidden = f"Sites with fewer than {view.min_cases} cases are left out." if view.private else None
+    return section("Learning", *parts, e("p", hidden, class_="note") if hidden else None)
+
+
+def losses(view: View) -> Lines:
+    """Training losses, of sites that have enough training cases."""
+    return _lines([
+        (line["model"], site, line["round"], s["loss"])
+        for line in view.found.rounds
+        for site, s in line["sites"].items()
+        if view.enough(s.get("n_cases", 0))
+    ])  # fmt: skip
+
+
+def dice(view: View) -> Lines:
+    """Dice on validation cases, the mean over the labels, of sites that have enough of them."""
+    rows = [s for s in view.found.results["summary"] if s["subset"] == "validation"]
+    n = {site: min(s["n"] for s in rows if s["site"] == site) for site in {s["site"] for s in rows}}
+    found = [c for c in view.found.curves if view.enough(n.get(c["site"], 0)) and c.get("dice") is not None]
+    label = overall_label(view)
+    kept = [c for c in found if c.get("label", label) == label] or found
+    return _lines([(c["model"], c["site"], c["round"], c["dice"]) for c in kept])
+
+
+def _lines(points: Sequence[tuple[str, str, int, float | None]]) -> Lines:
+    """Model -> site -> points; several of one round (of labels or seeds) become their mean."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for model, site, number_, value in points:
+        if value is not None:
+            found.setdefault(model, {}).setdefault(site, {}).setdefault(number_, []).append(value)
+    return {
+        model: {site: [(float(r), fmean(v)) for r, v in sorted(rounds.items())] for site, rounds in sites.items()}
+        for model, sites in found.items()
+    }
+
+
+def _panels(view: View, lines: Lines, what: str, caption: str) -> Element | None:
+    span = [p for sites in lines.values() for points in sites.values() for p in points]
+    if not span:
+        return None
+    panels = [
+        draw.curves(sites, title=shown_model(model), x="round", y=what, colours=view.colours, span=span)
+        for model, sites in lines.items()
+    ]
+    names = list(dict.fromkeys(site for sites in lines.values() for site in sites))
+    return figure([draw.legend(view.colours, names), e("div", panels, class_="grid")], caption)
+
+
+# --------------------------------------------------------------------------------------------------------------- costs
+
+
+def costs(view: View) -> Element | None:
+    """Steps, time and bytes of every model at every site."""
+    models: Sequence[Row] = [m for m in view.found.results["models"] if "sites" in m]
+    if not models:
+        return None
+    total = [
+        [shown_model(m["name"]), str(m["rounds"]), f"{m['updates']:,}", f"{m['patches']:,}", duration(m["seconds"])]
+        for m in models
+    ]
+    rows = [
+        [shown_model(m["name"]), site, f"{s['n_steps']:,}", duration(s["seconds"]), size(s["bytes_down"]), size(s["bytes_up"])]
+        for m in models
+        for site, s in m["sites"].items()
+    ]  # fmt: skip
+    slowest = max(view.found.rounds, key=lambda r: r.get("seconds", 0.0), default=None)
+    note = "Updates: optimiser steps one after the other. Patches: seen by all sites together."
+    if slowest is not None and "seconds" in slowest:
+        which = f"{shown_model(slowest['model'])}, round {slowest['round']}"
+        note += f" The slowest round took {duration(slowest['seconds'])} ({which})."
+    return section(
+        "What it took",
+        table(["model", "rounds", "updates", "patches", "time"], total, caption="Each model"),
+        e("p", note, class_="note"),
+        table(
+            ["model", "site", "steps", "training", "received", "sent"],
+            rows,
+            caption="Each site, in training rounds",
+            words=2,
+        ),
+    )
