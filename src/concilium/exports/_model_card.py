@@ -1,7 +1,7 @@
-"""MODEL_CARD.md, from the run's record alone; after Mitchell et al., Model Cards for Model Reporting, FAccT 2019 (arXiv:1810.03993).
+"""MODEL_CARD.md, from the run's record alone; after Mitchell et al., Model Cards, FAccT 2019 (arXiv:1810.03993).
 
-No path, case or patient is in it. What a run's problems say may hold words of an error at a simulated site: paths and the names of
-known cases are taken out of them.
+No path, case or patient is in it. What a run's problems say may hold words of an error at a simulated site: paths and the names
+of known cases are taken out of them.
 """
 
 from __future__ import annotations
@@ -102,18 +102,20 @@ def _data(finished: Finished, results: Results, rounds: Sequence[Mapping[str, An
     }
     rows = []
     for site in dict.fromkeys([*trained, *finished.study.sites]):
-        n = trained.get(site)
-        rows.append((site, "–" if n is None else str(n), *_held_out(finished, results, site)))
+        told = (
+            "–" if n is None else str(n) for n in (trained.get(site), _patients_trained_on(finished, results, site))
+        )
+        rows.append((site, *told, *_held_out(finished, results, site)))
     n_excluded: dict[str, int] = {}
     for line in results["excluded"]:
         n_excluded[line["site"]] = n_excluded.get(line["site"], 0) + 1
     excluded = ", ".join(f"{site}: {n}" for site, n in sorted(n_excluded.items()))
     v = finished.study.validation
     return "\n".join([
-        _table(("site", "cases trained on", "cases scored", "patients scored"), rows),
+        _table(("site", "cases trained on", "patients trained on", "cases scored", "patients scored"), rows),
         "",
-        f"{len(finished.study.sites)} sites, named as in the study. Scored are the cases of fold {v.fold} of {v.folds}, divided by "
-        "patient, on which the model was not trained"
+        f"{len(finished.study.sites)} sites, named as in the study. Scored are the cases of fold {v.fold} of {v.folds}, divided "
+        "by patient, on which the model was not trained"
         + (", and a held-out test set." if finished.study.test is not None else "; there is no test set."),
         *(["`pooled`: the cases of all sites in one place, which only a simulation can do."] if "pooled" in trained else []),
         f"Cases set aside because they could not be used: {sum(n_excluded.values())}{f' ({excluded})' if excluded else ''}.",
@@ -125,17 +127,28 @@ def _held_out(finished: Finished, results: Results, site: str) -> tuple[str, str
     return str(len({c["case"] for c in rows})), str(len({c["patient"] for c in rows}))
 
 
+def _patients_trained_on(finished: Finished, results: Results, site: str) -> int | None:
+    """From a simulated site's own list of cases, which lies in the run folder; `None` where the site is elsewhere."""
+    path = finished.run / "sites" / site / "cases.json"
+    if not path.is_file() or site not in finished.study.sites:
+        return None
+    noted = json.loads(path.read_text(encoding="utf-8")).get(site, [])
+    scored = {c["case"] for c in results["cases"] if (c["site"], c["subset"]) == (site, "validation")}
+    unusable = {line["case"] for line in results["excluded"] if line["site"] == site}
+    return len({entry["patient"] for entry in noted if entry["case"] not in scored | unusable})
+
+
 def _training(finished: Finished, results: Results) -> str:
     study, t = finished.study, finished.study.training
     took = next((m for m in results["models"] if m["name"] in (finished.name, finished.name.partition(":")[0])), None)
     lines = [
-        f"Protocol `{finished.name.partition(':')[0]}` of a study of `{study.protocol.name}`, collected by `{study.collect.name}`, "
+        f"Model `{finished.name}` of a study of `{study.protocol.name}`, collected by `{study.collect.name}`, "
         f"aggregated by `{study.aggregation.name}`, local update `{study.local_update.name}`, loss `{study.loss.name}`."
     ]
     if took is not None:
         lines.append(
-            f"{took['rounds']} rounds, {took['updates']} optimiser steps in sequence, {took['patches']} patches in all (batches of "
-            f"{took['batch_size']}); {took['parameters']} parameters."
+            f"{took['rounds']} rounds, {took['updates']} optimiser steps in sequence, {took['patches']} patches in all (batches "
+            f"of {took['batch_size']}); {took['parameters']} parameters."
         )
     lines.append(
         f"Optimiser {t.optimizer}, learning rate {t.learning_rate:g}, weight decay {t.weight_decay:g}, precision {t.precision}, "
@@ -160,8 +173,8 @@ def _figures(finished: Finished, results: Results) -> str:
         _table(("data", "label", "patients", *METRICS.values()), rows),
         "",
         f"Mean over patients [95 % bootstrap interval over patients; none below 6 patients]. Distances in {_and(sorted(units))}; "
-        f"tolerance of the surface Dice {finished.study.validation.tolerance:g}. Scored in {finished.study.training.precision}; in another "
-        "precision single voxels may differ.",
+        f"tolerance of the surface Dice {finished.study.validation.tolerance:g}. Scored in "
+        f"{finished.study.training.precision}; in another precision single voxels may differ.",
     ])  # fmt: skip
 
 
@@ -176,6 +189,10 @@ def _figure(s: Mapping[str, Any] | None, metric: str) -> str:
 def _privacy(finished: Finished) -> str:
     study = finished.study
     lines = ["Images and label maps stayed at their sites."]
+    if study.engine.name == "simulation":
+        lines = [
+            "The study was simulated on one machine: its sites were folders, and nothing was kept apart but by the program."
+        ]
     if finished.name.startswith("centralized"):
         lines = [
             "The images of all sites were pooled to train this model: it is a baseline, and nothing was kept apart."
@@ -203,8 +220,8 @@ def _versions(finished: Finished) -> str:
 def _reproduce(finished: Finished) -> str:
     study = finished.study
     return (
-        f"With the study file ({study.study.name}, seed {study.study.seed}, {study.engine.threads} threads) and the same data at each "
-        "site:\n\n    concilium run study.toml"
+        f"With the study file ({study.study.name}, seed {study.study.seed}, {study.engine.threads} threads) and the same data at "
+        "each site:\n\n    concilium run study.toml"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.data.meta_tensor import MetaTensor
 from torch import nn
 
 from ._steps import cases, preprocess, restore, slide
@@ -34,7 +34,7 @@ def list_cases(folder: str, about: Any) -> list[dict[str, Any]]:
 
 
 def prepare(data: Any, about: Any) -> dict[str, Any]:
-    """The image as the network is to see it, and `geometry`, which `finish` needs. MONAI's axes are X, Y, Z; nnU-Net's Z, Y, X."""
+    """The image as the network is to see it, and `geometry`, for `finish`. MONAI's axes are X, Y, Z; nnU-Net's Z, Y, X."""
     image = data["image"]
     array = image.numpy()
     array = array.transpose(0, *range(array.ndim - 1, 0, -1))

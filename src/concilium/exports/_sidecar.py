@@ -36,9 +36,9 @@ _STEPS = (
     "`spacing`, is more than 3 times as coarse as another, its slices are resized in plane, and the nearest are taken.",
     "Pad with zeros on both sides to `patch_size`. Windows start at equal distances of at most `window_step` patches, the first "
     "and the last at the ends.",
-    "The logits of a window are the mean over its flips along all subsets of `mirror_axes`. Windows are added with Gaussian weights "
-    "(sigma: `window_sigma` patches, peak: `window_peak`; a weight of 0 becomes the smallest other) and divided by the sum of the "
-    "weights; sums and weights are float16.",
+    "The logits of a window are the mean over its flips along all subsets of `mirror_axes`. Windows are added with Gaussian "
+    "weights (sigma: `window_sigma` patches, peak: `window_peak`; a weight of 0 becomes the smallest other) and divided by the "
+    "sum of the weights; sums and weights are float16.",
     "Average the logits over `models`.",
     "Crop the padding. Resample to the shape before resampling, in the same way, by splines of `logits_order`. Take the label of "
     "the largest logit, put it into the uncropped image (0 outside), and reverse `transpose`.",

@@ -82,7 +82,7 @@ def slide(x: Any, network: Any, about: Any) -> Any:
     mirrors = [m for k in range(4) for m in itertools.combinations([2 + a for a in about["mirror_axes"]], k)]
     total, weights = np.zeros((len(about["labels"]), *x.shape[1:]), np.float16), np.zeros(x.shape[1:], np.float16)
     for place in itertools.product(*places):
-        part, logits = x[(slice(None), *place)][None], np.float32(0)
+        part, logits = x[(slice(None), *place)][None], np.zeros((1, 1, *patch), np.float32)
         for axes in mirrors:
             seen = np.ascontiguousarray(np.flip(part, axes)).reshape(1, len(x), *patch[-n_axes:])
             logits = logits + np.flip(network(seen).reshape(1, -1, *patch), axes)

@@ -86,9 +86,6 @@ def _network(finished: Finished) -> dict[str, Any]:
 
 
 def _inference(finished: Finished) -> dict[str, Any]:
-    def step(name: str) -> dict[str, Any]:
-        return {"_target_": f"scripts.transforms.{name}", "_mode_": "callable", "about": "@about"}
-
     return {
         "imports": ["$import json", "$import torch", "$import scripts"],
         "bundle_root": ".",
@@ -98,13 +95,7 @@ def _inference(finished: Finished) -> dict[str, Any]:
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "network_def": _network(finished),
         "network": "$@network_def.to(@device)",
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, "dtype": "$np.float32"},
-                step("prepare"),
-            ],
-        },
+        **_transforms(finished),
         "datalist": "$scripts.transforms.list_cases(@dataset_dir, @about)",
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {
@@ -113,23 +104,6 @@ def _inference(finished: Finished) -> dict[str, Any]:
             "batch_size": 1,
             "shuffle": False,
             "num_workers": 0,
-        },
-        "inferer": step("infer"),
-        "postprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                step("finish"),
-                {
-                    "_target_": "SaveImaged",
-                    "keys": "pred",
-                    "output_dir": "@output_dir",
-                    "output_ext": finished.file_ending,
-                    "output_postfix": "",
-                    "output_dtype": "$np.uint8" if len(finished.labels) < 256 else "$np.uint16",
-                    "separate_folder": False,
-                    "resample": False,
-                },
-            ],
         },
         "handlers": [
             {
@@ -151,6 +125,30 @@ def _inference(finished: Finished) -> dict[str, Any]:
             "amp": False,
         },
         "run": ["$@evaluator.run()"],
+    }
+
+
+def _transforms(finished: Finished) -> dict[str, Any]:
+    """From file to network, over the image, and from logits to file."""
+
+    def step(name: str) -> dict[str, Any]:
+        return {"_target_": f"scripts.transforms.{name}", "_mode_": "callable", "about": "@about"}
+
+    load = {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, "dtype": "$np.float32"}
+    save = {
+        "_target_": "SaveImaged",
+        "keys": "pred",
+        "output_dir": "@output_dir",
+        "output_ext": finished.file_ending,
+        "output_postfix": "",
+        "output_dtype": "$np.uint8" if len(finished.labels) < 256 else "$np.uint16",
+        "separate_folder": False,
+        "resample": False,
+    }
+    return {
+        "preprocessing": {"_target_": "Compose", "transforms": [load, step("prepare")]},
+        "inferer": step("infer"),
+        "postprocessing": {"_target_": "Compose", "transforms": [step("finish"), save]},
     }
 
 
