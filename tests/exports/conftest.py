@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import SimpleITK as sitk
 
@@ -16,7 +15,7 @@ from made import make_run, write_pictures, write_volumes
 
 from concilium.predict import predict
 
-Same = Callable[[Path, Path], None]
+Same = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
@@ -61,9 +60,13 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Path]
 
 @pytest.fixture(scope="session")
 def same_label_maps() -> Same:
-    """Checks that two folders hold the same label maps in the same geometry, and that these are worth comparing."""
+    """Checks that two folders hold the same label maps in the same geometry, and that these are worth comparing.
 
-    def check(expected: Path, found: Path) -> None:
+    `share`: of the voxels that may differ, where another library computes the logits. They differ by 1e-5, which decides where
+    two labels are equal in float16; a network that was never trained has many such voxels.
+    """
+
+    def check(expected: Path, found: Path, share: float = 0.0) -> None:
         files = sorted(p.name for p in expected.iterdir())
         assert files
         for name in files:
@@ -73,6 +76,6 @@ def same_label_maps() -> Same:
             x, y = map(sitk.GetArrayFromImage, (a, b))
             assert x.dtype == y.dtype
             assert (x > 0).mean() > 0.01
-            assert np.array_equal(x, y), f"{name}: {(x != y).sum()} of {x.size} voxels differ"
+            assert (x != y).mean() <= share, f"{name}: {(x != y).sum()} of {x.size} voxels differ"
 
     return check
