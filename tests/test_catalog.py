@@ -232,6 +232,7 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
     "aggregation": ("total", "state"),
     "collect": ("ask", "requests"),
     "engines": (),
+    "exports": ("finished", "out"),
     "local_updates": ("local", "image", "labels"),
     "losses": ("logits", "labels", "annotated"),
     "metrics": ("pair",),

@@ -24,6 +24,7 @@ ENTRIES: Mapping[str, str | None] = {
     "aggregation": "rule",
     "collect": "collect",
     "engines": "connect",
+    "exports": "export",
     "local_updates": "step",
     "losses": "loss",
     "metrics": "metric",
@@ -35,6 +36,7 @@ ENTRIES: Mapping[str, str | None] = {
 SUPPLIED: Mapping[str, frozenset[str]] = {
     "collect": frozenset({"like"}),
     "engines": frozenset({"sites", "folder", "test", "run"}),
+    "exports": frozenset({"card", "intended_use"}),
     "losses": frozenset({"batch_dice", "regions", "ignore"}),
     "networks": frozenset({"n_channels", "n_labels", "plan", "deep_supervision"}),
     "protocols": frozenset(

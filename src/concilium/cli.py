@@ -165,6 +165,26 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must be empty.")],
+    format: Annotated[str, typer.Option("--format", help="nnunet, onnx, monai or safetensors.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="As in results.json, such as federated or local:north.")
+    ] = None,
+    intended_use: Annotated[
+        str | None, typer.Option("--intended-use", help="What the model is for, for its card: text, or a text file.")
+    ] = None,
+) -> None:
+    """Write a model of a run for other programs, with a model card made from the run's record."""
+    from concilium.exports import export_run
+
+    folder, after = export_run(run, out, format=format, model=model, intended_use=intended_use)
+    shown.print(f"{format}: {folder}", markup=False, soft_wrap=True)
+    shown.print(f"Next: {after}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def provision(
     study: Annotated[Path, typer.Argument(help="Study file (TOML): its name and its sites.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the kits; must be empty. They hold private keys.")],

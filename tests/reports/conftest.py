@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from concilium.reports._found import SCALES
 from concilium.statistics import summarize
 
 PNG = b"\x89PNG\r\n\x1a\n picture of "
@@ -72,7 +73,7 @@ def made_up(n: int, models: tuple[str, ...], labels: tuple[str, ...], *, n_tiny:
     return {
         "version": 1, "study": "liver", "seed": 1, "complete": True, "cases": cases,
         "models": [{"name": m, "protocol": m, "sites": {"north": per_site, "tiny": per_site}} | about for m in models],
-        "summary": summarize(cases, ("dice", "iou", "hd95", "nsd")),
+        "summary": summarize(cases, SCALES),
         "comparisons": [comparison | {"difference": 0.0123, "ci_low": 0.004, "ci_high": 0.02, "p_holm": 0.0004, "n": n}],
         "excluded": [{"site": "tiny", "case": "tiny-case-9999", "reason": "unreadable", "text": "tiny-case-9999 is cut off."}],
         "warnings": ["federated, validation at tiny: 1 of 4 cases not scored (unreadable)"],

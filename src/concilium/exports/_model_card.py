@@ -1,0 +1,251 @@
+"""MODEL_CARD.md, from the run's record alone; after Mitchell et al., Model Cards, FAccT 2019 (arXiv:1810.03993).
+
+No path, case or patient is in it. What a run's problems say may hold words of an error at a simulated site: paths and the names
+of known cases are taken out of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from concilium.data.labels import foreground
+from concilium.finished import Finished
+from concilium.statistics import FOREGROUND_MEAN
+
+Results = Mapping[str, Any]
+METRICS = {"dice": "Dice", "iou": "IoU", "hd95": "95 % Hausdorff distance", "nsd": "Normalised surface Dice"}
+MOST_LINES = 20
+"""Of warnings and of problems."""
+
+
+def model_card(finished: Finished, results: Results, *, intended_use: str) -> str:
+    """The card, Markdown with the front matter that the Hugging Face hub reads.
+
+    Args:
+        results: the run's results.json.
+        intended_use: typed by hand; the rest is not.
+    """
+    learnt = list(foreground(finished.labels))
+    rounds = [line for line in _lines(finished, "rounds.jsonl") if _is_of(line, finished.name.partition(":")[0])]
+    title = f"{finished.study.study.name}: {finished.name}"
+    parts = [
+        _front_matter(finished),
+        f"# {title}\n\n**Research software, not a medical device.** {_summary(finished, learnt)}",
+        _state(results),
+        f"## Intended use\n\n{intended_use}",
+        f"## Training data\n\n{_data(finished, results, rounds)}",
+        f"## Training\n\n{_training(finished, results)}",
+        f"## Figures\n\n{_figures(finished, results)}",
+        f"## Privacy\n\n{_privacy(finished)}",
+        f"## Versions\n\n{_versions(finished)}",
+        f"## Reproduce\n\n{_reproduce(finished)}",
+        "## Licence\n\nNot chosen. The sites whose data the model was trained on decide; write it here and in the front matter.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(finished: Finished) -> str:
+    tags = ["medical-imaging", "segmentation", "nnU-Net", finished.study.protocol.name]
+    return (
+        "---\nlicense: other\nlibrary_name: concilium\npipeline_tag: image-segmentation\ntags: "
+        + json.dumps(tags)
+        + "\n---"
+    )
+
+
+def _summary(finished: Finished, learnt: Sequence[str]) -> str:
+    plan = finished.plan
+    size = " × ".join(map(str, plan.patch_size))
+    return (
+        f"Segments {_and(learnt)} in {len(plan.patch_size)}D images with the channels {_and(finished.channels)}. Network "
+        f"`{finished.study.network.name}` ({plan.configuration_name}, patch {size}, spacing "
+        f"{' × '.join(f'{s:g}' for s in plan.spacing)} mm, axes as in arrays)"
+        + (
+            f"; {len(finished.files)} members, one per fold, whose logits are averaged."
+            if len(finished.files) > 1
+            else "."
+        )
+    )
+
+
+def _state(results: Results) -> str:
+    """What went wrong, at the top; nothing where all went as asked."""
+    names = {
+        str(row[key]) for row in [*results["cases"], *results["excluded"]] for key in ("case", "patient") if key in row
+    }
+    text = ""
+    if not results["complete"]:
+        text += "> **This run is not complete: not all went as asked.**\n" + _quoted(results["problems"], names)
+    if results["warnings"]:
+        text += "\n>\n" * bool(text) + "> Warnings of the run:\n" + _quoted(results["warnings"], names)
+    return text
+
+
+def _quoted(lines: Sequence[str], names: Iterable[str]) -> str:
+    shown = [f"> - {_without_names(line, names)}" for line in lines[:MOST_LINES]]
+    rest = len(lines) - len(shown)
+    return "\n".join([*shown, *([f"> - and {rest} more"] if rest else [])])
+
+
+def _without_names(text: str, names: Iterable[str]) -> str:
+    text = re.sub(r"\S*[/\\]\S+", "[path]", " ".join(text.split()))
+    long = sorted((n for n in names if not n.isdecimal()), key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, long)), "[case]", text) if long else text
+
+
+def _data(finished: Finished, results: Results, rounds: Sequence[Mapping[str, Any]]) -> str:
+    trained = {site: told["n_cases"] for line in rounds for site, told in line["sites"].items()}
+    trained = {
+        site: n for site, n in trained.items() if finished.name in (finished.name.partition(":")[0], f"local:{site}")
+    }
+    rows = []
+    for site in dict.fromkeys([*trained, *finished.study.sites]):
+        told = (
+            "–" if n is None else str(n) for n in (trained.get(site), _patients_trained_on(finished, results, site))
+        )
+        rows.append((site, *told, *_held_out(finished, results, site)))
+    n_excluded: dict[str, int] = {}
+    for line in results["excluded"]:
+        n_excluded[line["site"]] = n_excluded.get(line["site"], 0) + 1
+    excluded = ", ".join(f"{site}: {n}" for site, n in sorted(n_excluded.items()))
+    v = finished.study.validation
+    return "\n".join([
+        _table(("site", "cases trained on", "patients trained on", "cases scored", "patients scored"), rows),
+        "",
+        f"{len(finished.study.sites)} sites, named as in the study. Scored are the cases of fold {v.fold} of {v.folds}, divided "
+        "by patient, on which the model was not trained"
+        + (", and a held-out test set." if finished.study.test is not None else "; there is no test set."),
+        *(["`pooled`: the cases of all sites in one place, which only a simulation can do."] if "pooled" in trained else []),
+        f"Cases set aside because they could not be used: {sum(n_excluded.values())}{f' ({excluded})' if excluded else ''}.",
+    ])  # fmt: skip
+
+
+def _held_out(finished: Finished, results: Results, site: str) -> tuple[str, str]:
+    rows = [c for c in results["cases"] if (c["model"], c["site"], c["subset"]) == (finished.name, site, "validation")]
+    return str(len({c["case"] for c in rows})), str(len({c["patient"] for c in rows}))
+
+
+def _patients_trained_on(finished: Finished, results: Results, site: str) -> int | None:
+    """From a simulated site's own list of cases, which lies in the run folder; `None` where the site is elsewhere."""
+    path = finished.run / "sites" / site / "cases.json"
+    if not path.is_file() or site not in finished.study.sites:
+        return None
+    noted = json.loads(path.read_text(encoding="utf-8")).get(site, [])
+    scored = {c["case"] for c in results["cases"] if (c["site"], c["subset"]) == (site, "validation")}
+    unusable = {line["case"] for line in results["excluded"] if line["site"] == site}
+    return len({entry["patient"] for entry in noted if entry["case"] not in scored | unusable})
+
+
+def _training(finished: Finished, results: Results) -> str:
+    study, t = finished.study, finished.study.training
+    took = next((m for m in results["models"] if m["name"] in (finished.name, finished.name.partition(":")[0])), None)
+    lines = [
+        f"Model `{finished.name}` of a study of `{study.protocol.name}`, collected by `{study.collect.name}`, "
+        f"aggregated by `{study.aggregation.name}`, local update `{study.local_update.name}`, loss `{study.loss.name}`."
+    ]
+    if took is not None:
+        lines.append(
+            f"{took['rounds']} rounds, {took['updates']} optimiser steps in sequence, {took['patches']} patches in all (batches "
+            f"of {took['batch_size']}); {took['parameters']} parameters."
+        )
+    lines.append(
+        f"Optimiser {t.optimizer}, learning rate {t.learning_rate:g}, weight decay {t.weight_decay:g}, precision {t.precision}, "
+        f"augmentation {t.augmentation}, mirroring {'on' if t.mirror else 'off'}, seed {study.study.seed}."
+    )
+    return "\n".join(lines)
+
+
+def _figures(finished: Finished, results: Results) -> str:
+    summary = [s for s in results["summary"] if s["model"] == finished.name]
+    if not summary:
+        return "None: the model was not scored."
+    units = {c["unit"] for c in results["cases"] if c["model"] == finished.name}
+    rows = []
+    for site, subset, label in dict.fromkeys((s["site"], s["subset"], s["label"]) for s in summary):
+        cells = {s["metric"]: s for s in summary if (s["site"], s["subset"], s["label"]) == (site, subset, label)}
+        n = max(s["n"] for s in cells.values())
+        where = "test set" if subset == "test" else f"{site} ({subset})"
+        what = "mean of the labels" if label == FOREGROUND_MEAN else label
+        rows.append((where, what, str(n), *(_figure(cells.get(metric), metric) for metric in METRICS)))
+    return "\n".join([
+        _table(("data", "label", "patients", *METRICS.values()), rows),
+        "",
+        f"Mean over patients [95 % bootstrap interval over patients; none below 6 patients]. Distances in {_and(sorted(units))}; "
+        f"tolerance of the surface Dice {finished.study.validation.tolerance:g}. Scored in "
+        f"{finished.study.training.precision}; in another precision single voxels may differ.",
+    ])  # fmt: skip
+
+
+def _figure(s: Mapping[str, Any] | None, metric: str) -> str:
+    if s is None or s["mean"] is None:
+        return "–"
+    digits = 2 if metric == "hd95" else 3
+    interval = "" if s["ci_low"] is None else f" [{s['ci_low']:.{digits}f}, {s['ci_high']:.{digits}f}]"
+    return f"{s['mean']:.{digits}f}{interval}"
+
+
+def _privacy(finished: Finished) -> str:
+    study = finished.study
+    lines = ["Images and label maps stayed at their sites."]
+    if study.engine.name == "simulation":
+        lines = [
+            "The study was simulated on one machine: its sites were folders, and nothing was kept apart but by the program."
+        ]
+    if finished.name.startswith("centralized"):
+        lines = [
+            "The images of all sites were pooled to train this model: it is a baseline, and nothing was kept apart."
+        ]
+    if study.collect.name == "plain":
+        lines.append("The server saw what each site sent (`plain`): no secure sum.")
+    lines.append(
+        "The record shows no measurement of what this model tells about its training data, so no privacy is claimed: weights are "
+        "functions of patients' data. Ask the sites before you publish it."
+    )
+    return "\n".join(lines)
+
+
+def _versions(finished: Finished) -> str:
+    path = finished.run / "environment.json"
+    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.is_file() else []
+    if not sessions:
+        return "Not recorded."
+    last = sessions[-1]
+    packages = ", ".join(f"{name} {number}" for name, number in last["packages"].items())
+    stops = f" In {len(sessions)} sessions; this is the last." if len(sessions) > 1 else ""
+    return f"Concilium {last['concilium']}, Python {last['python']}, {packages}, GPU: {last['gpu'] or 'none'}.{stops}"
+
+
+def _reproduce(finished: Finished) -> str:
+    study = finished.study
+    return (
+        f"With the study file ({study.study.name}, seed {study.study.seed}, {study.engine.threads} threads) and the same data at "
+        "each site:\n\n    concilium run study.toml"
+    )
+
+
+def _is_of(line: Mapping[str, Any], model: str) -> bool:
+    """Whether a round is one of the model's, or of one of its folds."""
+    return re.sub(r"\.f\d+$", "", str(line.get("model"))) == model
+
+
+def _lines(finished: Finished, name: str) -> list[dict[str, Any]]:
+    path = finished.run / name
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # cut off by a kill
+            continue
+    return found
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
+def _and(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else str(last)

@@ -1,0 +1,115 @@
+"""ONNX, with all that comes before and after the network as numbers (preprocessing.json) and as a script (predict.py).
+
+One graph per member: `image` float32 (batch, C, *spatial) to `logits` float32 (batch, L, *spatial). Batch and spatial sizes are
+free; each spatial size must be a multiple of what the network pools along its axis.
+
+Written by PyTorch's older exporter, which traces. The newer one needs two packages more, takes 50 times as long, and leaves paths
+of this machine in the file. Tracing takes decisions that depend on the input for constants, so every graph is compared with its
+network before it is let out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import shutil
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from concilium.errors import StudyError
+from concilium.exports import members, refuse_other_labels, refuse_other_preprocessing, write_json
+from concilium.exports._sidecar import sidecar
+from concilium.finished import Finished
+
+OPSET = 18
+"""Read by onnxruntime since 1.14."""
+TOLERANCE = 1e-3
+"""Largest difference of a logit, as a share of the largest logit (and of 1); 3e-6 is usual."""
+
+
+class _Finest(nn.Module):
+    """The finest logits of a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        finest: Tensor = self.network(image)[0]
+        return finest
+
+
+def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> str:
+    """Write `model.onnx` (`model_0.onnx`, ... for several members), `preprocessing.json` and `predict.py`.
+
+    Raises:
+        StudyError: PyTorch's exporter is not installed or cannot take the network, or labels or plan cannot be described.
+    """
+    require_onnx()
+    refuse_other_labels(finished, "onnx")
+    refuse_other_preprocessing(finished, "onnx")
+    files = [f"{name}.onnx" for name in members(finished).values()]
+    write_json(out / "preprocessing.json", sidecar(finished, files))
+    for network, file in zip(finished.networks(), files, strict=True):
+        _write(network, finished, out / file)
+    shutil.copyfile(Path(__file__).with_name("_steps.py"), out / "predict.py")
+    return "python {out}/predict.py IMAGES SEGMENTATIONS"
+
+
+def require_onnx() -> None:
+    """Check that what writes and runs ONNX is installed.
+
+    Raises:
+        StudyError: it is not; says how to install it.
+    """
+    missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise StudyError(
+            f"Format 'onnx' needs {' and '.join(missing)}, not installed here. Every other format is allowed without. "
+            "Install with: pip install 'concilium[onnx]'"
+        )
+
+
+def _write(network: nn.Module, finished: Finished, path: Path) -> None:
+    plan = finished.plan
+    pooled = [math.prod(stride[axis] for stride in plan.strides) for axis in range(len(plan.patch_size))]
+    patch = (2, len(finished.channels), *plan.patch_size)
+    free = {0: "batch"} | {2 + axis: f"size_{axis}" for axis in range(len(pooled))}
+    finest = _Finest(network).eval()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of its age, and of norms that compute their statistics in prediction
+        try:
+            torch.onnx.export(
+                finest, (torch.zeros(patch),), str(path), dynamo=False, opset_version=OPSET,
+                input_names=["image"], output_names=["logits"], dynamic_axes={"image": free, "logits": free},
+            )  # fmt: skip
+            larger = (1, patch[1], *(n + p for n, p in zip(plan.patch_size, pooled, strict=True)))
+            same = _same(finest, path, patch) and _same(finest, path, larger)
+        except Exception as e:  # whatever a network that is not ours provokes
+            raise StudyError(
+                f"PyTorch cannot write network {finished.study.network.name!r} as ONNX ({type(e).__name__}). Allowed is one that "
+                "it can trace, at any batch and spatial size. Change it, or export it as safetensors."
+            ) from e
+    if not same:
+        raise StudyError(
+            f"Network {finished.study.network.name!r} gives other logits as ONNX. Allowed is one without decisions that depend "
+            "on its input. Change it, or export it as safetensors."
+        )
+
+
+def _same(network: nn.Module, path: Path, shape: tuple[int, ...]) -> bool:
+    import onnxruntime
+
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = network(image).numpy()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"image": image.numpy()})
+    difference = np.abs(found - expected).max() if found.shape == expected.shape else math.inf
+    return bool(difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())))

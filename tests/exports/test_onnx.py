@@ -1,0 +1,170 @@
+"""onnxruntime computes what PyTorch computes, and the exported script finds what `concilium predict` finds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made import make_run, two_members
+
+from concilium.errors import StudyError
+from concilium.exports import export_run
+from concilium.exports import onnx as exports_onnx
+from concilium.finished import open_finished
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+Predicted = Callable[[Path, Path], Path]
+Same = Callable[..., None]
+SHARE = 1e-4
+
+
+def segment(folder: Path, images: Path, out: Path) -> None:
+    """Run the exported script; -I: nothing of this environment's paths, so Concilium cannot come in."""
+    command = [sys.executable, "-I", str(folder / "predict.py"), str(images), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def exported(picture_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_run(picture_run, tmp_path_factory.mktemp("onnx") / "out", format="onnx")[0]
+
+
+def test_the_script_gives_the_same_label_maps_of_pictures(
+    exported: Path, picture_run: Path, pictures: Path, predicted: Predicted, same_label_maps: Same, tmp_path: Path
+) -> None:
+    segment(exported, pictures / "imagesTr", tmp_path)
+    same_label_maps(predicted(picture_run, pictures), tmp_path, share=SHARE)
+
+
+def test_the_script_gives_the_same_label_maps_of_volumes(
+    volume_run: Path, volumes: Path, predicted: Predicted, same_label_maps: Same, tmp_path: Path
+) -> None:
+    folder, after = export_run(volume_run, tmp_path / "out", format="onnx")
+    assert after == f"python {folder}/predict.py IMAGES SEGMENTATIONS"
+    segment(folder, volumes / "imagesTr", tmp_path / "found")
+    same_label_maps(predicted(volume_run, volumes), tmp_path / "found", share=SHARE)
+
+
+def test_logits_are_those_of_torch_at_any_batch_and_size(exported: Path, picture_run: Path) -> None:
+    session = onnxruntime.InferenceSession(str(exported / "model.onnx"), providers=["CPUExecutionProvider"])
+    (network,) = open_finished(picture_run).networks()
+    for size in ((1, 3, 48, 48), (3, 3, 80, 64)):
+        image = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected = network(image)[0].numpy()
+        (found,) = session.run(None, {"image": image.numpy()})
+        assert found.shape == expected.shape
+        assert np.abs(expected).max() > 1
+        assert np.abs(found - expected).max() < 1e-4
+
+
+def test_members_are_files_whose_logits_the_script_averages(picture_run: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    exports_onnx.export(two_members(picture_run), tmp_path / "out", card="", intended_use="")
+    about = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    assert about["models"] == ["model_0.onnx", "model_1.onnx"]
+    found = {}
+    for name, models in {
+        "both": about["models"],
+        "first": about["models"][:1],
+        "twice": about["models"][:1] * 2,
+    }.items():
+        (tmp_path / "out" / "preprocessing.json").write_text(json.dumps({**about, "models": models}))
+        segment(tmp_path / "out", pictures / "imagesTr", tmp_path / name)
+        found[name] = [p.read_bytes() for p in sorted((tmp_path / name).iterdir())]
+    assert found["first"] == found["twice"] != found["both"]
+
+
+def test_a_network_that_is_not_nnunets(pictures: Path, tmp_path: Path) -> None:
+    network = {"name": "unet", "base_features": 4, "levels": 2}
+    run = make_run(tmp_path / "run", pictures, configuration="2d", patch=[32, 32], network=network)
+    folder, _ = export_run(run, tmp_path / "out", format="onnx")
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    (whole,) = open_finished(run).networks()
+    image = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert np.abs(session.run(None, {"image": image.numpy()})[0] - whole(image)[0].numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("normalization_schemes", ["Own", "NoNormalization", "NoNormalization"], "normalises by Own"),
+        (
+            "resampling_fn_data",
+            "resample_torch_fornnunet",
+            "resamples by resample_data_or_seg_to_shape, resample_torch",
+        ),
+    ],
+)
+def test_what_the_sidecar_cannot_say_is_refused(
+    key: str, value: Any, words: str, pictures: Path, tmp_path: Path
+) -> None:
+    def edit(plans: dict[str, Any]) -> None:
+        plans["configurations"]["2d"][key] = value
+
+    run = make_run(tmp_path / "run", pictures, configuration="2d", patch=[32, 32], edit=edit)
+    with pytest.raises(StudyError, match=words):
+        export_run(run, tmp_path / "out", format="onnx")
+
+
+def test_without_its_packages_it_says_how_to_install_them(
+    picture_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exports_onnx, "find_spec", lambda name: None)
+    with pytest.raises(StudyError, match=r"onnx and onnxruntime, not installed.*pip install 'concilium\[onnx\]'"):
+        export_run(picture_run, tmp_path / "out", format="onnx")
+
+
+class Deciding(torch.nn.Module):
+    """Decides by the size of its input, which tracing takes for a constant."""
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [image * (2.0 if image.shape[-1] == 48 else 3.0)]
+
+
+def test_a_network_that_tracing_gets_wrong_is_refused(picture_run: Path, tmp_path: Path) -> None:
+    finished = open_finished(picture_run)
+    with pytest.raises(StudyError, match="gives other logits as ONNX"):
+        exports_onnx._write(Deciding(), finished, tmp_path / "model.onnx")
+
+
+class Refusing(torch.nn.Module):
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        raise ValueError("no")
+
+
+def test_a_network_that_cannot_be_traced_is_refused(picture_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"cannot write network 'nnunet' as ONNX \(ValueError\)"):
+        exports_onnx._write(Refusing(), open_finished(picture_run), tmp_path / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("federation_name", "configuration"), [("hippocampus", "3d_fullres"), ("polyps", "2d")])
+def test_the_script_on_real_cases(
+    federation_name: str,
+    configuration: str,
+    federation: Callable[[str], Path],
+    predicted: Predicted,
+    same_label_maps: Same,
+    tmp_path: Path,
+) -> None:
+    data = federation(federation_name) / "test"
+    run = make_run(tmp_path / "run", data, configuration=configuration, n_cases=2)
+    two = tmp_path / "data" / "imagesTr"
+    two.mkdir(parents=True)
+    for image in sorted((data / "imagesTr").iterdir())[:2]:
+        (two / image.name).symlink_to(image)
+    folder, _ = export_run(run, tmp_path / "out", format="onnx")
+    segment(folder, two, tmp_path / "found")
+    same_label_maps(predicted(run, two.parent), tmp_path / "found", share=SHARE)
