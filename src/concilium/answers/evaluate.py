@@ -115,13 +115,16 @@ def score_labels(
     prediction: NDArray[Any],
     reference: NDArray[Any],
     spacing: tuple[float, ...] | None,
-    labels: Mapping[str, int],
+    labels: Mapping[str, int | tuple[int, ...]],
     metrics: Sequence[PlugIn],
     *,
     case: int,
     patient: int,
+    counted: NDArray[np.bool_] | None = None,
 ) -> list[Score]:
     """Scores of every foreground label of one case; both label maps (X, Y, Z) in original geometry.
+
+    A label is an id, or several (a region); voxels where `counted` is false are left out.
 
     Raises:
         ContractError: the label maps differ in shape, or hold something else than ids.
@@ -129,7 +132,7 @@ def score_labels(
     functions = {m.name: partial(catalog.load("metrics", m.name), **m.options) for m in metrics}
     voxel = float(np.prod(spacing)) / 1000 if spacing else 1.0  # [ml], or [px]
     scores = []
-    for label, pair in pairs(prediction, reference, labels, spacing):
+    for label, pair in pairs(prediction, reference, labels, spacing, counted=counted):
         values = {name: function(pair) for name, function in functions.items()}
         volumes = [float(np.count_nonzero(mask)) * voxel for mask in (pair.reference, pair.prediction)]
         lesions = count_lesions(pair)
