@@ -222,3 +222,38 @@ def test_the_true_means_of_the_made_up_scores_are_true() -> None:
         assert mean == pytest.approx(made.true_mean(kind, 50), abs=0.002)
     for make in made.DIFFERENCES.values():
         assert np.mean([make(50, rng).mean() for _ in range(4000)]) == pytest.approx(0, abs=0.002)
+
+
+# ---------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_runs_and_both_sides_score_the_same_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    small = [
+        "--shape",
+        "30",
+        "64",
+        "64",
+        "--labels",
+        "3",
+        "--size",
+        "60",
+        "--radius",
+        "14",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+    ]
+    figures = load("metrics").main([*small, "--out", str(tmp_path / "figures.json")])
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    for task, metrics in (("label map", {"dice", "hd95", "nsd"}), ("pair", {"hd95", "nsd"})):
+        ours, theirs = figures[task]["values"]["ours"], figures[task]["values"]["monai"]
+        assert ours.keys() == theirs.keys() == metrics
+        for metric in metrics - {"hd95"}:
+            assert ours[metric] == pytest.approx(theirs[metric], abs=1e-5)  # the same definition
+        assert ours["hd95"] == pytest.approx(theirs["hd95"], rel=0.5)
+        assert figures[task]["ratio"] == pytest.approx(figures[task]["pairs"][0])
+        assert figures[task]["ratio"] > 0
+    assert "Target: the pair in at most 0.4 s" in capsys.readouterr().out
+    torch.set_num_threads(threads)

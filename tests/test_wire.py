@@ -367,7 +367,7 @@ def test_a_message_larger_than_the_limit_is_refused_before_it_is_read() -> None:
 
 def messages_to_damage() -> Iterator[bytes]:
     yield wire.pack(Trained({"a": TENSORS[0], "b": TENSORS[5]}, 3, 4, 0.5, 1.0))
-    score = Score(1, 2, "liver", "ok", "mm", {"dice": 0.5, "hd95": None}, 1.5, math.inf)
+    score = Score(1, 2, "liver", "ok", "mm", {"dice": 0.5, "hd95": None}, 1.5, math.inf, 2, 1, 0)
     yield wire.pack(messages.Evaluated((score, score), (Excluded("unreadable", 1),), 3.25))
     yield wire.pack(Train("m", 1, 0, 5, 10, {"a": TENSORS[0]}, True))
     yield wire.pack(Front("m", 1, ("down0", "up0"), False, 1, 5, 0, 10, {}, (TENSORS[6],)))

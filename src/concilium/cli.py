@@ -185,6 +185,45 @@ def export(
 
 
 @app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Option("-p", "--predictions", help="Folder of label maps, CASE.ENDING.")],
+    reference: Annotated[Path, typer.Option("-r", "--reference", help="Folder of label maps of the same names.")],
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help="dataset.json that names the labels. Default: one in or beside the folders."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File for the scores of every case: JSON, or CSV by its name.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Of the surface Dice, in mm.")] = 1.0,
+) -> None:
+    """Score label maps against references, whoever made them."""
+    from concilium.evaluation import evaluate as score_all
+    from concilium.evaluation import mean_table, write_evaluation
+
+    with _progress() as progress:
+        task = progress.add_task("Scoring", total=None, note="")
+        found = score_all(
+            predictions, reference, labels=labels, tolerance=tolerance,
+            watch=lambda case, n, total: progress.update(task, completed=n, total=total, note=case),
+        )  # fmt: skip
+    header, *rows = mean_table(found)
+    table = Table(*header, title="Means over patients", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    shown.print(table)
+    for case, text in found.warnings:
+        console.print(f"Warning: {case}: {text}", style="yellow", markup=False, soft_wrap=True)
+    for case, text in found.problems:
+        console.print(f"Not scored: {case}: {text}", style="red", markup=False, soft_wrap=True)
+    if out is not None:
+        write_evaluation(found, out)
+        shown.print(f"Scores of every case are in {out}", markup=False, soft_wrap=True)
+    if found.problems:
+        raise typer.Exit(4)
+
+
+@app.command()
 def provision(
     study: Annotated[Path, typer.Argument(help="Study file (TOML): its name and its sites.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the kits; must be empty. They hold private keys.")],

@@ -123,6 +123,12 @@ class Score:
     reference_volume: float
     """[ml], or [px] where the spacing is unknown."""
     prediction_volume: float
+    lesions_found: int
+    """Connected components of the reference of which at least 10 % of the voxels are predicted (`metrics/_lesions.py`)."""
+    lesions_missed: int
+    """The others."""
+    lesions_false: int
+    """Connected components of the prediction without a voxel of the reference."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from concilium.messages import Evaluated
+from concilium.messages import Evaluated, Score
 from concilium.metrics import dice, hd95, iou, nsd
 from concilium.record import Record
 from concilium.schedule import Model
@@ -33,11 +33,16 @@ def score_rows(
     for s in evaluated.scores:
         row: dict[str, Any] = {**about, "site": "test" if subset == "test" else site, "subset": subset}
         row |= names.get(s.case, {"case": str(s.case), "patient": str(s.patient)})
-        row |= {"label": s.label, "status": s.status, "unit": s.unit}
-        row |= {metric: s.values.get(metric) for metric in METRICS}
-        row |= {"reference_volume": s.reference_volume, "prediction_volume": s.prediction_volume}
-        rows.append(row)
+        rows.append(row | score_row(s))
     return rows
+
+
+def score_row(score: Score) -> dict[str, Any]:
+    """What is said of one label in one case."""
+    row: dict[str, Any] = {"label": score.label, "status": score.status, "unit": score.unit}
+    row |= {metric: score.values.get(metric) for metric in METRICS}
+    told = ("reference_volume", "prediction_volume", "lesions_found", "lesions_missed", "lesions_false")
+    return row | {name: getattr(score, name) for name in told}
 
 
 def account(

@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 
 from concilium.errors import StudyError
+from concilium.evaluation import evaluate
 from concilium.metrics import Pair
 from concilium.metrics.dice import metric as dice
 from concilium.predict import predict
@@ -48,6 +49,10 @@ def test_predictions_are_what_was_scored(model: str, run_folder: Path, phantom: 
         value = ids[case["label"]]
         a, b = (sitk.GetArrayFromImage(x) == value for x in (predicted, reference))
         assert dice(Pair(a, b, None)) == case["dice"]
+    evaluation = evaluate(tmp_path / "out", phantom / "test" / "labelsTr")
+    told = [{k: v for k, v in case.items() if k not in ("model", "site", "subset")} for case in scored]
+    assert list(evaluation.cases) == told  # `concilium evaluate` scores as a run does
+    assert evaluation.problems == evaluation.warnings == ()
 
 
 def test_the_command_needs_neither_the_sites_nor_their_data(run_folder: Path, phantom: Path, tmp_path: Path) -> None:

@@ -21,9 +21,11 @@ from concilium.data.matching import Space
 from concilium.data.patches import predict_logits
 from concilium.data.plan import Plan
 from concilium.data.preprocess import preprocess, restore
-from concilium.errors import ContractError, DataError
+from concilium.errors import DataError
 from concilium.messages import Evaluate, Evaluated, PlugIn, Score, Tensors
-from concilium.metrics import Pair, status
+from concilium.metrics import status
+from concilium.metrics._lesions import count_lesions
+from concilium.metrics._pairs import pairs
 
 
 def evaluate(
@@ -143,27 +145,24 @@ def score_labels(
 ) -> list[Score]:
     """Scores of every foreground label or region of one case; both label maps (X, Y, Z) in original geometry.
 
-    Where the reference says `ignore`, neither label map counts as anything.
+    Voxels that the reference says to `ignore` are left out.
 
     Raises:
-        ContractError: the label maps differ in shape.
+        ContractError: the label maps differ in shape, or hold something else than ids.
     """
-    if prediction.shape != reference.shape:
-        raise ContractError(
-            f"A prediction has shape {prediction.shape}, its reference {reference.shape}. They must be equal. Report this."
-        )
     functions = {m.name: partial(catalog.load("metrics", m.name), **m.options) for m in metrics}
     voxel = float(np.prod(spacing)) / 1000 if spacing else 1.0  # [ml], or [px]
     scores = []
-    if (ignore := ignored(labels)) is not None:
-        prediction = np.where(reference == ignore, 0, prediction)
-    for label, ids in foreground(labels).items():
-        pair = Pair(_holds(prediction, ids), _holds(reference, ids), spacing)
+    ignore = ignored(labels)
+    counted = None if ignore is None else reference != ignore
+    for label, pair in pairs(prediction, reference, foreground(labels), spacing, counted=counted):
         values = {name: function(pair) for name, function in functions.items()}
-        volumes = (float(pair.reference.sum()) * voxel, float(pair.prediction.sum()) * voxel)
-        scores.append(Score(case, patient, label, status(pair), pair.unit, values, *volumes))
+        volumes = [float(np.count_nonzero(mask)) * voxel for mask in (pair.reference, pair.prediction)]
+        lesions = count_lesions(pair)
+        scores.append(
+            Score(
+                case, patient, label, status(pair), pair.unit, values, volumes[0], volumes[1],
+                lesions.found, lesions.missed, lesions.false,
+            )
+        )  # fmt: skip
     return scores
-
-
-def _holds(label_map: NDArray[Any], ids: Sequence[int]) -> NDArray[np.bool_]:
-    return label_map == ids[0] if len(ids) == 1 else np.isin(label_map, ids)

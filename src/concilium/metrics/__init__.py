@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concilium.errors import ContractError
+from concilium.metrics._boxes import bounding_box, union
 from concilium.metrics._surfaces import Surfaces, measure
 
 
@@ -84,16 +85,25 @@ class Pair:
         return Pair(self.prediction.squeeze(axis), self.reference.squeeze(axis), spacing)
 
     @cached_property
+    def cropped(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Prediction and reference, squeezed and cut to the smallest box that holds both: all that a metric need read."""
+        flat = self.squeezed
+        found = [box for box in map(bounding_box, (flat.prediction, flat.reference)) if box is not None]
+        box = union(found) if found else (slice(0, 0),) * flat.reference.ndim
+        return flat.prediction[box], flat.reference[box]
+
+    @cached_property
     def surfaces(self) -> Surfaces:
         """Surface elements of the squeezed masks and their distances in `unit`, computed once for all metrics."""
-        flat = self.squeezed
-        spacing = flat.spacing or (1.0,) * flat.reference.ndim
-        return measure(flat.prediction, flat.reference, spacing=tuple(map(float, spacing)))
+        prediction, reference = self.cropped
+        spacing = self.squeezed.spacing or (1.0,) * reference.ndim
+        return measure(prediction, reference, spacing=tuple(map(float, spacing)))
 
 
 def status(pair: Pair) -> str:
     """Which masks are empty: `ok`, `empty_reference`, `empty_prediction` or `both_empty`."""
-    match bool(pair.prediction.any()), bool(pair.reference.any()):
+    prediction, reference = pair.cropped
+    match bool(prediction.any()), bool(reference.any()):
         case True, True:
             return "ok"
         case True, False:

@@ -15,7 +15,8 @@ def metric(pair: Pair) -> float | None:
 
     Empty masks: the rule of `concilium.metrics`.
     """
-    total = int(np.count_nonzero(pair.prediction)) + int(np.count_nonzero(pair.reference))
+    prediction, reference = pair.cropped
+    total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(reference))
     if total == 0:
         return None
-    return 2 * int(np.count_nonzero(pair.prediction & pair.reference)) / total
+    return 2 * int(np.count_nonzero(prediction & reference)) / total

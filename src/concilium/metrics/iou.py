@@ -15,7 +15,8 @@ def metric(pair: Pair) -> float | None:
 
     Empty masks: the rule of `concilium.metrics`.
     """
-    union = int(np.count_nonzero(pair.prediction | pair.reference))
+    prediction, reference = pair.cropped
+    union = int(np.count_nonzero(prediction | reference))
     if union == 0:
         return None
-    return int(np.count_nonzero(pair.prediction & pair.reference)) / union
+    return int(np.count_nonzero(prediction & reference)) / union
