@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from concilium.protocols import Round
 from concilium.study import Study, parse_study
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that studies can name `faults:...`
+
+from sessions import Watched, quick, rounds_without_south, watch
+
+Make = Callable[..., Study]
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +56,21 @@ def split_study(small_study: Callable[..., Study]) -> Callable[..., Study]:
         return small_study(**{"protocol__name": "splitfed", "test": False} | network | changes)
 
     return make
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """What the runs of a test show, watched from inside."""
+    return watch(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def make(split_study: Make) -> Make:
+    """As `split_study`, as quick as there is."""
+    return partial(quick, split_study)
+
+
+@pytest.fixture(scope="session")
+def without_south(split_study: Make, tmp_path_factory: pytest.TempPathFactory) -> list[Round]:
+    """Rounds of splitfed in which the south was out of the second."""
+    return rounds_without_south(split_study, tmp_path_factory.mktemp("without") / "run")

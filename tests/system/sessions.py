@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults import SECRET
+from safetensors.torch import load_file
 from torch import Tensor
 
 import concilium.run
 from concilium import wire
+from concilium.answers import Settings
 from concilium.answers.split import Session
 from concilium.engines import Engine
+from concilium.engines._workers import InlineWorker, News
 from concilium.messages import Front, Maps, Trained
 from concilium.optimization import state_of
 from concilium.protocols import Round
@@ -115,6 +119,18 @@ def quick(split_study: Make, **changes: Any) -> Study:
     return split_study(**small | changes)
 
 
+def weights(folder: Path, model: str = "splitfed") -> dict[str, Tensor]:
+    return load_file(folder / "weights" / f"{model}.safetensors")
+
+
+def at_site(folder: Path, site: str, model: str = "splitfed") -> dict[str, Tensor]:
+    return load_file(folder / "sites" / site / "models" / f"{model}.safetensors")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
 def lines(folder: Path, model: str = "splitfed") -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     return [line for line in found if line["model"] == model]
@@ -152,3 +168,26 @@ def rounds_without_south(split_study: Make, folder: Path) -> list[Round]:
         spoil(patch, "front", fails, step=0)
         run(quick(split_study, protocol__variant="v1"), folder)
     return rounds
+
+
+class Killed(BaseException):
+    """Stands for the signal that ends a process."""
+
+
+class Mortal(InlineWorker):
+    """A worker in this process that can die."""
+
+    def __init__(self, settings: Sequence[Settings], run: str, epochs: Mapping[str, int]) -> None:
+        super().__init__(settings, run, epochs)
+        self.hosted = (settings, run)
+
+    def news(self) -> list[News]:
+        try:
+            return super().news()
+        except Killed:
+            return [News("lost")]
+
+    def restart(self, epochs: Mapping[str, int]) -> None:
+        self._calls.clear()
+        self._begun = None
+        self._host = type(self._host)(*self.hosted, epochs)

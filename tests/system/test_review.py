@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sessions import Killed, Mortal
 
 import concilium.site
 from concilium import wire
 from concilium.answers import Settings
 from concilium.answers.train import Learner
 from concilium.engines import _workers, simulation
-from concilium.engines._workers import Call, Host, InlineWorker, News
+from concilium.engines._workers import Call, News
 from concilium.errors import CODES, DataError, StudyError
 from concilium.messages import (
     Done,
@@ -66,28 +67,6 @@ def fuse(tmp_path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------- workers that die, hang or are late
-
-
-class Killed(BaseException):
-    """Stands for the signal that ends a process."""
-
-
-class Mortal(InlineWorker):
-    """A worker in this process that can die."""
-
-    def __init__(self, settings: Sequence[Settings], run: str, epochs: Mapping[str, int]) -> None:
-        super().__init__(settings, run, epochs)
-        self.hosted = (settings, run)
-
-    def news(self) -> list[News]:
-        try:
-            return super().news()
-        except Killed:
-            return [News("lost")]
-
-    def restart(self, epochs: Mapping[str, int]) -> None:
-        self._calls.clear()
-        self._host = Host(*self.hosted, epochs)
 
 
 def break_training(monkeypatch: pytest.MonkeyPatch, broken: Callable[[str, int], BaseException | None]) -> None:

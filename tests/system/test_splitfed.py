@@ -12,7 +12,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
-from torch import Tensor
+from sessions import at_site, lines, same, weights
 from typer.testing import CliRunner
 
 import concilium
@@ -27,23 +27,6 @@ from concilium.study import Study, read_study, to_toml
 Make = Callable[..., Study]
 SITES = ("north", "south", "west")
 every_variant = pytest.mark.parametrize("variant", ["v1", "v2"])
-
-
-def weights(folder: Path, model: str = "splitfed") -> dict[str, Tensor]:
-    return load_file(folder / "weights" / f"{model}.safetensors")
-
-
-def at_site(folder: Path, site: str, model: str = "splitfed") -> dict[str, Tensor]:
-    return load_file(folder / "sites" / site / "models" / f"{model}.safetensors")
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def lines(folder: Path, model: str = "splitfed") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    return [line for line in found if line["model"] == model]
 
 
 # ------------------------------------------------------------------------------------------------------------- its end

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from faults import SECRET
 from safetensors.torch import load_file
-from sessions import SITES, Answer, Watched, fails, lines, quick, rounds_without_south, spoil, told, watch
+from sessions import SITES, Answer, Watched, fails, lines, spoil, told
 from torch import Tensor
 
 from concilium.answers import split
@@ -25,21 +24,6 @@ from concilium.study import Study
 
 Make = Callable[..., Study]
 every_variant = pytest.mark.parametrize("variant", ["v1", "v2"])
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    return watch(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def make(split_study: Make) -> Make:
-    return partial(quick, split_study)
-
-
-@pytest.fixture(scope="module")
-def without_south(split_study: Make, tmp_path_factory: pytest.TempPathFactory) -> list[Round]:
-    return rounds_without_south(split_study, tmp_path_factory.mktemp("without") / "run")
 
 
 def maps(change: Callable[[list[Tensor]], Sequence[Tensor]]) -> Answer:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sessions import SITES, Watched, lines, quick, rounds_without_south, spoil, told, watch
+from sessions import SITES, Killed, Mortal, Watched, lines, spoil, told
 
-from concilium.answers import Settings
 from concilium.engines import simulation
-from concilium.engines._workers import InlineWorker, News
 from concilium.engines.simulation import Simulation
 from concilium.messages import Reply
 from concilium.protocols import Round
@@ -23,25 +20,6 @@ from concilium.study import Study
 
 Make = Callable[..., Study]
 every_variant = pytest.mark.parametrize("variant", ["v1", "v2"])
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    return watch(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def make(split_study: Make) -> Make:
-    return partial(quick, split_study)
-
-
-@pytest.fixture(scope="module")
-def without_south(split_study: Make, tmp_path_factory: pytest.TempPathFactory) -> list[Round]:
-    return rounds_without_south(split_study, tmp_path_factory.mktemp("without") / "run")
-
-
-class Killed(BaseException):
-    """Stands for the signal that ends a process."""
 
 
 @every_variant
@@ -68,25 +46,6 @@ def test_a_site_that_takes_longer_than_a_round_may_is_left_out_of_it(
     spoil(monkeypatch, "tail", lambda reply: time.sleep(5.0) or reply, step=0)
     outcome = run(make(protocol__variant=variant, protocol__round_seconds=4.0), tmp_path / "run")
     told(outcome, code="no reply within")
-
-
-class Mortal(InlineWorker):
-    """A worker in this process that can die."""
-
-    def __init__(self, settings: Sequence[Settings], run: str, epochs: Mapping[str, int]) -> None:
-        super().__init__(settings, run, epochs)
-        self.hosted = (settings, run)
-
-    def news(self) -> list[News]:
-        try:
-            return super().news()
-        except Killed:
-            return [News("lost")]
-
-    def restart(self, epochs: Mapping[str, int]) -> None:
-        self._calls.clear()
-        self._begun = None
-        self._host = type(self._host)(*self.hosted, epochs)
 
 
 @pytest.fixture
