@@ -6,7 +6,7 @@ models and optimisers, and writes snapshots and a checkpoint. This measures that
     python benchmarks/federation_overhead.py                                    # the built-in phantom
     python benchmarks/federation_overhead.py --study studies/hippocampus.toml
 
-The federated side is `concilium.run.run`. Its time counts from the first request to train to the last checkpoint. The plain
+The federated side is `concilium.run`. Its time counts from the first request to train to the last checkpoint. The plain
 side is nnU-Net's own: its network, data set, loader, loss and step, on the cases that the run prepared, with the same transforms,
 optimiser, precision and threads, in one loop over the cases of all sites. They take turns, in one process: a round, then as many
 steps as all sites took in it. A short run of both goes before, to prepare the cases and to warm up.
@@ -43,9 +43,9 @@ from concilium.data.plan import Plan, open_plan
 from concilium.data.preprocess import label_rules, open_prepared
 from concilium.demo import demo_study
 from concilium.engines.simulation import Simulation
+from concilium.line import Event, run
 from concilium.messages import Train
 from concilium.optimization import autocast, make_optimizer
-from concilium.run import Event, run
 from concilium.study import Study, read_study, training_of
 
 TARGET_TIME, TARGET_BYTES = 1.10, 1.01

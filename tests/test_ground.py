@@ -18,13 +18,14 @@ PACKAGE = ROOT / "src" / "concilium"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc", "base", "manager"}
 MAX_LINES, MAX_FUNCTION_LINES = 300, 50
-LONGER = {"messages.py": 400, "study.py": 400, "data/dataset.py": 320}
-"""File -> lines it may have. `messages.py` is the one list of what may leave a site, `study.py` that of what a study may say."""
+LONGER = {"messages.py": 420, "data/plan.py": 310}
+"""File -> lines it may have. `messages.py` is the one list of what may leave a site."""
 UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 UNSAFE_CALLS = {"torch.load", "torch.save", "eval", "exec"}
 MAY_CALL = {"exports/_torch_file.py": {"torch.save"}}
 """nnU-Net and MONAI read nothing but PyTorch's own format. Writing it executes nothing; nothing here reads it."""
-PRINTS = {"cli.py"}
+PRINTS: set[str] = set()
+"""Files that may print; the commands use consoles."""
 PLUG_INS = (
     *("aggregation", "attacks", "collect", "defences", "engines", "exports", "filters", "local_updates", "losses"),
     *("metrics", "networks", "protocols", "reports"),

@@ -485,7 +485,7 @@ def test_between_hospitals_each_site_knows_where_its_data_lie(tmp_path: Path) ->
 # ------------------------------------------------------------------------------------- every message of the package
 
 OURS = {"StudyError", "DataError", "EngineError", "PrivacyError", "ContractError"}
-PASSED_ON = {"run.py", "preparation.py", "training.py"}
+PASSED_ON = {"line.py", "preparation.py", "training.py"}
 """Files that raise with a sentence made elsewhere, from a site's failure."""
 WITHOUT_A_VALUE = (
     "A model that never trained here was asked for.",

@@ -22,6 +22,7 @@ def predict(
     *,
     model: str | None = None,
     device: str = "auto",
+    precision: str | None = None,
     watch: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[tuple[str, str]]:
     """Write a label map for every image of a folder; the cases that could not be segmented, with the reason.
@@ -30,6 +31,7 @@ def predict(
         run: a run folder.
         images: files named CASE_0000.ENDING, one per channel, as in nnU-Net's imagesTs.
         model: as in results.json, such as `federated` or `local:north`; omitted: the study's own protocol.
+        precision: to compute in, `float32`, `bfloat16` or `float16`; omitted: that of training, in which the model was scored.
         watch: is told each case, its number and how many there are.
 
     Raises:
@@ -55,7 +57,7 @@ def predict(
         networks=[network.to(where) for network in networks],
         device=where,
         mirror=t.mirror,
-        precision=t.precision,
+        precision=precision or t.precision,
     )
     out.mkdir(parents=True, exist_ok=True)
     skipped: list[tuple[str, str]] = []

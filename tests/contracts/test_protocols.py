@@ -163,7 +163,7 @@ def pool() -> ToyEngine:
 
 
 def running(name: str, engine: ToyEngine, start: Round | None = None, **changes: Any) -> Iterator[Round]:
-    """The rounds of a protocol with everything that `run.py` supplies, and what a study must give."""
+    """The rounds of a protocol with everything that `line.py` supplies, and what a study must give."""
     sites = [s for s, info in engine.sites.items() if (info.role == "pooled") == (name == "centralized")]
     supplied: dict[str, Any] = {
         "model": "m", "collect": plain, "rule": mean, "rounds": 3, "steps": dict.fromkeys(sites, 1), "min_sites": 1,

@@ -18,7 +18,7 @@ from concilium.data.fingerprint import fingerprint_of_case, merge
 from concilium.data.plan import Plan, make_plans, open_plan
 from concilium.data.preprocess import prepare, prepared_key, preprocess, restore
 from concilium.errors import StudyError
-from concilium.run import run
+from concilium.line import run
 from concilium.study import parse_study
 
 Site = tuple[Dataset, Callable[..., Plan]]

@@ -19,7 +19,7 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
-from concilium.run import run
+from concilium.line import run
 from concilium.study import parse_study
 
 pytestmark = pytest.mark.slow

@@ -21,6 +21,7 @@ from concilium.answers import Settings
 from concilium.engines import ask, flare
 from concilium.engines.flare import Flare, Place
 from concilium.errors import ContractError, EngineError, StudyError
+from concilium.line import run
 from concilium.messages import (
     Done,
     Failure,
@@ -38,7 +39,6 @@ from concilium.messages import (
     Trained,
     Training,
 )
-from concilium.run import run
 from concilium.site import Site
 from concilium.study import parse_study
 from concilium.wire import Envelope

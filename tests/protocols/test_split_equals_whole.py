@@ -161,7 +161,7 @@ def first_weights(job: Job) -> dict[str, Tensor]:
 
 
 def running(protocol: Any, engine: Engine, jobs: Mapping[str, Job], **changes: Any) -> Iterator[Round]:
-    """The rounds of a protocol with what `run.py` supplies."""
+    """The rounds of a protocol with what `line.py` supplies."""
     job = next(iter(jobs.values()))
     supplied: dict[str, Any] = {
         "model": "m", "collect": plain, "rule": mean, "rounds": 1, "steps": dict.fromkeys(jobs, STEPS),

@@ -14,17 +14,17 @@ from faults import SECRET
 from safetensors.torch import load_file
 from torch import Tensor
 
-import concilium.run
+import concilium.line
 from concilium import wire
 from concilium.answers import Settings
 from concilium.answers.split import Session
 from concilium.engines import Engine
 from concilium.engines._workers import InlineWorker, News
+from concilium.line import Event, Outcome, run
 from concilium.messages import Front, Maps, Trained
 from concilium.optimization import state_of
 from concilium.protocols import Round
 from concilium.record import Record
-from concilium.run import Event, Outcome, run
 from concilium.study import Study
 
 Make = Callable[..., Study]
@@ -55,7 +55,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Have what the next runs do seen."""
     seen = Watched()
     front, finish, commit = Session.front, Session.finish, Record.commit
-    connect, pack = concilium.run._connect, wire.pack
+    connect, pack = concilium.line._connect, wire.pack
 
     def fronts(self: Session, request: Front, cancelled: Any) -> Maps:
         if request.step == 0:
@@ -80,7 +80,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watched:
     monkeypatch.setattr(Session, "front", fronts)
     monkeypatch.setattr(Session, "finish", finishes)
     monkeypatch.setattr(Record, "commit", commits)
-    monkeypatch.setattr(concilium.run, "_connect", connects)
+    monkeypatch.setattr(concilium.line, "_connect", connects)
     monkeypatch.setattr(wire, "pack", lambda message: seen.sent.append(pack(message)) or seen.sent[-1])
     return seen
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from concilium import wire
 from concilium.errors import DataError, EngineError
-from concilium.run import run
+from concilium.line import run
 from concilium.study import Study
 
 Make = Callable[..., Study]

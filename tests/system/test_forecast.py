@@ -14,8 +14,8 @@ import torch
 from concilium.data.plan import open_plan
 from concilium.errors import StudyError
 from concilium.forecast import SplitBytes, split_bytes
+from concilium.line import run
 from concilium.networks import make_network
-from concilium.run import run
 from concilium.study import Study
 
 Make = Callable[..., Study]

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from skimage import io
 
+from concilium.line import run
 from concilium.predict import predict
 from concilium.reports.table import build, to_text
-from concilium.run import run
 from concilium.study import Study
 
 Make = Callable[..., Study]

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file
 
 from concilium.data.phantom import DEFAULT_SITES, write_phantom
 from concilium.errors import DataError, StudyError
+from concilium.line import Outcome, run
 from concilium.metrics import Pair
 from concilium.metrics.dice import metric as dice
 from concilium.predict import predict
-from concilium.run import Outcome, run
 from concilium.study import Study
 
 Make = Callable[..., Study]

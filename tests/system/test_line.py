@@ -15,7 +15,7 @@ from torch import Tensor
 import concilium
 import concilium.messages
 from concilium import wire
-from concilium.run import Outcome, run
+from concilium.line import Outcome, run
 from concilium.study import Study
 
 Make = Callable[..., Study]

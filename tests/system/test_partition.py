@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import equal
 
 from concilium.errors import DataError
-from concilium.run import Event, run
+from concilium.line import Event, run
 from concilium.study import Study, parse_study, read_study
 
 SITES = ("north", "south", "west")

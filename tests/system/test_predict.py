@@ -15,10 +15,10 @@ import SimpleITK as sitk
 
 from concilium.errors import StudyError
 from concilium.evaluation import evaluate
+from concilium.line import run
 from concilium.metrics import Pair
 from concilium.metrics.dice import metric as dice
 from concilium.predict import predict
-from concilium.run import run
 from concilium.study import Study
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from concilium.errors import StudyError
-from concilium.run import Event, run
+from concilium.line import Event, run
 from concilium.study import Study, to_toml
 
 Make = Callable[..., Study]

@@ -27,6 +27,7 @@ from concilium.answers.train import Learner
 from concilium.engines import _workers, simulation
 from concilium.engines._workers import Call, News
 from concilium.errors import CODES, DataError, StudyError
+from concilium.line import Event, run
 from concilium.messages import (
     Done,
     Forget,
@@ -42,7 +43,6 @@ from concilium.messages import (
     Trained,
 )
 from concilium.record import Record
-from concilium.run import Event, run
 from concilium.site import Site
 from concilium.study import Study
 from concilium.wire import Envelope, write_tensors

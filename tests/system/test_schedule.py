@@ -27,8 +27,8 @@ from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess, restore
 from concilium.errors import StudyError
 from concilium.finished import finished_models, open_finished
+from concilium.line import Event, Outcome, run
 from concilium.messages import Evaluate
-from concilium.run import Event, Outcome, run
 from concilium.site import Site
 from concilium.study import Study, parse_study, read_study, to_toml
 

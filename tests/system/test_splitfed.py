@@ -19,9 +19,9 @@ import concilium
 from concilium.answers.split import Session
 from concilium.cli import app
 from concilium.data.plan import open_plan
+from concilium.line import Event, Outcome, run
 from concilium.networks import cut_apart, make_network
 from concilium.protocols._body import Body
-from concilium.run import Event, Outcome, run
 from concilium.study import Study, read_study, to_toml
 
 Make = Callable[..., Study]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from concilium.answers import split
 from concilium.errors import EngineError
+from concilium.line import Event, run
 from concilium.messages import Gradients, Maps
 from concilium.protocols import Round
-from concilium.run import Event, run
 from concilium.study import Study
 
 Make = Callable[..., Study]

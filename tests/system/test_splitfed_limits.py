@@ -15,10 +15,10 @@ from concilium import wire
 from concilium.data.plan import open_plan
 from concilium.engines.simulation import Simulation
 from concilium.errors import EngineError, StudyError
+from concilium.line import run
 from concilium.messages import Maps, Tail
 from concilium.networks import cut_apart, make_network
 from concilium.protocols._body import Body
-from concilium.run import run
 from concilium.study import Study, read_study
 
 Make = Callable[..., Study]

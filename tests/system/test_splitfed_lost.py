@@ -13,9 +13,9 @@ from sessions import SITES, Killed, Mortal, Watched, lines, spoil, told
 
 from concilium.engines import simulation
 from concilium.engines.simulation import Simulation
+from concilium.line import Event, run
 from concilium.messages import Reply
 from concilium.protocols import Round
-from concilium.run import Event, run
 from concilium.study import Study
 
 Make = Callable[..., Study]

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from concilium.answers.split import Session
+from concilium.line import Event, run
 from concilium.protocols._body import Body
-from concilium.run import Event, run
 from concilium.study import Study, to_toml
 
 Make = Callable[..., Study]

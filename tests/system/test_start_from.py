@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import concilium.run
+import concilium.line
 from concilium.data.plan import open_plan
 from concilium.errors import DataError, StudyError
+from concilium.line import Event, Outcome, run
 from concilium.messages import Tensors
 from concilium.networks.nnunet import to_library
 from concilium.protocols import Round, start_with
-from concilium.run import Event, Outcome, run
 from concilium.study import Study
 
 Make = Callable[..., Study]
@@ -33,7 +33,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[Tensors]:
         seen.append({name: t.clone() for name, t in weights.items()})
         return start_with(weights)
 
-    monkeypatch.setattr(concilium.run, "start_with", starting)
+    monkeypatch.setattr(concilium.line, "start_with", starting)
     return seen
 
 

@@ -116,15 +116,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         batches,
         dataset.channels,
     )
-    warnings = [] if parts["validation"] or not trains else ["No validation cases: the site has a single patient."]
-    if 1 < len({e.patient for e in usable}) < request.folds:
-        warnings.append("Fewer patients than folds: as many folds as patients.")
-    if settings.role != "pooled" and not all(e.dataset.patients_known for e in found):
-        warnings.append(
-            "Patients unknown (no complete patient table in dataset.json): cases count as patients, intervals may be too narrow."
-        )
-    if dataset.translation is not None and len(settings.data) == 1:  # the pool's members have told it themselves
-        warnings += dataset.translation.notes
+    warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
     reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
     return reply, job, excluded
@@ -143,6 +135,23 @@ def _agreed(request: Prepare) -> Space | None:
             f"The server tells labels {dict(request.labels)}. {problem}. Do not take part in this study."
         )
     return Space(request.channels, request.labels)
+
+
+def _warnings(
+    settings: Settings, request: Prepare, found: Sequence[Entry], usable: Sequence[Entry], *, validated: bool
+) -> list[str]:
+    """What the server is told besides: sentences of this list, without names."""
+    trains, dataset = settings.role != "test", found[0].dataset
+    warnings = [] if validated or not trains else ["No validation cases: the site has a single patient."]
+    if 1 < len({e.patient for e in usable}) < request.folds:
+        warnings.append("Fewer patients than folds: as many folds as patients.")
+    if settings.role != "pooled" and not all(e.dataset.patients_known for e in found):
+        warnings.append(
+            "Patients unknown (no complete patient table in dataset.json): cases count as patients, intervals may be too narrow."
+        )
+    if dataset.translation is not None and len(settings.data) == 1:  # the pool's members have told it themselves
+        warnings += dataset.translation.notes
+    return warnings
 
 
 def _builder(request: Prepare, plan: Plan, dataset: Dataset) -> Callable[..., Stages]:

@@ -95,7 +95,7 @@ def make_plans(  # noqa: PLR0913  (options of the study)
     Args:
         fingerprint: of all sites together. Its number of cases takes the place of `numTraining`.
         labels: with background.
-        configuration: which one `batch_size` and `patch_size` are for, and which must exist: one of `CONFIGURATIONS`.
+        configuration: which one `batch_size` and `patch_size` are for; it must exist.
         planner: one of `PLANNERS`.
         memory_gb: GPU memory to plan for; omitted, the planner's own (8, 8, 24, 40). Never that of a site.
         base_features: channels at full resolution (nnU-Net: 32). Narrower networks get larger patches or batches.
@@ -109,17 +109,15 @@ def make_plans(  # noqa: PLR0913  (options of the study)
         DataError: no case has foreground, or the images are flat along an axis that nnU-Net does not take for the slices'.
     """
     _check(configuration, planner, memory_gb=memory_gb, base_features=base_features, batch_size=batch_size)
+    flat = all(g.spacing == FLAT for g in fingerprint.geometry)
     description = {
         "channel_names": {str(i): name for i, name in enumerate(channels)},
         **labels_to_nnunet(labels),
         "numTraining": fingerprint.n_cases,
         "file_ending": file_ending,
-        "overwrite_image_reader_writer": reader_name(
-            file_ending, flat=all(g.spacing == FLAT for g in fingerprint.geometry)
-        ),
-        "dataset": {
-            "case": {"images": [f"case_0000{file_ending}"], "label": f"case{file_ending}"}
-        },  # asked for, never opened
+        "overwrite_image_reader_writer": reader_name(file_ending, flat=flat),
+        # asked for, never opened
+        "dataset": {"case": {"images": [f"case_0000{file_ending}"], "label": f"case{file_ending}"}},
     }
     options = {} if memory_gb is None else {"gpu_memory_target_in_gb": memory_gb}
     with _folders(description, to_nnunet(fingerprint)):

@@ -16,8 +16,8 @@ from concilium.deployment.kits import TEST, About, certificates, locked, read_ab
 from concilium.engines import flare
 from concilium.engines._frames import SERVER
 from concilium.errors import StudyError
+from concilium.line import Outcome, run
 from concilium.preparation import Event
-from concilium.run import Outcome, run
 from concilium.study import Study
 
 

@@ -1,0 +1,202 @@
+"""Concilium from Python: run a study, look at what came out as tables, use the models. The commands are thin calls of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from concilium.errors import StudyError
+
+if TYPE_CHECKING:  # torch and pandas take seconds to load
+    import pandas
+
+    from concilium.preparation import Event
+    from concilium.study import Study
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """results.json, as it is (its schema: results.schema.json of the package)."""
+        import json
+
+        found: dict[str, Any] = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was done as asked; `problems` says what was not."""
+        return bool(self.results["complete"])
+
+    @property
+    def exit_code(self) -> int:
+        """That of the command: 0, or 4 where something was not as asked."""
+        return 0 if self.complete else 4
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What was not as asked."""
+        return tuple(self.results["problems"])
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that `predict` and `export` take."""
+        from concilium.finished import finished_models
+
+        return finished_models(self.folder)
+
+    @property
+    def cases(self) -> pandas.DataFrame:
+        """Every score: a row per model, seed, case and label."""
+        return self._table("cases")
+
+    @property
+    def summary(self) -> pandas.DataFrame:
+        """Means over patients, with 95 % intervals: a row per model, site, subset, label and metric."""
+        return self._table("summary")
+
+    @property
+    def comparisons(self) -> pandas.DataFrame:
+        """Paired differences between every two models."""
+        return self._table("comparisons")
+
+    @property
+    def rounds(self) -> pandas.DataFrame:
+        """What every round took and told: a row per model, round and site that answered."""
+        import json
+
+        import pandas
+
+        lines = [json.loads(line) for line in (self.folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+        return pandas.DataFrame(
+            {"model": line["model"], "round": line["round"], "site": site, **took}
+            for line in lines
+            for site, took in line["sites"].items()
+        )
+
+    def predict(
+        self,
+        images: str | Path,
+        out: str | Path,
+        *,
+        model: str | None = None,
+        device: str = "auto",
+        precision: str | None = None,
+        watch: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> list[tuple[str, str]]:
+        """Write a label map for every image of a folder; the cases that could not be segmented, with the reason."""
+        from concilium.predict import predict
+
+        return predict(
+            self.folder, Path(images), Path(out), model=model, device=device, precision=precision, watch=watch
+        )
+
+    @property
+    def report_file(self) -> Path:
+        """Where `report` writes, and a run at its end."""
+        return self.folder / "report.html"
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the report, one HTML file that needs nothing else; where it is."""
+        from concilium.reports.html import write_report
+
+        return write_report(self.folder, out=None if out is None else Path(out))
+
+    def export(
+        self, out: str | Path, *, format: str, model: str | None = None, intended_use: str | None = None
+    ) -> tuple[Path, str]:
+        """Write a model for other programs: the folder, and the command that uses it next."""
+        from concilium.exports import export_run
+
+        return export_run(self.folder, Path(out), format=format, model=model, intended_use=intended_use)
+
+    def _table(self, name: str) -> pandas.DataFrame:
+        import pandas
+
+        return pandas.DataFrame(self.results[name])
+
+
+def run(
+    study: str | Path | Mapping[str, Any] | Study,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    seeds: int | None = None,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Run:
+    """Run a study into the folder `out` (default: `runs/NAME`).
+
+    Args:
+        study: a study file, or the same as nested mappings (paths are then relative to the current directory).
+        resume: go on from the last complete round of the run in `out`.
+        seeds: train every model with so many seeds, in place of the study's number.
+        watch: is told what happens.
+
+    Raises:
+        StudyError, DataError, EngineError, PrivacyError: it could not be finished; what there is lies in `out`.
+    """
+    from concilium.line import run as run_study
+    from concilium.study import parse_study, read_study, with_seeds
+
+    if isinstance(study, str | Path):
+        study = read_study(Path(study))
+    elif isinstance(study, Mapping):
+        study = parse_study(study, folder=Path.cwd())
+    study = with_seeds(study, seeds)
+    folder = Path("runs") / study.study.name if out is None else Path(out)
+    return reported(run_study(study, folder, resume=resume, watch=watch).folder, watch)
+
+
+def reported(folder: Path, watch: Callable[[Event], None]) -> Run:
+    """The run in this folder, with its report; one that cannot be made does not undo the run."""
+    from concilium.preparation import Event
+
+    found = Run(folder)
+    try:
+        found.report()
+    except Exception as e:
+        watch(Event("warning", f"No report could be made: {type(e).__name__}: {e}"))
+    return found
+
+
+def table(
+    runs: Sequence[Run | str | Path],
+    *,
+    format: str = "markdown",
+    metrics: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    subset: str | None = None,
+    margin: float | None = None,
+) -> str:
+    """Models by labels and metrics with intervals and paired differences, as `latex`, `csv` or `markdown`.
+
+    Args:
+        runs: each becomes a group of columns.
+        metrics: of dice, iou, hd95, nsd; omitted: dice and hd95.
+        labels: omitted: all, if the runs have the same.
+        subset: `test` or `validation`; omitted: test where there is one.
+        margin: judge non-inferiority by it, from the end of the interval.
+    """
+    from concilium.reports.table import build, read_runs, to_text
+
+    folders = [run.folder if isinstance(run, Run) else Path(run) for run in runs]
+    return to_text(build(read_runs(folders), metrics=metrics, labels=labels, subset=subset, margin=margin), format)
+
+
+def open_run(folder: str | Path) -> Run:
+    """A run that is there already.
+
+    Raises:
+        StudyError: the folder holds none.
+    """
+    folder = Path(folder)
+    if not (folder / "results.json").is_file():
+        raise StudyError(f"{folder} is no run folder: it has no results.json. Give the folder that a run wrote.")
+    return Run(folder)

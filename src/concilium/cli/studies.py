@@ -1,0 +1,67 @@
+"""Commands about studies, on one machine: look at the data, run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from concilium.cli._shown import Out, Resume, progress_bar, show_run, shown
+
+
+def demo(out: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/demo")) -> None:
+    """The main job on built-in data: three synthetic sites; local, federated, centralized (about 3 minutes on 2 cores)."""
+    from concilium.demo import demo_study
+
+    _run(demo_study(out), out, resume=False)
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="Study file (TOML).")],
+    out: Out = None,
+    resume: Resume = False,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Train every model with so many seeds. Default: the study's.")
+    ] = None,
+) -> None:
+    """Run a study: fingerprint, plan, train, score."""
+    from concilium.study import read_study, with_seeds
+
+    read = with_seeds(read_study(study), seeds)
+    _run(read, out or Path("runs") / read.study.name, resume=resume)
+
+
+def check(
+    what: Annotated[
+        list[Path], typer.Argument(help="Study file (TOML), or nnU-Net raw folders.", metavar="STUDY|DATASET...")
+    ],
+    test: Annotated[Path | None, typer.Option("--test", help="Held-out set, beside raw folders.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="File for all findings. It names cases: keep it.")] = None,
+    show: Annotated[int, typer.Option("--show", min=1, help="Cases to list for each kind of finding.")] = 20,
+) -> None:
+    """Say everything that is wrong with the data, before anything runs. Runs where they lie, sends nothing, changes nothing."""
+    from concilium.data.check import check as check_data
+    from concilium.reports.findings import lines, to_json
+    from concilium.study import data_sets
+
+    sites, held_out, folds = data_sets(what, test)
+    with progress_bar() as progress:
+        task = progress.add_task("Checking", total=None, note="")
+        checked = check_data(
+            sites, test=held_out, folds=folds,
+            watch=lambda n, total, case: progress.update(task, completed=n, total=total, note=case),
+        )  # fmt: skip
+    for style, line in lines(checked, most=show):
+        shown.print(line, style=style, markup=False, soft_wrap=not shown.is_terminal)
+    if json:
+        json.write_text(to_json(checked), encoding="utf-8")
+    if checked.n("error"):
+        raise typer.Exit(3)
+
+
+def _run(study: Any, out: Path, *, resume: bool) -> None:
+    from concilium import api
+
+    again = f"concilium run {out / 'study.toml'} --out {out} --resume"
+    show_run(lambda watch: api.run(study, out, resume=resume, watch=watch), again)

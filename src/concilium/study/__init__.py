@@ -1,0 +1,20 @@
+"""The study file: what it may say (`tables.py`), how it is read and written (`reading.py`), and its variants."""
+
+from __future__ import annotations
+
+from concilium.study.data_sets import data_sets
+from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
+from concilium.study.tables import SiteTable, StartTable, Study, training_of, with_seeds
+
+__all__ = [
+    "RESERVED",
+    "SiteTable",
+    "StartTable",
+    "Study",
+    "data_sets",
+    "parse_study",
+    "read_study",
+    "to_toml",
+    "training_of",
+    "with_seeds",
+]

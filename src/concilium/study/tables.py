@@ -1,0 +1,176 @@
+"""What a study may say: a frozen dataclass for each table of the file. A default is what an omitted key means."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from concilium.data.partition import Partition
+from concilium.data.shifts import Shift
+from concilium.messages import PlugIn, Training
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    name: str
+    seed: int = 0
+    max_excluded: float = 0.1
+    """Largest share of a site's cases that may be set aside before the study stops."""
+    seeds: int = 1
+    """Every model is trained with so many seeds: `seed`, `seed` + 1, ..."""
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    data: Path | None = None
+    """nnU-Net raw folder: dataset.json, imagesTr, labelsTr. Between hospitals each site knows its own, and this is not read."""
+    values: tuple[str, ...] | None = None
+    """In a partition by key or csv: the values of the site's cases; omitted: its name."""
+    share: float | None = None
+    """In a partition by size: its part of the patients, relative to the others'; omitted by all: equal parts."""
+    annotated: tuple[str, ...] | None = None
+    """In a partition by labels: the labels that its label maps keep."""
+    shift: Shift | None = None
+    """What is done to its images, in a simulation."""
+    labels: Mapping[str, str] | None = None
+    """Its own names of labels, where they differ -> the study's. Between hospitals: `label_names` in the site's `site.toml`."""
+    channels: Mapping[str, str] | None = None
+    """The same of channels (`channel_names`)."""
+
+
+@dataclass(frozen=True)
+class ProtocolTable:
+    rounds: int
+    name: str = "federated"
+    steps: int | None = None
+    """Optimiser steps per site and round ..."""
+    epochs: float | None = None
+    """... or passes over the site's own training cases per round."""
+    compare: tuple[Literal["local", "centralized"], ...] = ()
+    min_sites: int | None = None
+    """A round in which fewer sites answer stops the study; omitted: 2, or 1 where there is only one site."""
+    round_seconds: float | None = None
+    """Deadline of a round; omitted: none."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The protocol's own, which stand in the same table."""
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    configuration: str = "3d_fullres"
+    planner: Literal["default", "resenc_m", "resenc_l", "resenc_xl"] = "default"
+    memory_gb: float | None = None
+    """GPU memory that the plan is made for; omitted: the planner's own (8 GB for the default)."""
+    exact_geometry: bool = False
+    """Let sites tell the shape and spacing of every case in full; otherwise binned."""
+
+
+@dataclass(frozen=True)
+class StartTable:
+    """What stands in `[network]` beside the network's own options, and is the server's business."""
+
+    weights: Path | None = None
+    """Start from these: a run folder (`RUN`, or `RUN#MODEL`), nnU-Net's model folder, a .safetensors or .pth file."""
+    min_matched: float = 0.9
+    """Smallest share of the network's values, heads not counted, that the weights must give."""
+
+
+@dataclass(frozen=True)
+class PreprocessingTable:
+    name: Literal["nnunet", "resize"] = "nnunet"
+    """nnU-Net's own, or every image at one size, which is then one patch."""
+    size: tuple[int, ...] | None = None
+    """Of resize: voxels along the last two axes (configuration 2d) or all three, the file's last axis first."""
+    intensity: Literal["zscore", "0-1"] | tuple[float, ...] = "zscore"
+    """Of resize: each image's mean and deviation to 0 and 1, its range to 0 to 1, or the range from low to high."""
+
+
+@dataclass(frozen=True)
+class TrainingTable:
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: float | None = None
+    """Omitted: 0.01 for sgd (nnU-Net's), 0.001 for adam and adamw."""
+    weight_decay: float = 3e-5
+    momentum: float = 0.99
+    batch_size: int | None = None
+    patch_size: tuple[int, ...] | None = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    foreground: float = 0.33
+    mirror: bool = True
+    augmentation: Literal["nnunet", "none"] = "nnunet"
+    clip_norm: float = 12.0
+    deep_supervision: bool = True
+    loader_workers: int = 0
+
+
+@dataclass(frozen=True)
+class ValidationTable:
+    folds: int = 5
+    fold: int | Literal["all"] = 0
+    """`all`: every model is trained once per fold, and the members of a model together segment the test set."""
+    every: int | None = None
+    """Score the validation cases after every so many rounds, for the curves; omitted: only at the end."""
+    select: Literal["last", "best"] = "last"
+    """Which weights a model ends with: those of the last round, or of the scored round whose validation Dice is best."""
+    leave_one_site_out: bool = False
+    """Train also once without each site, and score there."""
+    tolerance: float = 1.0
+    """Of the normalised surface Dice: mm where the spacing is known, pixels where not."""
+
+
+@dataclass(frozen=True)
+class EngineTable:
+    name: str = "simulation"
+    workers: int = 1
+    """1: sites are answered one at a time in this process; more: in that many processes."""
+    threads: int = 0
+    """Threads a site computes with; 0: the machine's cores divided by the workers. Other thread counts give other bits."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cache: Path | None = None
+    """Folder for preprocessed cases; omitted: inside the run folder."""
+    pictures: bool = True
+    """Whether sites keep a picture of each scored case, for the report of a simulation and for their own."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that a run depends on."""
+
+    study: StudyTable
+    sites: Mapping[str, SiteTable]
+    protocol: ProtocolTable
+    test: SiteTable | None = None
+    partition: Partition | None = None
+    """One data set that is divided into the sites; omitted: every site has its own."""
+    plan: PlanTable = PlanTable()
+    preprocessing: PreprocessingTable = PreprocessingTable()
+    network: PlugIn = PlugIn("nnunet")
+    start: StartTable = StartTable()
+    """Its keys stand in `[network]`."""
+    training: TrainingTable = TrainingTable()
+    aggregation: PlugIn = PlugIn("mean")
+    collect: PlugIn = PlugIn("plain")
+    loss: PlugIn = PlugIn("dice_ce")
+    local_update: PlugIn = PlugIn("plain")
+    validation: ValidationTable = ValidationTable()
+    engine: EngineTable = EngineTable()
+    variants: Mapping[str, Study] = field(default_factory=dict)
+    """The same study with some tables replaced, by name; trained in the same run on the same folds."""
+
+
+def with_seeds(study: Study, seeds: int | None) -> Study:
+    """The study, with so many seeds in place of its own."""
+    return study if seeds is None else dataclasses.replace(study, study=dataclasses.replace(study.study, seeds=seeds))
+
+
+def training_of(study: Study) -> Training:
+    """The part of the study that a site needs to train."""
+    t = study.training
+    rate = t.learning_rate if t.learning_rate is not None else (0.01 if t.optimizer == "sgd" else 0.001)
+    return Training(
+        t.optimizer, rate, t.weight_decay, t.momentum, t.precision, t.foreground, t.mirror, t.augmentation, t.clip_norm,
+        t.deep_supervision, t.loader_workers, study.loss, study.local_update,
+    )  # fmt: skip
