@@ -95,9 +95,7 @@ def build(
     Raises:
         StudyError: the plan asks for another network or layer, or for another width than `base_features`.
     """
-    arguments = _arguments(plan)
-    if base_features is not None:
-        _check_width(arguments, base_features)
+    check_plan(plan, base_features)
     return _stages(_library(plan, n_channels, n_labels), deep_supervision=deep_supervision)
 
 
@@ -203,10 +201,12 @@ def _layer(key: str, name: str) -> str:
     return f"torch.nn.{found.__name__}"
 
 
-def _check_width(arguments: Mapping[str, Any], base_features: int) -> None:
+def check_plan(plan: Mapping[str, Any], base_features: int | None = None) -> None:
+    """Raise StudyError where the plan asks for another network or layer, or for another width than `base_features`."""
+    arguments = _arguments(plan)
     planned = list(arguments["features_per_stage"])
     most = _MAX_FEATURES[2 if arguments["conv_op"].endswith("2d") else 3]
-    if planned != [min(most, base_features * 2**i) for i in range(arguments["n_stages"])]:
+    if base_features is not None and planned != [min(most, base_features * 2**i) for i in range(arguments["n_stages"])]:
         raise StudyError(
             f"base_features {base_features} disagrees with the plan, whose stages have {', '.join(map(str, planned))} features. "
             f"Each stage doubles base_features, up to {most}. Plan again with it, or leave it out."
