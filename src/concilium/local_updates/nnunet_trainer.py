@@ -26,6 +26,7 @@ from concilium.data.preprocess import Prepared
 from concilium.errors import ContractError, StudyError
 from concilium.local_updates import Local
 from concilium.networks import as_stages
+from concilium.networks._plan import check_plan
 from concilium.networks.nnunet_trainer import construct, initialize, refused
 
 _KNOWN = {"network", "optimizer", "lr_scheduler", "grad_scaler", "current_epoch", "logger", "my_init_kwargs"}
@@ -49,6 +50,7 @@ def bring(*, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.
     Raises:
         StudyError: no such class, one that cannot be honoured, or it cannot be used with this plan.
     """
+    check_plan(plan.architecture)
     names = {str(i): name for i, name in enumerate(channels)}
     about = {**to_nnunet(labels), "channel_names": names}
     made = construct(trainer, plan.manager.plans, plan.configuration_name, about, device)

@@ -26,7 +26,7 @@ from torch import nn
 from concilium import catalog
 from concilium.errors import StudyError
 from concilium.networks import Stages, as_stages
-from concilium.networks.nnunet import check_plan
+from concilium.networks._plan import check_plan
 from concilium.nnunet_parts import nnUNetTrainer, trainer_module
 
 NAME = "nnunet_trainer"
