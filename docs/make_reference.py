@@ -250,7 +250,7 @@ def results() -> str:
     schema = json.loads(text)
     rows = [(f"`{key}`", kind_of(s, schema), s.get("description", "")) for key, s in schema["properties"].items()]
     parts = [
-        "The schema is `src/concilium/results.schema.json`. How means, intervals and p-values are made: [statistics](../statistics.md).",
+        "The schema is `src/concilium/results.schema.json`. How means and intervals are made: [statistics](../statistics.md).",
         grid(("key", "type", "meaning"), rows),
     ]
     for key, of in schema["properties"].items():
@@ -274,9 +274,8 @@ def kind_of(of: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
 def what_travels() -> str:
     """messages.md: every type that may cross a site's boundary."""
     parts = [
-        "What a site may be asked and may answer, and nothing else. In plain words: [what leaves a site](../what-leaves-a-site.md)."
+        "What a site may be asked and may answer, and nothing else. In words: [what leaves a site](../what-leaves-a-site.md)."
     ]
-    parts.append(first(messages.__doc__))
     inside = [t for t in vars(messages).values() if dataclasses.is_dataclass(t) and isinstance(t, type)]
     shown = {"Replies": messages.REPLIES, "Failures": messages.FAILURES, "Requests": messages.REQUESTS}
     listed = {t for group in shown.values() for t in group}

@@ -94,15 +94,22 @@ def elsewhere(command: str) -> bool:
 
 
 def shrunk(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables of a study, made quick: at most 2 rounds of 2 steps, 2 folds, 2 seeds, 4 features, small patches, one thread."""
+    """The tables of a study, made quick: one round of 2 steps, at most 2 folds and seeds, 4 features, small patches, one thread,
+    no mirroring, float32.
+    """
     tables = {key: dict(table) if isinstance(table, Mapping) else table for key, table in raw.items()}
     network, training, validation = (tables.setdefault(key, {}) for key in ("network", "training", "validation"))
     protocol = tables["protocol"]
-    protocol["rounds"] = min(protocol["rounds"], 2)
+    protocol["rounds"] = 1
     protocol["steps"] = min(protocol.get("steps", 2), 2)
     protocol.pop("epochs", None)
     flat = tables.get("plan", {}).get("configuration") == "2d"
-    training |= {"batch_size": 2, "patch_size": [16, 16] if flat else [16, 16, 8]}
+    training |= {
+        "batch_size": 2,
+        "mirror": False,
+        "precision": "float32",
+        "patch_size": [16, 16] if flat else [16, 16, 8],
+    }
     if "base_features" in catalog.options("networks", network.get("name", "nnunet")):
         network["base_features"] = 4
     validation["folds"] = min(validation.get("folds", 5), 2)
@@ -168,10 +175,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lay_out(page: Path, home: Path, folder: Path) -> None:
     """What a page needs before its first command: `home`, and those of the runs that it names and does not make itself."""
     shutil.copytree(home, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs"))
-    text = page.read_text(encoding="utf-8")
-    done = "\n".join(what for _, what in steps(page))
-    made = set(re.findall(r"(?:--out |cc\.run\(.*?\")(runs/\w+)", done))
-    for run in set(re.findall(r"\bruns/[a-z]\w*", text)) - made:
+    done = "\n".join(what for kind, what in steps(page) if kind in ("command", "toml"))
+    made = set(re.findall(r"--out (runs/[\w-]+)", done))
+    made |= {f"runs/{study}" for study in re.findall(r"^\[study\]\nname = \"(.*)\"$", done, re.MULTILINE)}
+    for run in set(re.findall(r"(?<!/)\bruns/[a-z][\w-]*", done)) - made:
         shutil.copytree(home / "runs" / "hippocampus", folder / run)
     for own in re.findall(r"\bkits/(\w+)/runs/\w+", done):  # a site's folder of a run
         shutil.copytree(
@@ -205,6 +212,8 @@ class Page:
                 exec(compile(text, "block", "exec"), self.names)
             case "toml site.toml":
                 self.settings(text)
+            case "json":
+                json.loads(text)
             case "text":
                 pass
             case _:

@@ -54,7 +54,7 @@ class ProtocolTable:
     epochs: float | None = None
     """... or passes over the site's own training cases per round."""
     compare: tuple[Literal["local", "centralized"], ...] = ()
-    """Baselines that are trained too: every site alone; all data in one place, with as many steps as a site and as all of them."""
+    """Baselines that are trained too: every site alone; all data in one place, for a site's steps and for all sites' steps."""
     min_sites: int | None = None
     """A round in which fewer sites answer stops the study; omitted: 2, or 1 where there is only one site."""
     round_seconds: float | None = None
@@ -130,7 +130,7 @@ class ValidationTable:
     folds: int = 5
     """Into how many parts each site's cases are divided, by patient; one of them validates."""
     fold: int | Literal["all"] = 0
-    """The part that validates. `all`: every model is trained once per fold, and the members of a model together segment the test set."""
+    """The part that validates. `all`: every model is trained once per fold; its members together segment the test set."""
     every: int | None = None
     """Score the validation cases after every so many rounds, for the curves; omitted: only at the end."""
     select: Literal["last", "best"] = "last"
