@@ -257,6 +257,9 @@ def _panels(view: View, lines: Lines, what: str, caption: str) -> Element | None
 # --------------------------------------------------------------------------------------------------------------- costs
 
 
+_PER_SITE = ["model", "site", "steps", "training", "received", "sent"]
+
+
 def costs(view: View) -> Element | None:
     """Steps, time and bytes of every model at every site: of one trained several times, the mean over seeds and folds."""
     groups: dict[str, list[Row]] = {}
@@ -289,12 +292,7 @@ def costs(view: View) -> Element | None:
         "What it took",
         table(["model", "rounds", "updates", "patches", "time"], total, caption="Each model"),
         e("p", note, class_="note"),
-        table(
-            ["model", "site", "steps", "training", "received", "sent"],
-            rows,
-            caption="Each site, in training rounds",
-            words=2,
-        ),
+        table(_PER_SITE, rows, caption="Each site, in training rounds", words=2),
     )
 
 
