@@ -20,6 +20,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,23 @@ def small_phantom(folder: Path, **_: Any) -> None:
     write_phantom(folder, sites=[PhantomSite(site, 4) for site in SITES], n_test=3, scale=0.5)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def quick_studies() -> Iterator[pytest.MonkeyPatch]:
+    """Whatever study is read is `shrunk`."""
     parse = concilium.study.reading._parse
-    monkeypatch.setattr(concilium.study.reading, "_parse", lambda raw, *a, **k: parse(shrunk(raw), *a, **k))
-    monkeypatch.setattr(concilium.demo, "write_phantom", small_phantom)
-    monkeypatch.setattr("concilium.data.phantom.write_phantom", small_phantom)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concilium.study.reading, "_parse", lambda raw, *a, **k: parse(shrunk(raw), *a, **k))
+        yield patch
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with quick_studies() as patch:
+        patch.setattr(concilium.demo, "write_phantom", small_phantom)
+        patch.setattr("concilium.data.phantom.write_phantom", small_phantom)
+        patch.setenv("MPLBACKEND", "agg")
+        patch.setenv("NO_COLOR", "1")
+        yield
 
 
 # -------------------------------------------------------------------------------------------------------- what a page finds
@@ -175,7 +185,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder / "data" / "test" / "labelsTr", folder / copy)
     shutil.copytree(ROOT / "studies", folder / "studies")
     (folder / "study.toml").write_text(STUDY)
-    assert api.run(folder / "study.toml", folder / "runs" / "hippocampus").complete
+    with quick_studies():  # made before what is for each test
+        assert api.run(folder / "study.toml", folder / "runs" / "hippocampus").complete
     return folder
 
 
