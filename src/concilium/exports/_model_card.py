@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from concilium.catalog import TRAINER
 from concilium.data.labels import foreground
 from concilium.finished import Finished
 from concilium.statistics import FOREGROUND_MEAN
@@ -141,16 +142,24 @@ def _patients_trained_on(finished: Finished, results: Results, site: str) -> int
 
 def _training(finished: Finished, results: Results) -> str:
     study, t = finished.study, finished.study.training
+    trainer = study.local_update.options.get(TRAINER)
     took = next((m for m in results["models"] if m["name"] in (finished.name, finished.name.partition(":")[0])), None)
     lines = [
         f"Model `{finished.name}` of a study of `{study.protocol.name}`, collected by `{study.collect.name}`, "
-        f"aggregated by `{study.aggregation.name}`, local update `{study.local_update.name}`, loss `{study.loss.name}`."
+        f"aggregated by `{study.aggregation.name}`, local update `{study.local_update.name}`, "
+        + (f"trainer `{trainer}`." if trainer else f"loss `{study.loss.name}`.")
     ]
     if took is not None:
         lines.append(
             f"{took['rounds']} rounds, {took['updates']} optimiser steps in sequence, {took['patches']} patches in all (batches "
             f"of {took['batch_size']}); {took['parameters']} parameters."
         )
+    if trainer:
+        lines.append(
+            "Loss, augmentation, sampling, optimiser and learning rate are the trainer's; mirroring at prediction "
+            f"{'as the trainer allows it' if t.mirror else 'off'}, seed {study.study.seed}."
+        )
+        return "\n".join(lines)
     lines.append(
         f"Optimiser {t.optimizer}, learning rate {t.learning_rate:g}, weight decay {t.weight_decay:g}, precision {t.precision}, "
         f"augmentation {t.augmentation}, mirroring {'on' if t.mirror else 'off'}, seed {study.study.seed}."

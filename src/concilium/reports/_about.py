@@ -80,7 +80,7 @@ def _cards(view: View) -> list[Element]:
         return []
     label, own = overall_label(view), view.models[0]
     cards = []
-    main = view.places[0]
+    main = (*(p for p in view.places if p[1] == "test"), *view.pools, *view.places)[0]
     found = cell(view, main, own, "dice", label)
     if found:
         mean, low, high, n = found
@@ -98,7 +98,7 @@ def _cards(view: View) -> list[Element]:
                 continue
             about = f"Dice, {shown_model(c['a'])} minus {shown_model(c['b'])} [{signed(c['ci_low'])}, {signed(c['ci_high'])}]"
             cards.append(_card(signed(c["difference"]), about))
-    by_site = {p: c[0] for p in view.places if p[1] != "test" and (c := cell(view, p, own, "dice", label))}
+    by_site = {p: c[0] for p in view.places if p[1] == "validation" and (c := cell(view, p, own, "dice", label))}
     if len(by_site) > 1:
         worst, best = min(by_site, key=by_site.__getitem__), max(by_site, key=by_site.__getitem__)
         low, high = by_site[worst], by_site[best]
@@ -151,7 +151,7 @@ def plan(view: View) -> Element | None:
     parameters = models[0].get("parameters") if models else None
     architecture = about.get("architecture", {}).get("arch_kwargs", {})
     stages = architecture.get("features_per_stage")
-    training = found.study.get("training", {})
+    training, trainer = found.study.get("training", {}), found.study.get("local_update", {}).get("trainer")
     rows: list[tuple[str, Child]] = [
         ("configuration", f"{name}, by nnU-Net's planner ({found.study.get('plan', {}).get('planner', 'default')})"),
         ("spacing", f"{_times(about['spacing'])} {unit}"),
@@ -160,7 +160,8 @@ def plan(view: View) -> Element | None:
         ("network", [f"{network.get('name')}",
                      f", {len(stages)} stages of {', '.join(map(str, stages))} features" if stages else None,
                      f", {parameters / 1e6:.2f} million parameters" if parameters else None]),
-        ("training", f"{training.get('optimizer')}, learning rate {training.get('learning_rate')}, {training.get('precision')}"),
+        ("training", f"by {trainer}" if trainer else
+            f"{training.get('optimizer')}, learning rate {training.get('learning_rate')}, {training.get('precision')}"),
     ]  # fmt: skip
     n = found.fingerprint.get("n_cases")
     if n is not None and view.enough(n):
