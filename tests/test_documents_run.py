@@ -20,6 +20,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import concilium.study.reading
 from concilium import api, catalog, cli
 from concilium.data.phantom import PhantomSite, write_phantom
 from concilium.deployment.kits import read_settings
+from concilium.errors import StudyError
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/*.ipynb")])
@@ -43,7 +45,13 @@ ELSEWHERE = {
 }
 """Start of a command that is not run here -> why, and where it is."""
 BLOCK_OR_COMMAND = re.compile(r"^```([^\n]*)\n(.*?)^```$|^ {4}(\S[^\n]*)$", re.DOTALL | re.MULTILINE)
-SLOW = {"README.md", "docs/compare-methods.md", "docs/first-federation.ipynb"}
+SLOW = {
+    "README.md",
+    "docs/compare-methods.md",
+    "docs/first-federation.ipynb",
+    "docs/get-started.md",
+    "docs/measured.md",
+}
 LABELS = {"organ": "anterior", "lesion": "posterior"}
 """The phantom's labels are called as in the pages' examples."""
 SITES = ("north", "south", "west")
@@ -129,14 +137,23 @@ def small_phantom(folder: Path, **_: Any) -> None:
     write_phantom(folder, sites=[PhantomSite(site, 4) for site in SITES], n_test=3, scale=0.5)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def quick_studies() -> Iterator[pytest.MonkeyPatch]:
+    """Whatever study is read is `shrunk`."""
     parse = concilium.study.reading._parse
-    monkeypatch.setattr(concilium.study.reading, "_parse", lambda raw, *a, **k: parse(shrunk(raw), *a, **k))
-    monkeypatch.setattr(concilium.demo, "write_phantom", small_phantom)
-    monkeypatch.setattr("concilium.data.phantom.write_phantom", small_phantom)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concilium.study.reading, "_parse", lambda raw, *a, **k: parse(shrunk(raw), *a, **k))
+        yield patch
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with quick_studies() as patch:
+        patch.setattr(concilium.demo, "write_phantom", small_phantom)
+        patch.setattr("concilium.data.phantom.write_phantom", small_phantom)
+        patch.setenv("MPLBACKEND", "agg")
+        patch.setenv("NO_COLOR", "1")
+        yield
 
 
 # -------------------------------------------------------------------------------------------------------- what a page finds
@@ -168,7 +185,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder / "data" / "test" / "labelsTr", folder / copy)
     shutil.copytree(ROOT / "studies", folder / "studies")
     (folder / "study.toml").write_text(STUDY)
-    assert api.run(folder / "study.toml", folder / "runs" / "hippocampus").complete
+    with quick_studies():  # made before what is for each test
+        assert api.run(folder / "study.toml", folder / "runs" / "hippocampus").complete
     return folder
 
 
@@ -198,6 +216,11 @@ class Page:
         self.unused = 0
         """Studies so far that nothing has run."""
         self.pending: str | None = None
+
+    def read(self, page: Path) -> None:
+        for kind, text in steps(page):
+            self.do(kind, text)
+        self.run_pending()
 
     def do(self, kind: str, text: str) -> None:
         match kind:
@@ -259,12 +282,50 @@ class Page:
 def test_everything_on_the_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    found = list(steps(page))
-    if all(kind == "text" or (kind == "command" and elsewhere(text)) for kind, text in found):
+    if all(kind == "text" or (kind == "command" and elsewhere(text)) for kind, text in steps(page)):
         return
     lay_out(page, request.getfixturevalue("home"), tmp_path)
     monkeypatch.chdir(tmp_path)
-    reading = Page(tmp_path, monkeypatch)
-    for kind, text in found:
-        reading.do(kind, text)
-    reading.run_pending()
+    Page(tmp_path, monkeypatch).read(page)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "    concilium rum study.toml\n",
+        "    concilium run nowhere.toml      # no such file\n",
+        "    conciliun run study.toml\n",
+        "    ls && concilium check study.toml\n",
+        "```python\nimport concilium as cc\ncc.runn\n```\n",
+        "```pyhton\nimport concilium\n```\n",
+        '```toml\n[study]\nname = "x"\n[sites.north]\ndata = "data/north"\n[protocol]\nrounds = 1\nstep = 1\n```\n',
+        '```toml site.toml\ndata = "/data/north"\nsplitt = true\n```\n',
+    ],
+)
+def test_what_is_wrong_on_a_page_is_found(
+    text: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\n\n{text}")
+    lay_out(page, home, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((AssertionError, AttributeError, StudyError)):
+        Page(tmp_path, monkeypatch).read(page)
+
+
+def test_what_is_shrunk_is_small_and_still_the_study() -> None:
+    for path in ROOT.glob("studies/*.toml"):
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        small = shrunk(raw)
+        assert small["protocol"]["rounds"] == 1
+        assert shrunk(small) == small
+        assert {key for key in small if key not in raw} <= {"network", "training", "validation", "engine"}
+        assert small["protocol"].get("name") == raw["protocol"].get("name")
+
+
+def test_what_is_run_elsewhere_is_there() -> None:
+    """The files that `ELSEWHERE` names exist, and each entry is used by some page."""
+    commands = [text for page in PAGES for kind, text in steps(page) if kind == "command"]
+    for pattern, reason in ELSEWHERE.items():
+        assert [c for c in commands if re.match(pattern, c)], pattern
+        assert [p for p in re.findall(r"[\w./]+/[\w.]+", reason) if (ROOT / p).is_file()], reason
