@@ -57,6 +57,11 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 }
 """Kind -> parameters that are no options, because Concilium passes them."""
 
+TRAINER = "trainer"
+"""Option that names code, the class of a trainer."""
+STOCK_TRAINERS = "nnunetv2.training.nnUNetTrainer."
+"""Where those lie that come with nnU-Net, which Concilium imports anyway."""
+
 UNANNOTATED = bool | int | float | str
 """What an option may be whose parameter has no annotation, as in code outside the package."""
 
@@ -134,6 +139,17 @@ def fill(
         else:
             filled[key] = parameter.default
     return filled, problems
+
+
+def code_from_outside(name: str, given: Mapping[str, Any]) -> list[str]:
+    """The code that a plug-in of this name with these options would import, and that does not come with Concilium."""
+    trainer = str(given.get(TRAINER, ""))
+    return [code for code in (name, "" if is_stock_trainer(trainer) else trainer) if ":" in code]
+
+
+def is_stock_trainer(name: str) -> bool:
+    """Whether `module:Class` is named among the trainers of the installed nnU-Net."""
+    return name.startswith(STOCK_TRAINERS)
 
 
 def allowed(given: str, known: Iterable[str]) -> str:

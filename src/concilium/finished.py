@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from concilium import catalog
+from concilium.data.augment import mirror_axes
 from concilium.data.labels import Labels, from_nnunet, n_heads
 from concilium.data.plan import Plan, open_plan
 from concilium.errors import StudyError
@@ -39,6 +40,14 @@ class Finished:
         """The plan's one configuration that the study uses."""
         return open_plan(self.plans, self.study.plan.configuration)
 
+    @property
+    def mirror_axes(self) -> tuple[int, ...]:
+        """The spatial axes along which images are mirrored to predict."""
+        if not self.study.training.mirror:
+            return ()
+        own = self._network().mirror_axes
+        return mirror_axes(self.plan) if own is None else own
+
     def weights(self) -> tuple[Tensors, ...]:
         """The weights of each member."""
         return tuple(read_tensors(file)[0] for file in self.files)
@@ -47,16 +56,19 @@ class Finished:
         """Each member as a network with its weights, on the CPU, ready to predict."""
         made = []
         for weights in self.weights():
-            network = make_network(
-                self.study.network,
-                n_channels=len(self.channels),
-                n_labels=n_heads(self.labels),
-                plan=self.plan.architecture,
-                deep_supervision=self.study.training.deep_supervision,
-            )
+            network = self._network()
             network.load_state_dict(weights)
             made.append(network.eval())
         return tuple(made)
+
+    def _network(self) -> Stages:
+        return make_network(
+            self.study.network,
+            n_channels=len(self.channels),
+            n_labels=n_heads(self.labels),
+            plan=self.plan.architecture,
+            deep_supervision=self.study.training.deep_supervision,
+        )
 
 
 def finished_models(run: Path) -> tuple[str, ...]:

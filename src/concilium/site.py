@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from concilium import wire
+from concilium import catalog, wire
 from concilium.answers import Cancelled, Check, Entry, Job, Policy, Settings
 from concilium.answers.evaluate import evaluate
 from concilium.answers.models import Models
@@ -156,11 +156,11 @@ class Site:
                 asked = [request.network, request.training.loss, request.training.local_update]
             case Evaluate():
                 asked = list(request.metrics)
-        for plug_in in asked:
-            if ":" in plug_in.name and policy.plug_ins is not None and plug_in.name not in policy.plug_ins:
+        for code in (name for plug_in in asked for name in catalog.code_from_outside(plug_in.name, plug_in.options)):
+            if policy.plug_ins is not None and code not in policy.plug_ins:
                 known = ", ".join(policy.plug_ins) or "none from outside"
                 raise PrivacyError(
-                    f"{plug_in.name} would be imported and run. Allowed here: {known}. Add it to the site's own settings, if you "
+                    f"{code} would be imported and run. Allowed here: {known}. Add it to the site's own settings, if you "
                     "trust it.",
                     rule="plug_ins",
                 )
@@ -272,8 +272,9 @@ class Site:
 
 def _check_names(request: Request) -> None:
     """Check the names of models in a request: they name files here, and come from outside."""
-    for name in (getattr(request, "model", "none"), getattr(request, "source", ""), *getattr(request, "members", ())):
-        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    names = [getattr(request, "model", "none"), *getattr(request, "members", ())]
+    for name in [*names, request.source] if isinstance(request, Keep) and request.source else names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
 
 

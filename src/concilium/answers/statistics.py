@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
 from concilium.data.fingerprint import fingerprint_of_case, merge
@@ -18,7 +20,8 @@ from concilium.data.plan import Plan, open_plan
 from concilium.data.preprocess import Prepared as PreparedCase
 from concilium.data.preprocess import prepare as prepare_case
 from concilium.errors import ContractError, DataError
-from concilium.messages import Examine, Examined, Excluded, Fingerprint, Prepare, Prepared
+from concilium.local_updates import brought_by
+from concilium.messages import Examine, Examined, Excluded, Fingerprint, Prepare, Prepared, Training
 from concilium.networks import Stages, make_network
 
 T = TypeVar("T")
@@ -94,9 +97,34 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         "training": tuple(e for e in usable if (e.member, e.case.patient) not in held_out),
         "validation": tuple(e for e in usable if (e.member, e.case.patient) in held_out),
     }
-    dataset, training = found[0].dataset, request.training
-    batches = Batches(
-        {e.key: files[e.key] for e in parts["training"]},
+    dataset = found[0].dataset
+    own = {e.key: files[e.key] for e in parts["training"]}
+    job = Job(
+        plan,
+        dataset.labels,
+        len(dataset.channels),
+        _builder(request, plan, dataset),
+        request.training,
+        request.seed,
+        parts,
+        _batches(own, request.training, plan, dataset) if own else None,
+        dataset.channels,
+    )
+    warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
+    n_patients = len({(e.member, e.patient) for e in usable})
+    reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
+    return reply, job, excluded
+
+
+def _batches(files: Mapping[str, PreparedCase], training: Training, plan: Plan, dataset: Dataset) -> Batches:
+    """Where the batches of these cases come from."""
+    brought = brought_by(
+        training.local_update, plan=plan, labels=dataset.labels, channels=dataset.channels, device=torch.device("cpu")
+    )
+    if brought is not None:
+        return brought.batches(files)
+    return Batches(
+        files,
         plan=plan,
         labels=dataset.labels,
         batch_size=plan.batch_size,
@@ -104,22 +132,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         mirror=training.mirror,
         augmentation=training.augmentation,
         deep_supervision=training.deep_supervision,
-    ) if parts["training"] else None  # fmt: skip
-    job = Job(
-        plan,
-        dataset.labels,
-        len(dataset.channels),
-        _builder(request, plan, dataset),
-        training,
-        request.seed,
-        parts,
-        batches,
-        dataset.channels,
     )
-    warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
-    n_patients = len({(e.member, e.patient) for e in usable})
-    reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
-    return reply, job, excluded
 
 
 def _agreed(request: Prepare) -> Space | None:

@@ -23,7 +23,7 @@ from concilium.data.draws import seed_all
 from concilium.data.labels import has_regions, ignored
 from concilium.data.patches import Batches, stream
 from concilium.errors import ContractError, DataError
-from concilium.local_updates import Local
+from concilium.local_updates import Brought, Local, brought_by
 from concilium.messages import Tensors, Train, Trained
 from concilium.networks import Parts, cut_apart
 from concilium.optimization import autocast, make_optimizer, restore_state, set_rate, state_of
@@ -49,13 +49,26 @@ class Learner:
         self.device = device
         self.cut = cut
         self.parts: Parts | None = None
+        self.brought: Brought | None = None
         if cut is not None:
             whole = job.network(deep_supervision=job.training.deep_supervision and cut.reveal_labels)
             self.parts = cut_apart(whole, cut.after, reveal_labels=cut.reveal_labels)
-        self.network = (self.parts.at_site if self.parts else job.network()).to(device)
-        self.optimizer = make_optimizer(self.network, job.training)
-        self.scaler = torch.amp.GradScaler(device.type) if job.training.precision == "float16" else None
+        else:
+            self.brought = brought_by(
+                job.training.local_update, plan=job.plan, labels=job.labels, channels=job.channels, device=device
+            )
+        if self.brought is not None:
+            self.network, self.scaler = self.brought.network.to(device), self.brought.scaler
+        else:
+            self.network = (self.parts.at_site if self.parts else job.network()).to(device)
+            self.scaler = torch.amp.GradScaler(device.type) if job.training.precision == "float16" else None
+        self._optimizer = None if self.brought else make_optimizer(self.network, job.training)
         self.trained = False
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Over the parameters that train."""
+        return self.brought.optimizer if self.brought else cast(torch.optim.Optimizer, self._optimizer)
 
     def load_weights(self, weights: Tensors) -> None:
         """Replace all weights.
@@ -144,7 +157,11 @@ class Learner:
         """
         started = time.monotonic()
         batches = self.begin(request.weights, site=site, model=request.model)
+        if self.brought is not None:
+            self.brought.begin(total_steps=request.total_steps)
         losses = self._steps(batches, request, site, cancelled)
+        if self.brought is not None:
+            self.brought.end()
         seconds = time.monotonic() - started
         return self.finish(losses, model=request.model, round=request.round, send=request.send_weights, seconds=seconds)
 
@@ -159,13 +176,17 @@ class Learner:
             request.weights,
             training.clip_norm,
             self.scaler,
+            self.brought,
         )
         keys = [(self.job.seed, site, request.round, step) for step in range(request.steps)]
         losses: list[float] = []
         for step, (image, labels) in enumerate(stream(batches, keys, workers=training.loader_workers)):
             if cancelled():
                 raise Cancelled
-            set_rate(self.optimizer, training, step=request.first_step + step, total_steps=request.total_steps)
+            if self.brought is not None:
+                self.brought.set_rate(request.first_step + step)
+            else:
+                set_rate(self.optimizer, training, step=request.first_step + step, total_steps=request.total_steps)
             seed_all(*keys[step], "step")  # whatever drew the batch, dropout and the like draw from here
             loss = float(take(local, image.to(self.device), [x.to(self.device) for x in labels]))
             if not math.isfinite(loss):

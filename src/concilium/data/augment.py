@@ -53,10 +53,15 @@ def training_transforms(
         use_mask_for_norm=plan.configuration.use_mask_for_norm,
         **apart,
     )
+    return repeatable(transforms), tuple(int(n) for n in initial), tuple(axes)
+
+
+def repeatable(transforms: Transforms) -> Transforms:
+    """The same transforms, with one algorithm for each blur (see the module's text)."""
     for part in _tree(transforms):
         if isinstance(part, GaussianBlurTransform):
             part.benchmark = False
-    return transforms, tuple(int(n) for n in initial), tuple(axes)
+    return transforms
 
 
 def deep_supervision_scales(plan: Plan) -> tuple[tuple[float, ...], ...]:

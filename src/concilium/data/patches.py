@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from concilium.data.augment import mirror_axes, training_transforms
+from concilium.data.augment import Transforms, mirror_axes, training_transforms
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, to_nnunet
 from concilium.data.plan import Plan
@@ -29,6 +29,9 @@ Batch: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
 With regions the label maps are bool (B, R, *patch), one channel per region, and a last one where voxels are to be ignored."""
 Key: TypeAlias = tuple[str | int, ...]
 
+Augment: TypeAlias = tuple[Transforms, tuple[int, ...]]
+"""Transforms, and the size of the patch that they must be given [voxels]."""
+
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -41,9 +44,11 @@ class Batches:
         prepared: the cases by name, or the files they lie in.
         foreground: share of the patches of a batch that are centred on a foreground voxel (the last ones, rounded).
         mirror, augmentation, deep_supervision: as in `augment.training_transforms`.
+        augment: in place of these three.
+        probabilistic: `foreground` is the chance of every patch, in place of a share of the batch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (options of the study)
         self,
         prepared: Mapping[str, Path | Prepared],
         *,
@@ -51,14 +56,19 @@ class Batches:
         labels: Labels,
         batch_size: int,
         foreground: float,
-        mirror: bool,
-        augmentation: str,
-        deep_supervision: bool,
+        mirror: bool = True,
+        augmentation: str = "nnunet",
+        deep_supervision: bool = True,
+        augment: Augment | None = None,
+        probabilistic: bool = False,
     ) -> None:
         if not prepared:
             raise DataError("There are 0 cases to train on. At least one is needed. Add cases, or use fewer folds.")
-        transforms, initial, _ = training_transforms(
-            plan, mirror=mirror, augmentation=augmentation, deep_supervision=deep_supervision, labels=labels
+        transforms, initial = (
+            augment
+            or training_transforms(
+                plan, mirror=mirror, augmentation=augmentation, deep_supervision=deep_supervision, labels=labels
+            )[:2]
         )
         files = {name: p.path if isinstance(p, Prepared) else p for name, p in prepared.items()}
         self._loader = nnUNetDataLoader(
@@ -69,6 +79,7 @@ class Batches:
             label_rules(plan, labels),
             oversample_foreground_percent=foreground,
             transforms=transforms,
+            probabilistic_oversampling=probabilistic,
         )
 
     def draw(self, *key: str | int) -> Batch:
@@ -175,7 +186,8 @@ def predict_logits(
     """Logits float16 (L, X, Y, Z), on the CPU, of a preprocessed image (C, X, Y, Z), by nnU-Net's sliding window.
 
     Windows of the plan's patch size overlap by half and are added with Gaussian weights; with `mirror` each is the mean over
-    all mirrorings. The network may return one tensor or its logits finest first. It is moved to `device` and stays there;
+    all mirrorings, along the network's `mirror_axes` where it says them. The network may return one tensor or its logits finest
+    first. It is moved to `device` and stays there;
     the training mode of its modules is left as it was. `precision` is that of autocast: `float32`, `bfloat16` or `float16`.
     """
     if precision not in PRECISIONS:
@@ -183,6 +195,8 @@ def predict_logits(
     if not isinstance(image, Tensor):
         # torch takes no read-only array: the windows are copies, but it cannot know
         image = torch.from_numpy(np.require(image, np.float32, ["C", "W"]))
+    own_axes = getattr(network, "mirror_axes", None)
+    axes = mirror_axes(plan) if own_axes is None else own_axes
     benchmark, modes = torch.backends.cudnn.benchmark, {module: module.training for module in network.modules()}
     with redirect_stdout(io.StringIO()):
         predictor = nnUNetPredictor(
@@ -201,7 +215,7 @@ def predict_logits(
             None,
             to_nnunet(labels),
             "nnUNetTrainer",
-            mirror_axes(plan),
+            axes or None,  # nnU-Net takes the largest of these axes
         )
         try:
             logits: Tensor = predictor.predict_sliding_window_return_logits(image)

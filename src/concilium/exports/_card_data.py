@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from concilium.catalog import TRAINER
 from concilium.finished import Finished
 from concilium.results import SCALES
 from concilium.statistics import WITHOUT, summarize
@@ -161,9 +162,9 @@ def training_lines(record: Record) -> Sequence[str]:
         "local": f"trained at {record.owner} alone: nothing was aggregated",
         "centralized": "trained on the cases of all sites in one place: nothing was aggregated",
     }.get(protocol, f"trained by protocol `{protocol}`, {rules}")
-    lines = [
-        f"Model `{record.finished.name}`, {how}; local update `{study.local_update.name}`, loss `{study.loss.name}`."
-    ]
+    trainer = study.local_update.options.get(TRAINER)
+    what = f"trainer `{trainer}`" if trainer else f"loss `{study.loss.name}`"
+    lines = [f"Model `{record.finished.name}`, {how}; local update `{study.local_update.name}`, {what}."]
     if took is not None:
         own = took["sites"].get(record.owner) if record.owner else None
         patches = took["patches"] if own is None else own["n_steps"] * took["batch_size"]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from concilium.catalog import TRAINER
 from concilium.data.labels import foreground
 from concilium.exports._card_data import Record, Results, data_table, record_of, training_lines
 from concilium.finished import Finished
@@ -103,13 +104,18 @@ def _data(record: Record) -> str:
 
 
 def _training(record: Record) -> str:
-    t = record.finished.study.training
-    lines = [
-        *training_lines(record),
+    study, t = record.finished.study, record.finished.study.training
+    mirror = "on" if t.mirror else "off"
+    how = (
         f"Optimiser {t.optimizer}, learning rate {t.learning_rate:g}, weight decay {t.weight_decay:g}, precision {t.precision}, "
-        f"augmentation {t.augmentation}, mirroring {'on' if t.mirror else 'off'}, seed {record.seed}.",
-    ]
-    return "\n".join(lines)
+        f"augmentation {t.augmentation}, mirroring {mirror}"
+    )
+    if study.local_update.options.get(TRAINER):
+        how = (
+            "Loss, augmentation, sampling, optimiser and learning rate are the trainer's; mirroring at prediction "
+            f"{'as the trainer allows it' if t.mirror else 'off'}"
+        )
+    return "\n".join([*training_lines(record), f"{how}, seed {record.seed}."])
 
 
 def _figures(record: Record) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from concilium.data._description import READERS
-from concilium.data.augment import mirror_axes
 from concilium.errors import StudyError
 from concilium.finished import Finished
 
@@ -88,7 +87,7 @@ def sidecar(finished: Finished, models: list[str]) -> dict[str, Any]:
         "window_step": [1.0] * flat + [0.5] * len(plan.patch_size),
         "window_sigma": [0.0] * flat + [0.125] * len(plan.patch_size),
         "window_peak": 10,
-        "mirror_axes": [flat + axis for axis in mirror_axes(plan)] if study.training.mirror else [],
+        "mirror_axes": [flat + axis for axis in finished.mirror_axes],
         "precision": {"here": "float32", "behind the figures": study.training.precision},
     }
 

@@ -4,19 +4,57 @@
 
 `image` is (B, C, *patch), `labels` holds (B, 1, *patch) at each scale of deep supervision, finest first. The result is the
 loss as a tensor of one element. `Local` lends what a step needs.
+
+Where more than the step is its own, a file also has
+
+    bring(*, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.device, ...options) -> Brought
+
+and the site trains that network with that optimiser on those batches. The study's network must be the same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from concilium.messages import Tensors
+from concilium import catalog
+from concilium.data.labels import Labels
+from concilium.data.patches import Batches
+from concilium.data.plan import Plan
+from concilium.data.preprocess import Prepared
+from concilium.messages import PlugIn, Tensors
+from concilium.networks import Stages
 from concilium.optimization import clip_and_step
+
+
+class Brought(Protocol):
+    """What a local update brings that is more than a step."""
+
+    network: Stages
+    scaler: torch.amp.GradScaler | None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """It may be another after `begin`."""
+
+    def batches(self, prepared: Mapping[str, Path | Prepared]) -> Batches:
+        """Where the batches of these cases come from."""
+
+    def begin(self, *, total_steps: int) -> None:
+        """Get ready for steps of a model that takes so many in all."""
+
+    def set_rate(self, step: int) -> None:
+        """Give the optimiser the learning rate of this step."""
+
+    def end(self) -> None:
+        """Raise an error of ours where the steps have left something that a snapshot does not hold."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +72,27 @@ class Local:
     clip_norm: float
     scaler: torch.amp.GradScaler | None = None
     """Scales the loss in float16 only."""
+    brought: Brought | None = None
+    """What the local update's own `bring` gave."""
+
+
+def brought_by(
+    local_update: PlugIn, *, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.device
+) -> Brought | None:
+    """What a local update brings, with new weights; `None` where it is a step and no more."""
+    bring = _bring_of(local_update.name)
+    if bring is None:
+        return None
+    return cast(Brought, bring(plan=plan, labels=labels, channels=channels, device=device, **local_update.options))
+
+
+def is_more_than_a_step(name: str) -> bool:
+    """Whether a local update brings network, optimiser and batches."""
+    return _bring_of(name) is not None
+
+
+def _bring_of(name: str) -> Callable[..., object] | None:
+    return getattr(inspect.getmodule(catalog.load("local_updates", name)), "bring", None)
 
 
 def descend(local: Local, loss: Tensor) -> None:

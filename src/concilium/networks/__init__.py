@@ -8,7 +8,7 @@ keyword-only parameters are options of the study's `[network]` table.
 A stage takes the top `takes` maps of the stack and leaves `leaves` in their place. Names count resolution from the input:
 `down0` is full resolution, `up0` its way back, `head0` the logits at full resolution, `head1` those of deep supervision one
 level below. Heads come last, coarsest first, and `head0` is always there. Every tensor has one owner and one key. A network
-that is no list of stages is one stage, `whole` (`as_stages`).
+that is no list of stages is one stage, `whole` (`as_stages`); of a tensor that it knows by several names the first is the key.
 
 A file may also have `names_elsewhere(*, plan, n_channels, n_labels) -> Mapping[str, str]`: our name of a tensor by each name that
 it has in published weights of this network, for studies that start from these.
@@ -45,6 +45,9 @@ class Stage(nn.Module):
 
 class Stages(nn.Module):
     """An ordered list of named stages. Called with an image (B, C, *spatial), it returns its logits, finest first."""
+
+    mirror_axes: tuple[int, ...] | None = None
+    """Spatial axes along which images may be mirrored to predict; `None`: all."""
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
         super().__init__()
@@ -165,11 +168,33 @@ class Whole(Stage):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self._aliases = _aliases(network)
+        self.register_state_dict_post_hook(_drop_aliases)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_aliases)  # type: ignore[no-untyped-call]
 
     def forward(self, *maps: Tensor) -> Stack:
         out = self.network(*maps)
         finest = out[0] if isinstance(out, Sequence) else out
         return (cast(Tensor, finest),)
+
+
+def _aliases(network: nn.Module) -> dict[str, str]:
+    """Every further name of a tensor, and the first."""
+    first: dict[int, str] = {}
+    tensors = network.state_dict(keep_vars=True)  # the tensors themselves: the same object is the same tensor
+    owners = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    return {name: owner for name, owner in owners.items() if name != owner}
+
+
+def _drop_aliases(stage: Whole, tensors: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in stage._aliases:
+        del tensors[f"{prefix}network.{name}"]
+
+
+def _add_aliases(stage: Whole, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, owner in stage._aliases.items():
+        if (key := f"{prefix}network.{owner}") in tensors:
+            tensors.setdefault(f"{prefix}network.{name}", tensors[key])
 
 
 def make_network(

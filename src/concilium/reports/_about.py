@@ -151,7 +151,7 @@ def plan(view: View) -> Element | None:
     parameters = models[0].get("parameters") if models else None
     architecture = about.get("architecture", {}).get("arch_kwargs", {})
     stages = architecture.get("features_per_stage")
-    training = found.study.get("training", {})
+    training, trainer = found.study.get("training", {}), found.study.get("local_update", {}).get("trainer")
     rows: list[tuple[str, Child]] = [
         ("configuration", f"{name}, by nnU-Net's planner ({found.study.get('plan', {}).get('planner', 'default')})"),
         ("spacing", f"{_times(about['spacing'])} {unit}"),
@@ -160,7 +160,8 @@ def plan(view: View) -> Element | None:
         ("network", [f"{network.get('name')}",
                      f", {len(stages)} stages of {', '.join(map(str, stages))} features" if stages else None,
                      f", {parameters / 1e6:.2f} million parameters" if parameters else None]),
-        ("training", f"{training.get('optimizer')}, learning rate {training.get('learning_rate')}, {training.get('precision')}"),
+        ("training", f"by {trainer}" if trainer else
+            f"{training.get('optimizer')}, learning rate {training.get('learning_rate')}, {training.get('precision')}"),
     ]  # fmt: skip
     n = found.fingerprint.get("n_cases")
     if n is not None and view.enough(n):

@@ -20,6 +20,7 @@ from concilium.data.partition import Partition
 from concilium.data.shifts import Shift
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
+from concilium.study._trainers import network_of_trainer, overruled
 from concilium.study._variants import FIXED, variant_tables
 from concilium.study.tables import ProtocolTable, SiteTable, StartTable, Study, training_of
 
@@ -97,6 +98,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     for key in ("study", "plan", "preprocessing", "training", "validation", "engine"):
         found[key] = _table(hints[key], tables.get(key, {}), f"[{key}]", problems)
     tables["network"], found["start"] = _start(tables.get("network", {}), problems)
+    tables["network"] = network_of_trainer(tables["network"], tables.get("local_update", {}), problems)
     for key, kind in PLUG_INS.items():
         default = typing.cast(PlugIn, {f.name: f.default for f in dataclasses.fields(Study)}[key])
         found[key] = _plug_in(kind, tables.get(key, {}), default, f"[{key}]", problems)
@@ -108,6 +110,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     problems += _lost_data(found, "partition" in tables, folder if check_data else None)
     problems += undivided(found, "partition" in tables)
     problems += contradictions(found, n_sites=len(tables.get("sites", {})))
+    problems += overruled(found)
     problems += confusions(found["sites"], found["test"], folder)
     return _resolve(Study(**found), folder) if len(problems) == before else None
 
