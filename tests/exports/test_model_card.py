@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from concilium.exports import export_run
+from concilium.results import SCALES
+from concilium.statistics import summarize
 
 
 @pytest.fixture
@@ -37,6 +39,31 @@ def test_figures_with_interval_and_number_of_patients(card: Callable[..., str]) 
     assert iou == "–"
     assert hd95 == "2.00 [2.00, 2.00]"
     assert "| north | 17 | – | 8 | 7 |" in text
+
+
+def test_it_tells_of_these_weights_and_of_no_others(picture_run: Path, tmp_path: Path) -> None:
+    """Of a run with several seeds each has a card of its own; who took no part was not trained on."""
+    run = tmp_path / "run"
+    shutil.copytree(picture_run, run)
+    results = json.loads((run / "results.json").read_text())
+    own = [c for c in results["cases"] if c["model"] == "federated"]
+    better = [c | {"seed": 2, "dice": 0.9} for c in own]
+    left_out = [c | {"model": "federated-without-north", "subset": "unseen", "dice": 0.3} for c in own]
+    results["cases"] = [c | {"seed": 1} for c in own] + better + left_out
+    results["summary"] = summarize(results["cases"], SCALES)
+    (run / "results.json").write_text(json.dumps(results))
+    for key in ("federated.s2", "federated-without-north"):
+        shutil.copy(run / "weights/federated.safetensors", run / f"weights/{key}.safetensors")
+    lines = {}
+    for model in ("federated", "federated.s2", "federated-without-north"):
+        folder, _ = export_run(run, tmp_path / model, format="safetensors", model=model)
+        lines[model] = (folder / "MODEL_CARD.md").read_text()
+    assert "| polyp | 7 | 0.400 [" in lines["federated"]
+    assert "| polyp | 7 | 0.900 [" in lines["federated.s2"]
+    assert "seed 2." in lines["federated.s2"]
+    assert "| north (unseen) | polyp | 7 | 0.300" in lines["federated-without-north"]
+    assert "north took no part" in lines["federated-without-north"]
+    assert "| north | " not in lines["federated-without-north"]
 
 
 def test_what_is_not_known_is_said(card: Callable[..., str]) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 from concilium.catalog import TRAINER
 from concilium.data.labels import foreground
+from concilium.exports._card_data import Record, Results, data_table, record_of, training_lines
 from concilium.finished import Finished
 from concilium.statistics import FOREGROUND_MEAN
 
-Results = Mapping[str, Any]
 METRICS = {"dice": "Dice", "iou": "IoU", "hd95": "95 % Hausdorff distance", "nsd": "Normalised surface Dice"}
 MOST_LINES = 20
 """Of warnings and of problems."""
@@ -30,16 +30,16 @@ def model_card(finished: Finished, results: Results, *, intended_use: str) -> st
         intended_use: typed by hand; the rest is not.
     """
     learnt = list(foreground(finished.labels))
-    rounds = [line for line in _lines(finished, "rounds.jsonl") if _is_of(line, finished.name.partition(":")[0])]
+    record = record_of(finished, results)
     title = f"{finished.study.study.name}: {finished.name}"
     parts = [
         _front_matter(finished),
         f"# {title}\n\n**Research software, not a medical device.** {_summary(finished, learnt)}",
         _state(results),
         f"## Intended use\n\n{intended_use}",
-        f"## Training data\n\n{_data(finished, results, rounds)}",
-        f"## Training\n\n{_training(finished, results)}",
-        f"## Figures\n\n{_figures(finished, results)}",
+        f"## Training data\n\n{_data(record)}",
+        f"## Training\n\n{_training(record)}",
+        f"## Figures\n\n{_figures(record)}",
         f"## Privacy\n\n{_privacy(finished)}",
         f"## Versions\n\n{_versions(finished)}",
         f"## Reproduce\n\n{_reproduce(finished)}",
@@ -97,81 +97,32 @@ def _without_names(text: str, names: Iterable[str]) -> str:
     return re.sub("|".join(map(re.escape, long)), "[case]", text) if long else text
 
 
-def _data(finished: Finished, results: Results, rounds: Sequence[Mapping[str, Any]]) -> str:
-    trained = {site: told["n_cases"] for line in rounds for site, told in line["sites"].items()}
-    trained = {
-        site: n for site, n in trained.items() if finished.name in (finished.name.partition(":")[0], f"local:{site}")
-    }
-    rows = []
-    for site in dict.fromkeys([*trained, *finished.study.sites]):
-        told = (
-            "–" if n is None else str(n) for n in (trained.get(site), _patients_trained_on(finished, results, site))
-        )
-        rows.append((site, *told, *_held_out(finished, results, site)))
-    n_excluded: dict[str, int] = {}
-    for line in results["excluded"]:
-        n_excluded[line["site"]] = n_excluded.get(line["site"], 0) + 1
-    excluded = ", ".join(f"{site}: {n}" for site, n in sorted(n_excluded.items()))
-    v = finished.study.validation
-    return "\n".join([
-        _table(("site", "cases trained on", "patients trained on", "cases scored", "patients scored"), rows),
-        "",
-        f"{len(finished.study.sites)} sites, named as in the study. Scored are the cases of fold {v.fold} of {v.folds}, divided "
-        "by patient, on which the model was not trained"
-        + (", and a held-out test set." if finished.study.test is not None else "; there is no test set."),
-        *(["`pooled`: the cases of all sites in one place, which only a simulation can do."] if "pooled" in trained else []),
-        f"Cases set aside because they could not be used: {sum(n_excluded.values())}{f' ({excluded})' if excluded else ''}.",
-    ])  # fmt: skip
+def _data(record: Record) -> str:
+    rows, lines = data_table(record)
+    header = ("site", "cases trained on", "patients trained on", "cases scored", "patients scored")
+    return "\n".join([_table(header, rows), "", *lines])
 
 
-def _held_out(finished: Finished, results: Results, site: str) -> tuple[str, str]:
-    rows = [c for c in results["cases"] if (c["model"], c["site"], c["subset"]) == (finished.name, site, "validation")]
-    return str(len({c["case"] for c in rows})), str(len({c["patient"] for c in rows}))
-
-
-def _patients_trained_on(finished: Finished, results: Results, site: str) -> int | None:
-    """From a simulated site's own list of cases, which lies in the run folder; `None` where the site is elsewhere."""
-    path = finished.run / "sites" / site / "cases.json"
-    if not path.is_file() or site not in finished.study.sites:
-        return None
-    noted = json.loads(path.read_text(encoding="utf-8")).get(site, [])
-    scored = {c["case"] for c in results["cases"] if (c["site"], c["subset"]) == (site, "validation")}
-    unusable = {line["case"] for line in results["excluded"] if line["site"] == site}
-    return len({entry["patient"] for entry in noted if entry["case"] not in scored | unusable})
-
-
-def _training(finished: Finished, results: Results) -> str:
-    study, t = finished.study, finished.study.training
-    trainer = study.local_update.options.get(TRAINER)
-    took = next((m for m in results["models"] if m["name"] in (finished.name, finished.name.partition(":")[0])), None)
-    lines = [
-        f"Model `{finished.name}` of a study of `{study.protocol.name}`, collected by `{study.collect.name}`, "
-        f"aggregated by `{study.aggregation.name}`, local update `{study.local_update.name}`, "
-        + (f"trainer `{trainer}`." if trainer else f"loss `{study.loss.name}`.")
-    ]
-    if took is not None:
-        lines.append(
-            f"{took['rounds']} rounds, {took['updates']} optimiser steps in sequence, {took['patches']} patches in all (batches "
-            f"of {took['batch_size']}); {took['parameters']} parameters."
-        )
-    if trainer:
-        lines.append(
-            "Loss, augmentation, sampling, optimiser and learning rate are the trainer's; mirroring at prediction "
-            f"{'as the trainer allows it' if t.mirror else 'off'}, seed {study.study.seed}."
-        )
-        return "\n".join(lines)
-    lines.append(
+def _training(record: Record) -> str:
+    study, t = record.finished.study, record.finished.study.training
+    mirror = "on" if t.mirror else "off"
+    how = (
         f"Optimiser {t.optimizer}, learning rate {t.learning_rate:g}, weight decay {t.weight_decay:g}, precision {t.precision}, "
-        f"augmentation {t.augmentation}, mirroring {'on' if t.mirror else 'off'}, seed {study.study.seed}."
+        f"augmentation {t.augmentation}, mirroring {mirror}"
     )
-    return "\n".join(lines)
+    if study.local_update.options.get(TRAINER):
+        how = (
+            "Loss, augmentation, sampling, optimiser and learning rate are the trainer's; mirroring at prediction "
+            f"{'as the trainer allows it' if t.mirror else 'off'}"
+        )
+    return "\n".join([*training_lines(record), f"{how}, seed {record.seed}."])
 
 
-def _figures(finished: Finished, results: Results) -> str:
-    summary = [s for s in results["summary"] if s["model"] == finished.name]
+def _figures(record: Record) -> str:
+    finished, summary = record.finished, record.summary
     if not summary:
         return "None: the model was not scored."
-    units = {c["unit"] for c in results["cases"] if c["model"] == finished.name}
+    units = {c["unit"] for c in record.cases}
     rows = []
     for site, subset, label in dict.fromkeys((s["site"], s["subset"], s["label"]) for s in summary):
         cells = {s["metric"]: s for s in summary if (s["site"], s["subset"], s["label"]) == (site, subset, label)}
@@ -233,22 +184,6 @@ def _reproduce(finished: Finished) -> str:
         f"With the study file ({study.study.name}, seed {study.study.seed}, {study.engine.threads} threads) and the same data at "
         "each site:\n\n    concilium run study.toml"
     )
-
-
-def _is_of(line: Mapping[str, Any], model: str) -> bool:
-    """Whether a round is one of the model's, or of one of its folds."""
-    return re.sub(r"\.f\d+$", "", str(line.get("model"))) == model
-
-
-def _lines(finished: Finished, name: str) -> list[dict[str, Any]]:
-    path = finished.run / name
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # cut off by a kill
-            continue
-    return found
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from concilium.errors import StudyError
-from concilium.reports import _about, _case_sections, _sections
+from concilium.reports import _about, _case_sections, _costs, _sections
 from concilium.reports._cases import MIN_CASES, View
 from concilium.reports._elements import document, e
 from concilium.reports._found import Found, find
@@ -53,7 +53,7 @@ def report_html(found: Found, *, private: bool, min_cases: int = MIN_CASES) -> s
         _case_sections.volumes(view),
         _case_sections.lesions(view),
         _case_sections.case_list(view),
-        _sections.costs(view),
+        _costs.costs(view),
         _about.remarks(view),
         _case_sections.withheld(view),
         _about.plan(view),
