@@ -257,3 +257,39 @@ def test_metrics_runs_and_both_sides_score_the_same_masks(tmp_path: Path, capsys
         assert figures[task]["ratio"] > 0
     assert "Target: the pair in at most 0.4 s" in capsys.readouterr().out
     torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------------------ stock nnU-Net
+
+
+def test_stock_nnunet_trains_on_the_same_cases(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    stock = load("stock_nnunet")
+    step, seen, trained = stock.nnUNetTrainer.train_step, [], set[str]()
+
+    def counted(trainer: Any, batch: dict[str, Any]) -> Any:
+        trained.update(batch["keys"])
+        seen.append((trainer.do_split(), trainer.optimizer.param_groups[0]["lr"]))
+        return step(trainer, batch)
+
+    monkeypatch.setattr(stock.nnUNetTrainer, "train_step", counted)
+    sites = [str(phantom / name) for name in ("north", "south")]
+    small = ["--rounds", "2", "--steps", "3", "--base-features", "4", "--seeds", "4", "--optimizer", "adamw"]
+    f = stock.main([*sites, "--test", str(phantom / "test"), *small, "--precision", "bfloat16"])
+    assert len(seen) == f["steps"] == 6
+    assert [rate for _, rate in seen] == pytest.approx([1e-3] * 3 + [1e-3 * 0.5**0.9] * 3)
+    (names, held_out) = seen[0][0]
+    assert trained <= set(names)
+    assert len(names) == f["cases"] == 16  # of 20, in five folds
+    assert not set(names) & set(held_out)
+    assert f["difference"] == pytest.approx(f["mean_ours"][0] - f["mean_stock"][0])
+    assert f["standard_error"] is None
+    assert "one seed: no standard error" in capsys.readouterr().out
+    torch.set_num_threads(threads)
+
+
+def test_cases_of_the_same_name_are_not_pooled(phantom: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is in two data sets"):
+        load("stock_nnunet").pool([phantom / "north", phantom / "north"], tmp_path / "pooled")
