@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import concilium.api
 import concilium.line
 from concilium import cli
 from concilium.errors import ContractError, DataError, EngineError, PrivacyError, StudyError
@@ -175,7 +176,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(concilium.line, "run", run)
+    monkeypatch.setattr(concilium.api, "run", run)
 
 
 @pytest.mark.parametrize(
@@ -248,9 +249,9 @@ def test_a_run_shows_its_table_and_ends_as_the_run_did(
     def run(read: Any, out: Path, *, resume: bool, watch: Callable[[Any], None]) -> Any:
         given.update(study=read, out=out, resume=resume)
         watch(SimpleNamespace(kind="warning", text="federated, round 1: [north] lost"))
-        return SimpleNamespace(folder=out, results=results, exit_code=code)
+        return SimpleNamespace(folder=out, results=results, exit_code=code, report_file=out / "report.html")
 
-    monkeypatch.setattr(concilium.line, "run", run)
+    monkeypatch.setattr(concilium.api, "run", run)
     got, out, err = command("run", str(study), "--out", str(tmp_path / "run"), "--resume")
     assert got == code
     assert (given["study"].study.name, given["out"], given["resume"]) == ("small", tmp_path / "run", True)
@@ -270,6 +271,6 @@ def test_a_run_goes_to_a_folder_of_its_name(command: Command, study: Path, monke
         given.append(out)
         raise EngineError("enough")
 
-    monkeypatch.setattr(concilium.line, "run", run)
+    monkeypatch.setattr(concilium.api, "run", run)
     command("run", str(study))
     assert given == [Path("runs/small")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -12,7 +13,7 @@ from concilium.study import parse_study, read_study
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("decisions/*.md")]
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("decisions/*.md")]
 )
 
 
@@ -36,6 +37,24 @@ def test_links_to_files_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
+
+
+def test_the_notebook_is_clean_and_its_links_lead_somewhere() -> None:
+    """Nothing that was shown once is kept: it would be of another machine, and of another state of the code."""
+    (path,) = ROOT.glob("docs/*.ipynb")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert not [c for c in cells if c.get("outputs") or c.get("execution_count")]
+    text = "".join("".join(c["source"]) for c in cells)
+    targets = re.findall(r"\]\(([^)#\s]+)\)", text)
+    assert "get-started.md" in targets
+    assert not [t for t in targets if not (path.parent / t).exists()]
+
+
+def test_the_index_lists_every_page() -> None:
+    docs = ROOT / "docs"
+    listed = set(re.findall(r"\]\(([^)#\s]+)\)", (docs / "README.md").read_text(encoding="utf-8")))
+    pages = {p.relative_to(docs).as_posix() for pattern in ("**/*.md", "*.ipynb") for p in docs.glob(pattern)}
+    assert pages - {"README.md"} <= listed
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))

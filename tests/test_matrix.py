@@ -118,3 +118,23 @@ def test_intervals_give_way_where_the_table_grows_too_wide() -> None:
     models = tuple(f"model{i}" for i in range(6))
     got = table(*(row(m, "test", 0.6, ci_low=0.5, ci_high=0.7) for m in models), models=models)
     assert [r[0] for r in got.rows] == ["test set, n = 4"]
+
+
+def test_seeds_and_folds_do_not_repeat_a_column() -> None:
+    got = table(row("federated", "north", 0.5), row("local:north", "north", 0.4), models=("federated", "local") * 3)
+    assert got.header == ("site", "federated", "local")
+
+
+def test_a_site_that_a_model_never_saw_has_a_row() -> None:
+    """Under the model whose setting it was; what that model reaches at the other sites stands in results.json alone."""
+    got = table(
+        row("federated", "north", 0.8),
+        row("federated", "test", 0.7),
+        row("federated-without-north", "north", 0.6, subset="unseen", n=9),
+        row("federated-without-north", "south", 0.5),
+        row("federated-without-north", "test", 0.4),
+        models=("federated", "federated-without-north"),
+    )
+    assert got.header == ("site", "federated")
+    assert got.rows == (("north, n = 4", "0.800"), ("north unseen, n = 9", "0.600"), ("test set, n = 4", "0.700"))
+    assert got.notes[-1].startswith("unseen:")

@@ -47,6 +47,13 @@ def test_six_patients_that_all_gain() -> None:
     assert (row["a"], row["b"], row["n"], row["n_undefined"]) == ("a", "b", 6, 0)
 
 
+def test_models_trained_without_a_site_do_not_weaken_the_others() -> None:
+    """They are no comparison of methods, and Holm would pay for each."""
+    cases = pairs([0.1, 0.2, 0.05, 0.1, 0.3, 0.15])
+    left = [case("a-without-north", c["case"], 0.4) for c in cases[:6]]
+    assert compare(cases + left, METRICS) == compare(cases, METRICS)
+
+
 def test_six_patients_of_whom_one_loses() -> None:
     """1 2 3 4 5 and -1: sum 14 of 16. Sums of 14 or 16: the signs of both ones are free but for both minus, 2 to 5 are plus.
     So 3 patterns, 6 with the mirrored ones: p = 6 / 64."""

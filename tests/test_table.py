@@ -48,6 +48,9 @@ def results(
                     "iou": dice / 2,
                     "hd95": None if i == 0 and gain else 10 - 100 * gain,
                     "nsd": dice,
+                    "lesions_found": 1,
+                    "lesions_missed": 0,
+                    "lesions_false": 0,
                 }
                 cases += [
                     about | scores

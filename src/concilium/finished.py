@@ -14,7 +14,8 @@ from concilium.data.plan import Plan, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Tensors
 from concilium.networks import Stages, make_network
-from concilium.schedule import WITHOUT, folds_of
+from concilium.schedule import folds_of
+from concilium.statistics import WITHOUT
 from concilium.study import Study, read_study
 from concilium.wire import read_tensors
 

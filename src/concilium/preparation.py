@@ -12,7 +12,7 @@ from typing import cast
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.labels import Labels, n_heads, to_nnunet
-from concilium.data.matching import Names, Space, agree, reorder
+from concilium.data.matching import Space, agree, reorder
 from concilium.data.partition import Layout, Member, lay_out, materialise
 from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
@@ -116,14 +116,6 @@ def on_folders(study: Study, layout: Layout, folder: Path) -> Study:
         test=replace(study.test or SiteTable(), data=test, shift=None) if test else study.test,
         partition=None,
     )
-
-
-def names_of(study: Study) -> dict[str, Names]:
-    """What sites, and the test set, call otherwise than the study; between hospitals each site's own settings say it."""
-    if study.engine.name == "flare":
-        return {}
-    tables = dict(study.sites) | ({"test": study.test} if study.test else {})
-    return {name: Names(t.labels or {}, t.channels or {}) for name, t in tables.items() if t.labels or t.channels}
 
 
 def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Told:

@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import cast
 
+from concilium.statistics import WITHOUT
 from concilium.study import Study
-
-WITHOUT = "-without-"
-"""Stands in a model's name before the site that its training never saw."""
 
 
 @dataclass(frozen=True)

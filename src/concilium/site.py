@@ -272,8 +272,9 @@ class Site:
 
 def _check_names(request: Request) -> None:
     """Check the names of models in a request: they name files here, and come from outside."""
-    for name in (getattr(request, "model", "none"), getattr(request, "source", ""), *getattr(request, "members", ())):
-        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    names = [getattr(request, "model", "none"), *getattr(request, "members", ())]
+    for name in [*names, request.source] if isinstance(request, Keep) and request.source else names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
 
 

@@ -18,6 +18,8 @@ FOREGROUND_MEAN = "foreground_mean"
 """Stands where a label stands: the mean over the foreground labels, within each patient."""
 ALL_SITES = "all"
 """Stands where a site stands: the patients of all sites, each counting once."""
+WITHOUT = "-without-"
+"""Stands in a model's name before the site that its training never saw."""
 MIN_PATIENTS = 6
 """Fewer patients give no interval and no p-value."""
 
@@ -149,10 +151,11 @@ def compare(cases: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale], *,
     validation cases each patient has the score of its own site's model, on the test set the mean over these models. Patients
     whose score is undefined for either, or that only one was scored on, do not count (`n_undefined`). Seeds that both models
     were trained with are paired. One family of Holm's correction: all pairs for one subset, label and metric.
+    Models that were trained without a site are no member of it: they ask another question, and would weaken every answer.
     """
     tables = _together(_tables(cases, metrics))
     subset = "test" if any(s == "test" for _, s in tables) else "validation"
-    models = {model: scores for (model, s), scores in tables.items() if s == subset}
+    models = {model: scores for (model, s), scores in tables.items() if s == subset and WITHOUT not in model}
     labels = dict.fromkeys(label for scores in models.values() for label in scores.labels)
     draws, rows = Draws(seed), []
     for place, (metric, scale) in enumerate(metrics.items()):

@@ -141,7 +141,7 @@ def saved(folder: Path, image: np.ndarray, *, draws: bool = True) -> list[dict[s
     entry: Any = SimpleNamespace(number=7, case=SimpleNamespace(name="c", patient="p"))
     reference = np.ones((1, 9, 9), int)
     request = Evaluate("m", "validation", ())
-    score = Score(7, 3, "organ", "ok", "mm", {"dice": 0.5}, 1.0, 2.0)
+    score = Score(7, 3, "organ", "ok", "mm", {"dice": 0.5}, 1.0, 2.0, 1, 0, 0)
     labels = {"background": 0, "organ": 1}
     rows = pictures.save_case(
         folder, request, entry, (image, reference, reference), (1.0, 1.0, 1.0), [score], labels=labels, pictures=draws

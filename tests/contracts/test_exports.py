@@ -156,7 +156,7 @@ def test_labels_that_no_largest_logit_decides_are_refused(run: Path, tmp_path: P
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     about = json.loads((copy / "dataset.json").read_text())
-    (copy / "dataset.json").write_text(json.dumps({**about, "labels": {"background": 0, "ignore": 1}}))
+    (copy / "dataset.json").write_text(json.dumps({**about, "labels": {"background": 0, "organ": 1, "ignore": 2}}))
     for format in ("onnx", "monai"):
         with pytest.raises(StudyError, match="Export them as nnunet"):
             export_run(copy, tmp_path / "out", format=format)

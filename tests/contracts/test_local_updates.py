@@ -184,7 +184,9 @@ def test_the_loss_is_computed_in_float32_at_least(
 
     monkeypatch.setattr(catalog, "load", lambda kind, name: loss)
     training = SimpleNamespace(loss=PlugIn("any"), deep_supervision=False)
-    job: Any = SimpleNamespace(training=training, plan=SimpleNamespace(batch_dice=True))
+    job: Any = SimpleNamespace(
+        training=training, plan=SimpleNamespace(batch_dice=True), labels={"background": 0, "organ": 1}
+    )
     value = make_objective(job)([torch.ones(2, 3, dtype=given)], [torch.zeros(2, 1)])
     assert (seen, value.dtype) == ([computed], computed)
 

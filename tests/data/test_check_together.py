@@ -11,6 +11,8 @@ import SimpleITK as sitk
 from check_sites import SHAPE, found, rewrite, save, site, write
 
 from concilium.data.check import Finding, check
+from concilium.data.matching import Names
+from concilium.study import data_sets
 
 
 def of(findings: tuple[Finding, ...], code: str) -> list[tuple[str, str, str | None]]:
@@ -154,23 +156,52 @@ def test_a_spacing_in_another_unit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"channel_names": {"0": "CT"}}, "channels are 0 CT; at a 0 MRI. Different: CT, MRI."),
-        ({"labels": {"background": 0, "lesion": 1}}, "labels are 0 background, 1 lesion; at a 0 background, 1 tumour."),
+        ({"channel_names": {"0": "CT"}}, "b has channels CT. Expected MRI, as in a."),
+        (
+            {"labels": {"background": 0, "lesion": 1}},
+            "b has labels background, lesion. Expected background, tumour, as in a.",
+        ),
     ],
 )
 def test_sites_that_disagree(tmp_path: Path, change: dict[str, dict[str, object]], words: str) -> None:
     a, b = site(tmp_path / "a"), site(tmp_path / "b", seed=1, prefix="b", **change)
     findings = check({"a": a, "b": b}).findings
     assert [(f.severity, f.code, f.site) for f in findings] == [("error", "sites_differ", "b")]
-    assert words in findings[0].text
+    assert findings[0].text == words
+    assert "give the site a table of" in findings[0].fix
 
 
-def test_sites_that_number_the_same_names_otherwise(tmp_path: Path) -> None:
+def test_what_a_study_re_maps_is_no_error(tmp_path: Path) -> None:
+    """Ids are matched by name in a run, and names by the study's own tables."""
     labels = {"background": 0, "tumour": 1, "cyst": 2}
     a, b = site(tmp_path / "a", labels=labels), site(tmp_path / "b", seed=1, prefix="b")
     rewrite(b, labels={"background": 0, "tumour": 2, "cyst": 1})
-    (finding,) = [f for f in check({"a": a, "b": b}).findings if f.code == "sites_differ"]
-    assert "the numbers are not" in finding.text
+    (finding,) = [f for f in check({"a": a, "b": b}).findings if f.code.startswith("sites")]
+    assert (finding.severity, finding.code, finding.site) == ("note", "sites_renumbered", "b")
+    assert "re-mapped by name" in finding.text
+    rewrite(b, labels={"background": 0, "lesion": 1, "cyst": 2}, channel_names={"0": "T1"})
+    assert check({"a": a, "b": b}).n("error") == 1
+    names = {"b": Names({"lesion": "tumour"}, {"T1": "MRI"})}
+    assert not [f for f in check({"a": a, "b": b}, names=names).findings if f.code.startswith("sites")]
+    wrong = {"b": Names({"mass": "tumour"})}
+    (finding,) = [f for f in check({"a": a, "b": b}, names=wrong).findings if f.severity == "error"]
+    assert "'mass' is to be called 'tumour'" in finding.text
+
+
+def test_the_names_of_a_study_are_known_to_the_command(tmp_path: Path) -> None:
+    """An `ignore` label may be at some sites only, as in a run."""
+    site(tmp_path / "a", labels={"background": 0, "tumour": 1, "ignore": 2})
+    site(tmp_path / "b", seed=1, prefix="b")
+    rewrite(tmp_path / "b", labels={"background": 0, "lesion": 1})
+    study = tmp_path / "study.toml"
+    study.write_text(
+        '[study]\nname = "s"\n[sites.a]\ndata = "a"\n[sites.b]\ndata = "b"\nlabels = { lesion = "tumour" }\n'
+        "[protocol]\nrounds = 1\nsteps = 1\n",
+        encoding="utf-8",
+    )
+    sites, held_out, folds, names = data_sets([study])
+    assert names == {"b": Names({"lesion": "tumour"})}
+    assert not [f for f in check(sites, test=held_out, folds=folds, names=names).findings if f.code == "sites_differ"]
 
 
 # ---------------------------------------------------------------------------------------------------------- real data

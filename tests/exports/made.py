@@ -17,6 +17,7 @@ from concilium.data.fingerprint import fingerprint_of_case, merge, to_json
 from concilium.data.plan import make_plans, open_plan
 from concilium.finished import Finished, open_finished
 from concilium.networks import make_network
+from concilium.results import SCALES
 from concilium.statistics import summarize
 from concilium.study import Study, parse_study, to_toml
 from concilium.wire import write_tensors
@@ -136,7 +137,7 @@ def results(dataset: Dataset) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "version": 1, "study": "small", "seed": 1, "complete": True, "models": [model], "cases": cases,
-        "summary": summarize(cases, ("dice", "iou", "hd95", "nsd")), "comparisons": [], "excluded": [], "warnings": [],
+        "summary": summarize(cases, SCALES), "comparisons": [], "excluded": [], "warnings": [],
         "problems": [],
     }  # fmt: skip
 

@@ -33,7 +33,7 @@ def test_figures_with_interval_and_number_of_patients(card: Callable[..., str]) 
     (line,) = [row for row in text.splitlines() if row.startswith("| north (validation) | polyp")]
     _, _, _, n, dice, iou, hd95, _, _ = (cell.strip() for cell in line.split("|"))
     assert n == "7"  # eight cases, one patient with two
-    assert dice.startswith("0.400 [0.2")  # (0.1 + ... + 0.6 + 0.7) / 7
+    assert dice.startswith("0.400 [0.1")  # (0.1 + ... + 0.6 + 0.7) / 7
     assert iou == "–"
     assert hd95 == "2.00 [2.00, 2.00]"
     assert "| north | 17 | – | 8 | 7 |" in text

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from concilium.errors import StudyError
-from concilium.reports._found import find
+from concilium.reports import _sections
+from concilium.reports._cases import View
+from concilium.reports._found import SCALES, find
 from concilium.reports.html import report_html, write_report
+from concilium.statistics import summarize
 
 PNG = b"\x89PNG\r\n\x1a\n picture of "
 Make = Callable[..., Path]
@@ -121,7 +124,10 @@ def test_what_is_not_as_asked_comes_first(run_folder: Make) -> None:
 
 
 def test_paths_of_the_study_are_left_out(run_folder: Make) -> None:
-    text, _ = page_of(run_folder())
+    folder = run_folder()
+    with (folder / "study.toml").open("a") as file:
+        file.write('[network]\nweights = "/secret/run"\n[partition]\nfile = "/secret/sites.csv"\n')
+    text, _ = page_of(folder)
     assert 'data = "..."' in text.replace("&quot;", '"')
     assert "secret" not in text
 
@@ -304,6 +310,76 @@ def test_a_site_has_a_report_of_its_own(run_folder: Make) -> None:
     assert "broken cannot be read." in page.words
     assert "tiny" not in page.words
     assert "Learning" in page.words
+
+
+def test_a_site_knows_seeds_folds_and_models_that_never_saw_it(run_folder: Make) -> None:
+    """One model to whoever reads: its seeds and folds are not models of their own."""
+    folder = run_folder(engine="flare") / "sites" / "north"
+    table = json.loads((folder / "scores" / "federated.validation.json").read_text())
+    for key, subset in (("federated.s2.f1", "validation"), ("federated-without-north", "all")):
+        (folder / "scores" / f"{key}.{subset}.json").write_text(json.dumps(table | {"model": key, "subset": subset}))
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert "Model: federated." in page.words
+    assert "north, unseen cases" in page.words
+    assert "federated.s2" not in page.words
+
+
+# ------------------------------------------------------------------------------------------------ seeds, folds, left out
+
+
+def test_seeds_and_folds_are_one_model(run_folder: Make) -> None:
+    """As many rows, panels and parts of captions as there are models, sites and labels; figures are means."""
+    folder = run_folder()
+    results = json.loads((folder / "results.json").read_text())
+    first = results["models"]
+    again = [m | {"seed": 2, "updates": 35} for m in first]
+    cases = [c | {"seed": seed} for seed in (1, 2) for c in results["cases"]]
+    changed = results | {"models": [*first, *again], "cases": cases, "summary": summarize(cases, SCALES)}
+    (folder / "results.json").write_text(json.dumps(changed))
+    with (folder / "rounds.jsonl").open("a") as file:
+        line = {"model": "federated.s2", "round": 1, "seconds": 3.0, "sites": {"north": {"loss": 5.0, "n_cases": 30}}}
+        file.write("\n" + json.dumps(line) + "\n")
+    found = find(folder)
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    costs = page.words.partition("What it took time")[0].rpartition("Each model")[2]
+    assert costs.count("federated north") == 1
+    assert "federated 3 25 60" in costs
+    assert _sections._of_all(_sections.losses(View(found, False)))["federated"]["north"][0] == (1, 3.0)
+    captions = re.findall(r"<span>(liver [^<]*)</span>", write_report(folder).read_text(encoding="utf-8"))
+    assert captions
+    assert all(c.count("liver") == 1 for c in captions)
+
+
+def test_what_models_reach_on_sites_that_they_never_saw(run_folder: Make) -> None:
+    """In the row of that site, in the column of the model; no column for each left-out site."""
+    folder = run_folder(models=("federated", "federated-without-tiny"), labels=("liver",))
+    results = json.loads((folder / "results.json").read_text())
+    cases = [
+        c | ({"subset": "unseen", "dice": 0.25} if c["site"] == "tiny" and "without" in c["model"] else {})
+        for c in results["cases"]
+    ]
+    (folder / "results.json").write_text(json.dumps(results | {"cases": cases, "summary": summarize(cases, SCALES)}))
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert "Model: federated." in page.words
+    assert "tiny, unseen cases n = 3 0.250" in page.words
+    assert "without tiny" not in page.words.partition("Results")[2].partition("Learning")[0]
+
+
+def test_all_sites_together_and_a_model_of_several_have_their_intervals(run_folder: Make) -> None:
+    page = Page(write_report(run_folder()).read_text(encoding="utf-8"))
+    assert re.search(r"all sites n = 11 0\.\d+ \[0\.\d+, 0\.\d+\] 0\.\d+ \[", page.words)
+    assert re.search(r"test set n = 8 0\.\d+ \[0\.\d+, 0\.\d+\] 0\.\d+ \[", page.words)
+
+
+def test_curves_say_whether_they_chose_the_weights(run_folder: Make) -> None:
+    folder = run_folder()
+    (folder / "curves.jsonl").write_text('{"model": "federated", "round": 2, "dice": {"north": 0.5, "all": 0.5}}\n')
+    assert "never used to choose one" in Page(write_report(folder).read_text(encoding="utf-8")).words
+    with (folder / "study.toml").open("a") as file:
+        file.write('[validation]\nselect = "best"\n')
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert "never used to choose one" not in page.words
+    assert "the round that was best" in page.words
 
 
 # ----------------------------------------------------------------------------------------------------------- large runs

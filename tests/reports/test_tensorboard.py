@@ -32,9 +32,7 @@ def scalars(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
 
 def test_losses_of_every_round_and_site(run_folder: Make) -> None:
     folder = run_folder()
-    (folder / "curves.jsonl").write_text(
-        '{"model": "federated", "round": 2, "site": "north", "label": "x", "dice": 0.5}\n'
-    )
+    (folder / "curves.jsonl").write_text('{"model": "federated", "round": 2, "dice": {"north": 0.5, "all": 0.4}}\n')
     write_events(folder)
     read = scalars(write_events(folder))
     assert set(read) == {"federated", "local"}

@@ -145,7 +145,7 @@ def test_sites_that_disagree_on_labels_are_refused(small_study: Make, phantom: P
     shutil.copytree(phantom, tmp_path / "data")
     path = tmp_path / "data" / "south" / "dataset.json"
     about = json.loads(path.read_text())
-    about["labels"] = {"background": 0, "lesion": 1, "organ": 2}
+    about["labels"] = {"background": 0, "organ": 1, "cyst": 2}
     path.write_text(json.dumps(about))
-    with pytest.raises(DataError, match="south has channels"):
+    with pytest.raises(DataError, match="south has labels"):
         run(small_study(data=tmp_path / "data"), tmp_path / "run")

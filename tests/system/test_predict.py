@@ -50,7 +50,7 @@ def test_predictions_are_what_was_scored(model: str, run_folder: Path, phantom: 
         a, b = (sitk.GetArrayFromImage(x) == value for x in (predicted, reference))
         assert dice(Pair(a, b, None)) == case["dice"]
     evaluation = evaluate(tmp_path / "out", phantom / "test" / "labelsTr")
-    told = [{k: v for k, v in case.items() if k not in ("model", "site", "subset")} for case in scored]
+    told = [{k: v for k, v in case.items() if k not in ("model", "seed", "fold", "site", "subset")} for case in scored]
     assert list(evaluation.cases) == told  # `concilium evaluate` scores as a run does
     assert evaluation.problems == evaluation.warnings == ()
 

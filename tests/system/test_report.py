@@ -40,7 +40,7 @@ def test_a_report_that_fails_does_not_undo_the_run(
 ) -> None:
     import concilium.reports.html
 
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, **_: object) -> None:
         raise ZeroDivisionError("by design")
 
     monkeypatch.setattr(concilium.reports.html, "write_report", fail)
@@ -50,5 +50,5 @@ def test_a_report_that_fails_does_not_undo_the_run(
     with pytest.raises(SystemExit) as e:
         cli.main()
     assert e.value.code == 0
-    assert "no report could be made: ZeroDivisionError: by design" in capsys.readouterr().err.replace("\n", " ")
+    assert "No report could be made: ZeroDivisionError: by design" in capsys.readouterr().err.replace("\n", " ")
     assert not list((tmp_path / "run").glob("sites/*/pictures"))

@@ -45,11 +45,11 @@ def check(
     from concilium.reports.findings import lines, to_json
     from concilium.study import data_sets
 
-    sites, held_out, folds = data_sets(what, test)
+    sites, held_out, folds, names = data_sets(what, test)
     with progress_bar() as progress:
         task = progress.add_task("Checking", total=None, note="")
         checked = check_data(
-            sites, test=held_out, folds=folds,
+            sites, test=held_out, folds=folds, names=names,
             watch=lambda n, total, case: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
     for style, line in lines(checked, most=show):

@@ -9,12 +9,19 @@ from typing import Any
 from concilium.data._check_site import majority
 from concilium.data._check_space import orientation, turned
 from concilium.data._check_types import Finding, Listing, Seen, count, some
+from concilium.data.matching import Names, Space, renamed, translate
+from concilium.errors import DataError
 
 Add = Callable[..., None]
 
 
-def check_together(listings: Sequence[Listing], seen: Sequence[Seen], *, test: str | None) -> list[Finding]:
-    """What is wrong between cases and between data sets; `test` is the name of the held-out one."""
+def check_together(
+    listings: Sequence[Listing], seen: Sequence[Seen], *, test: str | None, names: Mapping[str, Names]
+) -> list[Finding]:
+    """What is wrong between cases and between data sets; `test` is the name of the held-out one.
+
+    `names`: what a data set calls otherwise than the study.
+    """
     found: list[Finding] = []
 
     def add(severity: Any, code: str, site: str, case: str | None, text: str, fix: str) -> None:
@@ -22,7 +29,7 @@ def check_together(listings: Sequence[Listing], seen: Sequence[Seen], *, test: s
 
     _duplicates(seen, test, add)
     _shared_patients(seen, test, add)
-    _agreement(listings, add)
+    _agreement(listings, names, add)
     _orientations(seen, add)
     return found
 
@@ -96,31 +103,32 @@ def _shared_patients(seen: Sequence[Seen], test: str | None, add: Add) -> None:
             add("error" if sure else "warning", "patient_in_test_set", site, here[0].case, text, fix)
 
 
-def _agreement(listings: Sequence[Listing], add: Add) -> None:
-    """Channels and labels of every data set beside those of the first that says them."""
-    first = next((x for x in listings if x.about.channels and x.about.labels), None)
-    for other in listings:
-        if first is None or other is first:
+def _agreement(listings: Sequence[Listing], names: Mapping[str, Names], add: Add) -> None:
+    """Channels and labels of every data set beside those of the first that says them, matched by name as a run does."""
+    first: tuple[str, Space] | None = None
+    for listing in listings:
+        said = _said(listing)
+        if said is None:
             continue
-        for what, mine, theirs in (
-            ("channels", _numbered(first.about.channels), _numbered(other.about.channels)),
-            ("labels", _sorted(first.about.labels), _sorted(other.about.labels)),
-        ):
-            if not theirs or mine == theirs:
-                continue
-            if set(mine) == set(theirs):
-                why = "The names are the same and the numbers are not: one site's would be taken for another's."
-            else:
-                why = f"Different: {some(sorted(set(mine) ^ set(theirs)))}."
-            text = f"{what} are {_spelt(theirs)}; at {first.site} {_spelt(mine)}. {why}"
-            add(
-                "error",
-                "sites_differ",
-                other.site,
-                None,
-                text,
-                f"Agree on one list of {what}, and change dataset.json and the files.",
-            )
+        try:
+            own = renamed(said, names.get(listing.site, Names()), listing.site)
+            how = translate(own, first[1], where=listing.site, other=first[0]) if first else None
+        except DataError as e:
+            text, _, fix = str(e).rpartition(". ")  # the last sentence says what to do
+            add("error", "sites_differ", listing.site, None, f"{text}.", fix)
+            continue
+        first = first or (listing.site, own)
+        if how and (how.moves_ids or how.moves_channels):
+            text = f"{' '.join(how.notes)} The study's are those of {first[0]}."
+            add("note", "sites_renumbered", listing.site, None, text, "Nothing, if equal names mean the same.")
+
+
+def _said(listing: Listing) -> Space | None:
+    """What `dataset.json` says, where it can be made out."""
+    about = listing.about
+    if not about.channels or not about.labels:
+        return None
+    return Space(about.channels, {n: ids[0] if len(ids) == 1 else ids for n, ids in about.labels.items()})
 
 
 def _orientations(seen: Sequence[Seen], add: Add) -> None:
@@ -137,15 +145,3 @@ def _orientations(seen: Sequence[Seen], add: Add) -> None:
             text = f"Most volumes are stored {letters}, at {first} {usual[first]}: to the network they are {how}."
             fix = "Agree on one orientation for all sites, images and label maps alike (SimpleITK: DICOMOrient)."
             add("warning", "sites_orientation", site, None, text, fix)
-
-
-def _numbered(channels: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
-    return {name: (i,) for i, name in enumerate(channels or ())}
-
-
-def _sorted(labels: Mapping[str, tuple[int, ...]] | None) -> dict[str, tuple[int, ...]]:
-    return dict(sorted((labels or {}).items(), key=lambda item: item[1]))
-
-
-def _spelt(numbers: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{'+'.join(map(str, ids))} {name}" for name, ids in numbers.items())

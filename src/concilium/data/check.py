@@ -16,6 +16,7 @@ from concilium.data._check_files import list_files
 from concilium.data._check_site import check_site
 from concilium.data._check_sites import check_together
 from concilium.data._check_types import Finding, Listing, Seen, Severity
+from concilium.data.matching import Names
 
 __all__ = ["Checked", "Finding", "check"]
 
@@ -39,11 +40,13 @@ def check(
     *,
     test: Path | None = None,
     folds: int = 5,
+    names: Mapping[str, Names] | None = None,
     watch: Callable[[int, int, str], None] = lambda done, total, case: None,
 ) -> Checked:
     """All findings in the nnU-Net raw folders of these sites and of a held-out `test` set, whatever state they are in.
 
     Cases are read one after the other, one file in memory at a time; `watch` is told the number done, of how many, and the case.
+    `names`: what a data set calls otherwise than the study.
     Nothing is changed and nothing raised: a file that cannot be read is a finding.
     """
     members = {**sites, **({} if test is None else {"test": test})}
@@ -62,7 +65,7 @@ def check(
         found += check_site(listing, own, folds=folds, test=listing.site == "test" and test is not None)
         seen += own
     watch(done, total, "")
-    found += check_together(listings, seen, test=None if test is None else "test")
+    found += check_together(listings, seen, test=None if test is None else "test", names=names or {})
     order = {name: i for i, name in enumerate(members)}
     found.sort(key=lambda f: (order[f.site], SEVERITIES.index(f.severity), f.code))
     return Checked({x.site: len(x.cases) for x in listings}, tuple(found))

@@ -7,6 +7,7 @@ nnU-Net is imported where it is first needed, so that listing a folder stays qui
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -242,14 +243,21 @@ def content_key(case: Case, dataset: Dataset) -> str:
         if path is None:
             continue
         try:
-            with path.open("rb") as file:
-                whole.update(hashlib.file_digest(file, "blake2b").digest())
+            about = path.stat()
+            whole.update(_digest(path, about.st_size, about.st_mtime_ns, about.st_ino))
         except OSError as e:
             raise unreadable(case.name, path, e) from e
     beside = spacing_file(case.images[0], channel=True)
     if dataset.file_ending in (".tif", ".tiff") and beside.is_file():
         whole.update(beside.read_bytes())
     return whole.hexdigest()
+
+
+@functools.lru_cache(maxsize=1 << 16)  # a study with many seeds and folds asks for the same files again and again
+def _digest(path: Path, size: int, changed: int, number: int) -> bytes:
+    """Digest of a file's bytes; size, time of change and number tell one version of the file from another."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 # -------------------------------------------------------------------------------------------------------------- files

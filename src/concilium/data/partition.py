@@ -32,6 +32,7 @@ class Partition:
     data: Path
     """nnU-Net raw folder that holds every case."""
     by: Literal["key", "csv", "size", "dirichlet", "labels"]
+    """What decides who gets whom."""
     test: float | tuple[str, ...] | None = None
     """Share of the patients that is held out first; by key and csv also the values of those held out."""
     key: str | None = None

@@ -56,7 +56,9 @@ class SiteSettings:
     folder: Path | None = None
     """Where runs keep what is private to the site; omitted: `runs` in the kit."""
     threads: int = 1
+    """Threads to compute with."""
     device: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda."""
     split: bool = False
     """Whether activations, functions of each voxel, may leave: `splitfed` needs it."""
     labels: bool = False

@@ -80,7 +80,7 @@ def _cards(view: View) -> list[Element]:
         return []
     label, own = overall_label(view), view.models[0]
     cards = []
-    main = view.places[0]
+    main = (*(p for p in view.places if p[1] == "test"), *view.pools, *view.places)[0]
     found = cell(view, main, own, "dice", label)
     if found:
         mean, low, high, n = found
@@ -98,7 +98,7 @@ def _cards(view: View) -> list[Element]:
                 continue
             about = f"Dice, {shown_model(c['a'])} minus {shown_model(c['b'])} [{signed(c['ci_low'])}, {signed(c['ci_high'])}]"
             cards.append(_card(signed(c["difference"]), about))
-    by_site = {p: c[0] for p in view.places if p[1] != "test" and (c := cell(view, p, own, "dice", label))}
+    by_site = {p: c[0] for p in view.places if p[1] == "validation" and (c := cell(view, p, own, "dice", label))}
     if len(by_site) > 1:
         worst, best = min(by_site, key=by_site.__getitem__), max(by_site, key=by_site.__getitem__)
         low, high = by_site[worst], by_site[best]

@@ -17,6 +17,7 @@ from concilium.reports._cases import (
     Place,
     View,
     by_case,
+    mean_of,
     patients,
     place_name,
     ranked,
@@ -123,12 +124,16 @@ def _key(view: View) -> Child:
     return e("span", shown, e("span", swatch("#ffffff"), "both"), class_="legend key")
 
 
+def by_label(case: CaseScore) -> list[str]:
+    """Dice of each label, the mean over models that scored the case (seeds, folds)."""
+    labels = dict.fromkeys(r["label"] for r in case.rows)
+    return [f"{x} {number(mean_of([r['dice'] for r in case.rows if r['label'] == x]), 2)}" for x in labels]
+
+
 def _shown(view: View, case: CaseScore, word: str = "") -> Element:
     source = _image(view, case)
     title = f"{word}Dice {number(case.dice, 2)}"
-    parts = (
-        [f"{r['label']} {number(r['dice'], 2)}" for r in case.rows] if len({r["label"] for r in case.rows}) > 1 else []
-    )
+    parts = by_label(case) if len({r["label"] for r in case.rows}) > 1 else []
     alt = f"Case {case.case} with reference and prediction in outline; Dice {number(case.dice, 2)}"
     image = e("img", src=source, alt=alt, loading="lazy") if source else e("p", "no picture", class_="none")
     caption = [e("strong", title), e("span", case.case, class_="case"), e("span", ", ".join(parts)) if parts else None]
@@ -230,18 +235,21 @@ def _signed(value: float) -> str:
 
 def lesions(view: View) -> Element | None:
     """Lesions found, missed and made up, where they were counted."""
-    counted = [r for r in view.found.results["cases"] if r.get("lesions_found") is not None]
-    if not counted:
-        return None
     groups: dict[tuple[str, Place, str], list[Row]] = defaultdict(list)
-    for r in counted:
-        groups[r["label"], (r["site"], r["subset"]), r["model"].partition(":")[0]].append(r)
+    for model in view.models:
+        for r in view.of(model):
+            if r.get("lesions_found") is not None:
+                groups[r["label"], (r["site"], r["subset"]), model].append(r)
+    if not groups:
+        return None
     lines: dict[bool, list[list[Child]]] = {True: [], False: []}
     for (label, place, model), rows in sorted(groups.items(), key=lambda g: (g[0][0], view.places.index(g[0][1]))):
         name = [label, place_name(place), shown_model(model)]
         lines[model == view.models[0]].append([*name, *_lesion_figures(view, rows)])
     header = ["label", "where", "model", "found", "missed", "false", "share found", "false per case"]
     note = "A lesion is one connected part of the reference, or of the prediction; local: the models of all sites together."
+    if any(m.get("seed") != view.found.results["models"][0].get("seed") for m in view.found.results["models"]):
+        note += " Counts of all seeds are added."
     return section(
         "Lesions",
         table(header, lines[True], words=3),
@@ -263,7 +271,7 @@ def case_list(view: View) -> Element | None:
     if view.found.site is None or view.private or not view.models:
         return None
     lines = [
-        [c.case, place_name(c.place), number(c.dice), ", ".join(f"{r['label']} {number(r['dice'], 2)}" for r in c.rows)]
+        [c.case, place_name(c.place), number(c.dice), ", ".join(by_label(c))]
         for c in ranked(by_case(view.of(view.models[0])))
     ]
     return section(

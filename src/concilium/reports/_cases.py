@@ -12,6 +12,7 @@ import numpy as np
 from concilium.reports._elements import amount
 from concilium.reports._figures import NEUTRAL
 from concilium.reports._found import Found, Picture, Row
+from concilium.statistics import ALL_SITES, WITHOUT
 
 MIN_CASES = 5
 """A private report shows no value that describes fewer patients."""
@@ -40,14 +41,21 @@ class View:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models' names, the study's own first."""
-        return tuple(dict.fromkeys(m["name"] for m in self.found.results["models"]))
+        """The models' names, the study's own first, without those trained without a site (`of` gives what these reach there)."""
+        names = dict.fromkeys(m["name"] for m in self.found.results["models"])
+        return tuple(name for name in names if WITHOUT not in name) or tuple(names)
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """Where cases were scored: the test set, then the sites."""
+        """Where cases were scored: the test set, then the sites, then sites that a model never saw."""
         places = dict.fromkeys((c["site"], c["subset"]) for c in self.found.results["cases"])
-        return tuple(sorted(places, key=lambda p: p[1] != "test"))
+        return tuple(sorted(places, key=lambda p: (p[1] != "test", p[1] == "unseen")))
+
+    @property
+    def pools(self) -> tuple[Place, ...]:
+        """Where the sites' cases count together."""
+        found = dict.fromkeys((s["site"], s["subset"]) for s in self.found.results["summary"])
+        return tuple(p for p in found if p == (ALL_SITES, "validation"))
 
     @property
     def colours(self) -> Mapping[str, int]:
@@ -70,8 +78,8 @@ class View:
         return "ml" if self.unit == "mm" else "px"
 
     def of(self, model: str) -> list[Row]:
-        """The scores of a model, at every site that has one of its name."""
-        return [c for c in self.found.results["cases"] if base(c["model"]) == model]
+        """The scores of a model, at every site that has one of its name, and on a site that it never saw."""
+        return [c for c in self.found.results["cases"] if base(c["model"]) == at(model, (c["site"], c["subset"]))]
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,12 @@ class CaseScore:
     rows: tuple[Row, ...]
 
 
+def at(model: str, place: Place) -> str:
+    """The name of what stands for a model at a place: where it says `unseen`, the one that was trained without that site."""
+    site, subset = place
+    return f"{model}{WITHOUT}{site}" if subset == "unseen" and WITHOUT not in model else model
+
+
 def base(model: str) -> str:
     """The model's name without that of a site."""
     return model.partition(":")[0]
@@ -93,6 +107,8 @@ def base(model: str) -> str:
 def place_name(place: Place) -> str:
     """What a person calls it."""
     site, subset = place
+    if site == ALL_SITES:
+        return "all sites"
     return "test set" if site == "test" else f"{site}, {subset} cases" if subset != "validation" else site
 
 
@@ -101,10 +117,10 @@ def by_case(rows: Iterable[Row]) -> list[CaseScore]:
     groups: dict[tuple[str, Place, str], list[Row]] = defaultdict(list)
     for r in rows:
         groups[base(r["model"]), (r["site"], r["subset"]), r["case"]].append(r)
-    return [CaseScore(*key, _mean(r["dice"] for r in group), tuple(group)) for key, group in groups.items()]
+    return [CaseScore(*key, mean_of(r["dice"] for r in group), tuple(group)) for key, group in groups.items()]
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean_of(values: Iterable[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
 

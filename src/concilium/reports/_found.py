@@ -66,7 +66,7 @@ class Found:
         """What is known of the case of this score."""
         model, _, owner = row["model"].partition(":")
         subset = "all" if row["subset"] == "unseen" else row["subset"]
-        return self.pictures.get((owner or row["site"], model + self._suffix(row), subset, row["case"]))
+        return self.pictures.get((owner or row["site"], row.get("key", model + self._suffix(row)), subset, row["case"]))
 
     def _suffix(self, row: Row) -> str:
         """What the name of the model's files ends with, where there are several seeds or folds (`schedule.py`)."""
@@ -108,7 +108,7 @@ def _find_run(folder: Path) -> Found:
             if site != ALL_SITES
         ),
         study=study,
-        study_text=re.sub(r"(?m)^((?:data|cache) = ).*$", r'\1"..."', text),
+        study_text=re.sub(r"(?m)^((?:data|cache|file|weights) = ).*$", r'\1"..."', text),
         sessions=tuple(_json(folder / "environment.json", {}).get("sessions", ())),
         plans=_json(folder / "plans.json", {}),
         fingerprint=_json(folder / "fingerprint.json", {}),
@@ -121,8 +121,8 @@ def _find_site(folder: Path) -> Found:
     """A site's own tables as results, its own log as rounds."""
     paths = sorted(folder.glob("scores/*.json"), key=lambda path: (path.stat().st_mtime, path.name))
     tables = [t for path in paths if (t := _table(path))]
-    cases = [dict(row) | {key: t[key] for key in ("model", "subset", "site")} for t in tables for row in t["cases"]]
-    models = [{"name": name} for name in dict.fromkeys(t["model"] for t in tables)]
+    cases = [dict(row) | _told(t) for t in tables for row in t["cases"]]
+    models = [{"name": name} for name in dict.fromkeys(_told(t)["model"] for t in tables)]
     excluded = [
         {"site": case.partition("/")[0], "case": case.partition("/")[2], "reason": reason, "text": text}
         for case, (reason, text) in _json(folder / "excluded.json", {}).items()
@@ -146,6 +146,16 @@ def _find_site(folder: Path) -> Found:
         colours={label: tuple(c) for t in tables for label, c in t.get("colours", {}).items()},
         notes=tuple(dict.fromkeys(f"{r['case']}: {r['note']}" for r in cases if r.get("note"))),
     )
+
+
+def _told(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What a site's own table says of all its rows: the model's files are called `key`, after its seed and fold too."""
+    name, *parts = table["model"].split(".")
+    seed = next(
+        (int(p[1:]) for p in parts if re.fullmatch(r"s\d+", p)), -1
+    )  # the study's first: its number is not told here
+    subset = "unseen" if table["subset"] == "all" else table["subset"]
+    return {"model": name, "key": table["model"], "seed": seed, "subset": subset, "site": table["site"]}
 
 
 def _table(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from xml.etree.ElementTree import Element
 
 from concilium.reports import _figures as draw
-from concilium.reports._cases import Place, View, base, place_name
+from concilium.reports._cases import Place, View, at, base, place_name
 from concilium.reports._elements import Child, duration, e, figure, fold, number, p_value, signed, size, table
 from concilium.reports._found import Row
 from concilium.statistics import FOREGROUND_MEAN
@@ -51,13 +51,18 @@ def overall_label(view: View) -> str:
 def cell(
     view: View, place: Place, model: str, metric: str, label: str
 ) -> tuple[float, float | None, float | None, int] | None:
-    """Mean, interval and number of patients; of several models of one name their mean, without interval; or `None`."""
+    """Mean, interval and number of patients; `None` where there are none, or too few.
+
+    Of the models `NAME:SITE` that summary of them together; where results have none, their mean without interval.
+    """
+    model = at(model, place)
     rows = [
         s
         for s in view.found.results["summary"]
         if (s["site"], s["subset"]) == place and base(s["model"]) == model
         and (s["metric"], s["label"]) == (metric, label) and s["mean"] is not None
     ]  # fmt: skip
+    rows = [s for s in rows if s["model"] == model] or rows
     if not rows or not view.enough(min(s["n"] for s in rows)):
         return None
     if len(rows) > 1:
@@ -70,6 +75,8 @@ def results(view: View) -> Element:
     label = overall_label(view)
     labels = list(dict.fromkeys(s["label"] for s in view.found.results["summary"] if s["label"] != label))
     notes = ["A cell: mean over patients, with its 95 % interval where there are 6 patients or more."]
+    if any(subset == "unseen" for _, subset in view.places):
+        notes.append("Unseen cases: all cases of the site, by the model that was trained without it.")
     if any(":" in s["model"] for s in view.found.results["summary"]):
         notes.append("local: the model each site trained alone; on the test set, the mean over these models.")
     if view.private:
@@ -88,7 +95,7 @@ def results(view: View) -> Element:
 def _matrix(view: View, metric: str, label: str) -> Element:
     digits = 1 if metric == "hd95" else 3
     rows: list[list[Child]] = []
-    for place in view.places:
+    for place in (*view.places, *view.pools):
         found = [cell(view, place, model, metric, label) for model in view.models]
         counts = sorted({c[3] for c in found if c})
         n = f"n = {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}" if counts else ""
@@ -104,7 +111,8 @@ def _cell_text(view: View, place: Place, model: str, metric: str, label: str, di
     found = cell(view, place, model, metric, label)
     if found is None:
         there = any(
-            (s["site"], s["subset"]) == place and base(s["model"]) == model for s in view.found.results["summary"]
+            (s["site"], s["subset"]) == place and base(s["model"]) == at(model, place)
+            for s in view.found.results["summary"]
         )
         return f"n < {view.min_cases}" if there and view.private else None
     mean, low, high, _ = found
@@ -174,15 +182,22 @@ def _reading(c: Row) -> str:
 def curves(view: View) -> Element | None:
     """Training loss, and Dice on validation cases where it was measured, per round and site."""
     parts = [
-        _panels(view, losses(view), "loss", "Training loss of each round, mean over its steps; lower is better."),
         _panels(
-            view, dice(view), "Dice", "Dice on validation cases after each round; shown, never used to choose one."
+            view, _of_all(losses(view)), "loss", "Training loss of each round, mean over its steps; lower is better."
         ),
+        _panels(view, _of_all(dice(view)), "Dice", f"Dice on validation cases after each round; {_use(view)}."),
     ]
     if not any(p is not None for p in parts):
         return None
     hidden = f"Sites with fewer than {view.min_cases} cases are left out." if view.private else None
     return section("Learning", *parts, e("p", hidden, class_="note") if hidden else None)
+
+
+def _use(view: View) -> str:
+    """What became of the curves."""
+    if view.found.study.get("validation", {}).get("select") != "best":
+        return "shown, never used to choose one"
+    return "each model ends with the weights of the round that was best over the sites that train"
 
 
 def losses(view: View) -> Lines:
@@ -217,6 +232,16 @@ def _lines(points: Sequence[tuple[str, str, int, float | None]]) -> Lines:
     }
 
 
+def _of_all(lines: Lines) -> Lines:
+    """The mean over seeds and folds, which end a model's name in `rounds.jsonl` and `curves.jsonl`: `federated.s8.f0`."""
+    return _lines([
+        (model.partition(".")[0], site, int(x), y)
+        for model, sites in lines.items()
+        for site, points in sites.items()
+        for x, y in points
+    ])  # fmt: skip
+
+
 def _panels(view: View, lines: Lines, what: str, caption: str) -> Element | None:
     span = [p for sites in lines.values() for points in sites.values() for p in points]
     if not span:
@@ -232,22 +257,34 @@ def _panels(view: View, lines: Lines, what: str, caption: str) -> Element | None
 # --------------------------------------------------------------------------------------------------------------- costs
 
 
+_PER_SITE = ["model", "site", "steps", "training", "received", "sent"]
+
+
 def costs(view: View) -> Element | None:
-    """Steps, time and bytes of every model at every site."""
-    models: Sequence[Row] = [m for m in view.found.results["models"] if "sites" in m]
-    if not models:
+    """Steps, time and bytes of every model at every site: of one trained several times, the mean over seeds and folds."""
+    groups: dict[str, list[Row]] = {}
+    for m in view.found.results["models"]:
+        if "sites" in m:
+            groups.setdefault(m["name"], []).append(m)
+    if not groups:
         return None
     total = [
-        [shown_model(m["name"]), str(m["rounds"]), f"{m['updates']:,}", f"{m['patches']:,}", duration(m["seconds"])]
-        for m in models
-    ]
-    rows = [
-        [shown_model(m["name"]), site, f"{s['n_steps']:,}", duration(s["seconds"]), size(s["bytes_down"]), size(s["bytes_up"])]
-        for m in models
-        for site, s in m["sites"].items()
+        [shown_model(name), f"{_mean(of, 'rounds'):g}", f"{_mean(of, 'updates'):,.0f}", f"{_mean(of, 'patches'):,.0f}",
+         duration(_mean(of, "seconds"))]
+        for name, of in groups.items()
     ]  # fmt: skip
+    rows = []
+    for name, of in groups.items():
+        for site in dict.fromkeys(site for m in of for site in m["sites"]):
+            took = [m["sites"][site] for m in of if site in m["sites"]]
+            times = [f"{_mean(took, 'n_steps'):,.0f}", duration(_mean(took, "seconds"))]
+            sizes = [size(_mean(took, key)) for key in ("bytes_down", "bytes_up")]
+            rows.append([shown_model(name), site, *times, *sizes])
     slowest = max(view.found.rounds, key=lambda r: r.get("seconds", 0.0), default=None)
     note = "Updates: optimiser steps one after the other. Patches: seen by all sites together."
+    n = max(map(len, groups.values()))
+    if n > 1:
+        note += f" Of a model that was trained several times (seeds and folds, up to {n} times), the mean."
     if slowest is not None and "seconds" in slowest:
         which = f"{shown_model(slowest['model'])}, round {slowest['round']}"
         note += f" The slowest round took {duration(slowest['seconds'])} ({which})."
@@ -255,10 +292,9 @@ def costs(view: View) -> Element | None:
         "What it took",
         table(["model", "rounds", "updates", "patches", "time"], total, caption="Each model"),
         e("p", note, class_="note"),
-        table(
-            ["model", "site", "steps", "training", "received", "sent"],
-            rows,
-            caption="Each site, in training rounds",
-            words=2,
-        ),
+        table(_PER_SITE, rows, caption="Each site, in training rounds", words=2),
     )
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return fmean(row[key] for row in rows)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from concilium.reports import TITLES
-from concilium.statistics import ALL_SITES, FOREGROUND_MEAN
+from concilium.statistics import ALL_SITES, FOREGROUND_MEAN, WITHOUT
 
 WIDTH = 100
 """Columns of a terminal in which the intervals must have a place."""
 INTERVAL = "    95 %"
+UNSEEN = "unseen"
+ORDER = ("validation", UNSEEN, "test")
+"""Of the rows."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ def matrix(results: Mapping[str, Any], metric: str = "dice") -> Matrix:
     """Mean of a metric over the foreground labels, over the patients of each site, and of all.
 
     A site's own model (`local:SITE`) stands in the column `local` in the row of its site; on the test set, which each of them
-    segments, the mean over these models stands there. The patients of all sites, and the test set, have their intervals below,
-    where the table then fits a terminal.
+    segments, the mean over these models stands there. What the models trained without a site reach on it stands in a row of its
+    own. The patients of all sites, and the test set, have their intervals below, where the table then fits a terminal.
     """
     labels = {s["label"] for s in results["summary"]}
     label = FOREGROUND_MEAN if FOREGROUND_MEAN in labels else next(iter(sorted(labels)), "")
@@ -37,13 +40,17 @@ def matrix(results: Mapping[str, Any], metric: str = "dice") -> Matrix:
     patients: dict[tuple[str, str], set[int]] = {}
     for s in sorted(results["summary"], key=lambda s: s["site"] == ALL_SITES):
         model, _, own = s["model"].partition(":")
+        model, _, without = model.partition(WITHOUT)
+        if without and s["subset"] != UNSEEN:
+            continue
         if s["metric"] == metric and s["label"] == label and s["mean"] is not None and own in ("", s["site"]):
             cells[s["site"], s["subset"], model] = s
             patients.setdefault((s["site"], s["subset"]), set()).add(s["n"])
-    models = [m["name"] for m in results["models"]]
+    models = list(dict.fromkeys(m["name"] for m in results["models"] if WITHOUT not in m["name"]))
     rows: list[tuple[str, ...]] = []
-    for (site, subset), n in sorted(patients.items(), key=lambda item: item[0][1] == "test"):
+    for (site, subset), n in sorted(patients.items(), key=lambda item: ORDER.index(item[0][1])):
         name = "test set" if subset == "test" else "all sites" if site == ALL_SITES else site
+        name += " unseen" if subset == UNSEEN else ""
         several = "–".join(map(str, sorted({min(n), max(n)})))  # undefined for some patients under some model
         found = [cells.get((site, subset, model)) for model in models]
         rows.append((f"{name}, n = {several}", *("–" if s is None else f"{s['mean']:.3f}" for s in found)))
@@ -54,6 +61,8 @@ def matrix(results: Mapping[str, Any], metric: str = "dice") -> Matrix:
         notes.append("In brackets: 95 % intervals.")
     if "test set" in {row[0].partition(",")[0] for row in rows} and any(":" in s["model"] for s in results["summary"]):
         notes.append("local: each site's own model; on the test set the mean over these models.")
+    if any(subset == UNSEEN for _, subset in patients):
+        notes.append("unseen: all its cases, by the model trained without that site.")
     title = f"{TITLES.get(metric, metric)}, {'mean over the foreground labels' if label == FOREGROUND_MEAN else label}"
     return Matrix(title, ("site", *models), tuple(rows), tuple(notes))
 

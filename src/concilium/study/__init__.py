@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concilium.study.data_sets import data_sets
+from concilium.study.data_sets import data_sets, names_of
 from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
 from concilium.study.tables import SiteTable, StartTable, Study, training_of, with_seeds
 
@@ -12,6 +12,7 @@ __all__ = [
     "StartTable",
     "Study",
     "data_sets",
+    "names_of",
     "parse_study",
     "read_study",
     "to_toml",

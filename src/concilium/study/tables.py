@@ -16,7 +16,9 @@ from concilium.messages import PlugIn, Training
 @dataclass(frozen=True)
 class StudyTable:
     name: str
+    """Names the run folder, and the study in reports."""
     seed: int = 0
+    """Of initial weights, batches and all other chance."""
     max_excluded: float = 0.1
     """Largest share of a site's cases that may be set aside before the study stops."""
     seeds: int = 1
@@ -44,12 +46,15 @@ class SiteTable:
 @dataclass(frozen=True)
 class ProtocolTable:
     rounds: int
+    """How many rounds there are."""
     name: str = "federated"
+    """Who computes what, and talks when: a plug-in, whose own options stand in this table too."""
     steps: int | None = None
     """Optimiser steps per site and round ..."""
     epochs: float | None = None
     """... or passes over the site's own training cases per round."""
     compare: tuple[Literal["local", "centralized"], ...] = ()
+    """Baselines that are trained too: every site alone; all data in one place, for a site's steps and for all sites' steps."""
     min_sites: int | None = None
     """A round in which fewer sites answer stops the study; omitted: 2, or 1 where there is only one site."""
     round_seconds: float | None = None
@@ -61,7 +66,9 @@ class ProtocolTable:
 @dataclass(frozen=True)
 class PlanTable:
     configuration: str = "3d_fullres"
+    """Of nnU-Net's plan: `2d`, `3d_fullres` or `3d_lowres`."""
     planner: Literal["default", "resenc_m", "resenc_l", "resenc_xl"] = "default"
+    """Of nnU-Net: its plain encoder, or one of its presets with residual encoders."""
     memory_gb: float | None = None
     """GPU memory that the plan is made for; omitted: the planner's own (8 GB for the default)."""
     exact_geometry: bool = False
@@ -91,26 +98,39 @@ class PreprocessingTable:
 @dataclass(frozen=True)
 class TrainingTable:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """sgd: with Nesterov momentum, as in nnU-Net."""
     learning_rate: float | None = None
     """Omitted: 0.01 for sgd (nnU-Net's), 0.001 for adam and adamw."""
     weight_decay: float = 3e-5
+    """Of the optimiser."""
     momentum: float = 0.99
+    """Of sgd."""
     batch_size: int | None = None
+    """Patches in a batch; omitted: the plan's."""
     patch_size: tuple[int, ...] | None = None
+    """[voxels], in the order of the plan's axes; omitted: the plan's."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of training and segmenting; weights are float32 throughout."""
     foreground: float = 0.33
+    """Share of the patches in a batch that are centred on a foreground voxel."""
     mirror: bool = True
+    """Mirror patches while training, and average over mirrored images when segmenting."""
     augmentation: Literal["nnunet", "none"] = "nnunet"
+    """nnU-Net's random transforms, or none."""
     clip_norm: float = 12.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
     deep_supervision: bool = True
+    """Also compute the loss at the coarser resolutions of the decoder."""
     loader_workers: int = 0
+    """Processes that make batches ahead; 0: none."""
 
 
 @dataclass(frozen=True)
 class ValidationTable:
     folds: int = 5
+    """Into how many parts each site's cases are divided, by patient; one of them validates."""
     fold: int | Literal["all"] = 0
-    """`all`: every model is trained once per fold, and the members of a model together segment the test set."""
+    """The part that validates. `all`: every model is trained once per fold; its members together segment the test set."""
     every: int | None = None
     """Score the validation cases after every so many rounds, for the curves; omitted: only at the end."""
     select: Literal["last", "best"] = "last"
@@ -124,11 +144,13 @@ class ValidationTable:
 @dataclass(frozen=True)
 class EngineTable:
     name: str = "simulation"
+    """Where the sites are: all on this machine, or in hospitals (`flare`)."""
     workers: int = 1
     """1: sites are answered one at a time in this process; more: in that many processes."""
     threads: int = 0
     """Threads a site computes with; 0: the machine's cores divided by the workers. Other thread counts give other bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
     cache: Path | None = None
     """Folder for preprocessed cases; omitted: inside the run folder."""
     pictures: bool = True
