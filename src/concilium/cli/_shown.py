@@ -88,7 +88,7 @@ def _show(outcome: Run) -> None:
         console.print(f"Note: {line}", style="dim", markup=False)
     for line in results["problems"]:
         console.print(f"Not as asked: {line}", style="red", markup=False)
-    shown.print(f"Run folder: {outcome.folder}")
+    shown.print(f"Run folder: {outcome.folder}", markup=False, soft_wrap=True)
     if outcome.report_file.is_file():
         shown.print(f"Report: {outcome.report_file}", markup=False, soft_wrap=True)
 
