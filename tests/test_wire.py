@@ -452,6 +452,8 @@ TEXT_FIELDS = {
     "Examined.labels",  # the keys: names of labels
     "Examined.file_ending",
     "Prepared.warnings",  # sentences from a fixed list
+    "Average.label",
+    "Average.metric",
     "Score.label",
     "Score.status",
     "Score.unit",

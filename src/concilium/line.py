@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,11 @@ def run(
     try:
         watch(Event("stage", "Reading every case"))
         told = ask_sites(study, engine, record, ledger)
-        for members in settings(study):
-            plans = plan_for(members[0], told, record, ledger)
-            if plans.start is not None:
-                watch(Event("stage", plans.start.note))
+        # all of them before anything trains: a variant that cannot be planned must not cost a night first
+        planned = [(members, plan_for(members[0], told, record, ledger)) for members in settings(study)]
+        for note in dict.fromkeys(plans.start.note for _, plans in planned if plans.start is not None):
+            watch(Event("stage", note))
+        for members, plans in planned:
             finished += _train_members(Work(study, engine, record, plans, watch), members, ledger)
     except BaseException as e:
         ledger.problems.append(
@@ -165,13 +166,13 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
         training, scoring = Ledger(), Ledger()
         last = _train(work, model, training)
         give(work, model, last, scoring)
-        cases = score(work, [model], scoring)
+        scored = score(work, [model], scoring)
         rounds, batch_size = work.record.rounds(model.key), work.plans.batch_size
         best = None if model.stays else work.record.best_rounds(model.key).get(POOL)
         select = best[0] if best and work.study.validation.select == "best" else None
         about = account(model, rounds, batch_size=batch_size, selected=select)
         about["parameters"] = sum(t.numel() for t in initial_weights(model.setting.study, work.plans).values())
-        finished = {"model": about, "cases": cases} | _told(training, scoring)
+        finished = {"model": about} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
     if not finished["again"]:  # told once more on resumption: a kill may have come between
         tell(work.engine, dict.fromkeys(model.steps, Forget(model.key)))
@@ -184,7 +185,7 @@ def _score_together(work: Work, members: Sequence[Model]) -> Mapping[str, Any]:
     finished = _finished(work.record, key)
     if finished is None:
         scoring = Ledger()
-        finished = {"model": None, "cases": score(work, members, scoring)} | _told(Ledger(), scoring)
+        finished = {"model": None} | asdict(score(work, members, scoring)) | _told(Ledger(), scoring)
         work.record.write_json(f"checkpoints/{key}/finished.json", finished)
     return finished
 

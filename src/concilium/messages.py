@@ -132,6 +132,26 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Average:
+    """One metric of one label over the patients of a site, in place of the scores of its cases. Cases of a patient count as one.
+
+    `None` where too few patients have a value: then only how many there are is told.
+    """
+
+    label: str
+    """Empty: the mean over the labels within each patient, where there are several."""
+    metric: str
+    n: int
+    """Patients with a value."""
+    n_cases: int
+    n_undefined: int
+    """Scores of cases that are undefined."""
+    mean: float | None
+    deviation: float | None
+    """Standard deviation between patients (of a sample)."""
+
+
+@dataclass(frozen=True)
 class Examine:
     """Read the data set; answer what may be told of it."""
 
@@ -318,9 +338,12 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Evaluated:
+    """Scores of every case; or where the site keeps them back, what they are on average."""
+
     scores: tuple[Score, ...]
     excluded: tuple[Excluded, ...]
     seconds: float
+    averages: tuple[Average, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from concilium.answers.evaluate import segment
-from concilium.data.dataset import Dataset, list_images, reader
+from concilium.data.dataset import reader
+from concilium.data.images import images_as
 from concilium.errors import DataError, StudyError
 from concilium.finished import open_finished
 from concilium.optimization import device_named
@@ -29,7 +30,8 @@ def predict(
 
     Args:
         run: a run folder.
-        images: files named CASE_0000.ENDING, one per channel, as in nnU-Net's imagesTs.
+        images: files named CASE_0000.ENDING, one per channel, as in nnU-Net's imagesTs. In the run's order of channels, unless
+            a dataset.json in the folder or above it says another: then they are matched by name.
         model: as in results.json, such as `federated` or `local:north`; omitted: the study's own protocol.
         precision: to compute in, `float32`, `bfloat16` or `float16`; omitted: that of training, in which the model was scored.
         watch: is told each case, its number and how many there are.
@@ -47,8 +49,8 @@ def predict(
     where = device_named(device)
     torch.set_num_threads(study.engine.threads)
     ending = finished.file_ending
-    cases = list_images(images, finished.channels, ending)
-    dataset = Dataset(images, finished.channels, finished.labels, ending, cases, ())
+    dataset = images_as(images, finished.channels, finished.labels, ending)
+    cases = dataset.cases
     t = study.training
     cut = partial(
         segment,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+from concilium import catalog
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.labels import Labels, n_heads, to_nnunet
@@ -148,6 +150,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
 
     Raises:
         DataError: it is not the one that the run began with.
+        StudyError: the study's network or protocol cannot be had with it.
     """
     study = setting.study
     merged = merge([fingerprint for name, fingerprint in told.fingerprints.items() if name in setting.sites])
@@ -171,7 +174,22 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     _keep(record, "plans.json" if setting.is_base else f"plans/{setting.title}.json", text)
     plan = open_plan(text, p.configuration)
     plans = Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size)
+    _check_network(study, plans)
     return replace(plans, start=_start(setting, plans, record, ledger))
+
+
+def _check_network(study: Study, plans: Plans) -> None:
+    """Build the network once, and let the protocol say whether it can train it.
+
+    Raises:
+        StudyError: it cannot be built by this plan, or not trained so.
+    """
+    p = study.protocol
+    check = getattr(inspect.getmodule(catalog.load("protocols", p.name)), "check", None)
+    with drawn_from("check"):  # the weights are thrown away, and nothing else is to draw from here
+        network = network_of(study, plans)()
+    if check is not None:
+        check(network, **p.options)
 
 
 def _start(setting: Setting, plans: Plans, record: Record, ledger: Ledger) -> Start | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from concilium._withheld import with_averages
 from concilium.messages import Evaluated, Score
 from concilium.metrics import dice, hd95, iou, nsd
 from concilium.record import Record
@@ -88,7 +89,14 @@ def write_results(
     if study.test is None:
         folds = "the folds that each model did not train on" if study.validation.fold == "all" else "one fold"
         warnings.append(f"No test set: all figures are on the validation cases of {folds}.")
-    summary = summarize(cases, SCALES, seed=study.study.seed)
+    averages = [row for f in finished for row in f.get("averages", ())]
+    withheld = sorted({row["site"] for row in averages})
+    if withheld:
+        warnings.append(
+            f"Scores of single cases are kept back at {', '.join(withheld)}: comparisons are on the other patients, and pools "
+            "have no interval."
+        )
+    summary = with_averages(summarize(cases, SCALES, seed=study.study.seed), averages, SCALES)
     results = {
         "version": VERSION,
         "study": study.study.name,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from concilium.engines import Engine, ask
 from concilium.messages import (
@@ -26,6 +27,7 @@ from concilium.schedule import Model, ensemble_key
 
 BEST = ".best"
 """Ends the name under which a site keeps the best weights so far of a model that stays."""
+Names: TypeAlias = Mapping[int, Mapping[str, str]]
 POOL = "all"
 """Stands in a curve where a site stands: all that train."""
 
@@ -55,7 +57,21 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
         ledger.problems.append(f"{model.key}, final push: {failure_line(work.record, site, failure)}")
 
 
-def score(work: Work, members: Sequence[Model], ledger: Ledger) -> list[dict[str, Any]]:
+@dataclass
+class Scored:
+    """Rows of results: scores of cases, and averages of sites that keep those back."""
+
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    averages: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, about: Mapping[str, Any], site: str, subset: str, reply: Evaluated, names: Names) -> None:
+        """Take in what a site answered."""
+        self.cases += score_rows(about, site, subset, reply, names)
+        place = {**about, "site": "test" if subset == "test" else site, "subset": subset}
+        self.averages += [place | asdict(average) for average in reply.averages]
+
+
+def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
     """Scores of one model at every site's validation cases and on the test set; of several, of their ensemble on the test set.
 
     A model that stays is scored at its own site only; one that never saw a site, on all cases of that site too.
@@ -72,35 +88,36 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> list[dict[str
     if study.test is not None and (together or not model.member):
         where.append(("test", "test", list(model.steps) if model.stays else ["test"]))
     key = ensemble_key(model) if together else model.key
-    cases: list[dict[str, Any]] = []
+    scored = Scored()
     for subset, of_site, sites in where:
         work.watch(Event("stage", f"{key}: scoring the {subset} cases", model=key))
         request = Evaluate(key, of_site, metrics, tuple(m.key for m in members))
         for site, reply in ask(work.engine, dict.fromkeys(sites, request)):
             label = f"{key}, {subset} at {site}"
             if isinstance(reply, Evaluated):
-                cases += _rows(work, model, site, subset, reply, together=together)
+                _add(scored, work, model, site, subset, reply, together=together)
                 _count_excluded(work, label, reply, ledger)
             else:
                 ledger.problems.append(f"{label}: {failure_line(work.record, site, as_failure(reply))}")
     work.watch(Event("scored", model=key))
-    return cases
+    return scored
 
 
-def _rows(
-    work: Work, model: Model, site: str, subset: str, reply: Evaluated, *, together: bool = False
-) -> list[dict[str, Any]]:
+def _add(
+    scored: Scored, work: Work, model: Model, site: str, subset: str, reply: Evaluated, *, together: bool = False
+) -> None:
     names = work.record.case_names("test" if subset == "test" else site)
     about = {
         "model": f"{model.name}:{site}" if model.stays else model.name,
         "seed": model.seed,
         "fold": None if together else model.fold,
     }
-    return score_rows(about, site, subset, reply, names)
+    scored.add(about, site, subset, reply, names)
 
 
 def _count_excluded(work: Work, where: str, reply: Evaluated, ledger: Ledger) -> None:
-    n_scored, n_not = len({s.case for s in reply.scores}), sum(e.count for e in reply.excluded)
+    n_scored = len({s.case for s in reply.scores}) or max((a.n_cases for a in reply.averages), default=0)
+    n_not = sum(e.count for e in reply.excluded)
     if n_not:
         reasons = ", ".join(e.reason for e in reply.excluded)
         text = f"{where}: {n_not} of {n_scored + n_not} cases not scored ({reasons})"
@@ -131,13 +148,11 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
         ledger.problems.append(
             f"{model.key}, round {done.number}, validation: {failure_line(work.record, site, failure)}"
         )
-    rows = [
-        row
-        for site, r in replies.items()
-        if isinstance(r, Evaluated)
-        for row in _rows(work, model, site, "validation", r)
-    ]
-    curve = _curve(rows, [*model.steps])
+    scored = Scored()
+    for site, r in replies.items():
+        if isinstance(r, Evaluated):
+            _add(scored, work, model, site, "validation", r)
+    curve = _curve(scored, [*model.steps])
     if v.select == "best" and not pooled:
         _keep_best(work, model, done.number, weights, curve, ledger)
     work.record.add_curve(model.key, done.number, curve)
@@ -147,14 +162,17 @@ def _unseen(model: Model) -> tuple[str, ...]:
     return (model.setting.unseen,) if model.setting.unseen else ()
 
 
-def _curve(rows: Sequence[Mapping[str, Any]], trains: Sequence[str]) -> dict[str, float]:
+def _curve(scored: Scored, trains: Sequence[str]) -> dict[str, float]:
     """Site -> mean validation Dice over its patients, and that over the patients of all sites that train."""
 
     patients: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
+    for row in scored.cases:
         if row["dice"] is not None:
             patients.setdefault(row["site"], {}).setdefault(row["patient"], []).append(row["dice"])
     means = {site: [fmean(values) for values in of.values()] for site, of in patients.items()}
+    for row in scored.averages:  # over all labels where there are several; it comes last
+        if row["mean"] is not None:
+            means[row["site"]] = [row["mean"]] * row["n"]
     pool = [value for site in means if site in trains for value in means[site]]
     return {site: fmean(values) for site, values in means.items()} | ({POOL: fmean(pool)} if pool else {})
 

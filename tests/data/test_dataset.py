@@ -20,7 +20,8 @@ from skimage import io
 from sklearn.model_selection import KFold
 
 from concilium.data._description import READERS
-from concilium.data.dataset import content_key, folds, list_images, open_dataset, read_case, reader
+from concilium.data.dataset import content_key, folds, open_dataset, read_case, reader
+from concilium.data.images import images_as, list_images
 from concilium.errors import DataError, StudyError
 
 Write = Callable[..., Path]
@@ -184,6 +185,24 @@ def test_images_alone_are_listed_for_prediction(site: Path) -> None:
         list_images(site / "imagesTr", ("T1", "T2"), ".nrrd")
     with pytest.raises(DataError, match="is no folder"):
         list_images(site / "nowhere", ("T1",), ".nii.gz")
+
+
+@pytest.mark.parametrize("place", ["in the folder", "above it"])
+def test_images_to_segment_are_matched_by_name_where_their_order_is_told(
+    place: str, site: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "new" / "imagesTs"
+    shutil.copytree(site / "imagesTr", folder)
+    labels = {"background": 0, "tumour": 1}
+    as_stored, *_ = read_case((there := images_as(folder, ("T2", "T1"), labels, ".nii.gz")).cases[0], there)
+    described = folder if place == "in the folder" else folder.parent
+    (described / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1", "1": "T2"}}))
+    by_name, *_ = read_case((there := images_as(folder, ("T2", "T1"), labels, ".nii.gz")).cases[0], there)
+    assert not np.array_equal(as_stored[0], as_stored[1])
+    assert np.array_equal(by_name, as_stored[::-1])
+    with pytest.raises(DataError, match=r"has channels T1, T2. The model needs T1, CT") as error:
+        images_as(folder, ("T1", "CT"), labels, ".nii.gz")
+    assert error.value.code == "channel_mismatch"
 
 
 # --------------------------------------------------------------------------------------------------------------- reading

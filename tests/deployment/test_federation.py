@@ -24,6 +24,8 @@ from concilium.study import parse_study
 
 pytestmark = pytest.mark.slow
 SITES = ("north", "south", "west")
+SILENT = "west"
+"""Keeps the scores of its cases back."""
 LONG_S = 240.0
 """Only against hanging: the machine may be busy."""
 
@@ -75,8 +77,9 @@ class Federation:
         for site in sites:
             data, private = self.data / site, self.private(site)
             self.joined[site] = self.start(
-                f"{site}.log", "join", self.kits / site, "--data", data, "--folder", private, "--split"
-            )
+                f"{site}.log", "join", self.kits / site, "--data", data, "--folder", private, "--split",
+                "--no-case-scores" if site == SILENT else "--case-scores",
+            )  # fmt: skip
 
     def private(self, site: str) -> Path:
         return self.folder / "private" / site
@@ -217,7 +220,9 @@ def test_a_federation_gives_the_bits_of_the_simulation_and_tells_nothing_else(
     assert_same_bits(here, federation.folder / protocol)
     results = federation.results(protocol)
     assert results["complete"]
-    assert {case["site"] for case in results["cases"]} == set(SITES)
+    assert {case["site"] for case in results["cases"]} == set(SITES) - {SILENT}
+    assert {row["site"] for row in results["summary"]} == {*SITES, "all"}
+    assert any(SILENT in text and "kept back" in text for text in results["warnings"])
     assert all(line["sites"].keys() == set(SITES) for line in federation.rounds(protocol))
     there = federation.folder / protocol
     content = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}

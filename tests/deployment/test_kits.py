@@ -218,7 +218,7 @@ def test_settings_that_are_given_are_kept(kit: Path, phantom: Path, monkeypatch:
 def test_by_default_nothing_beyond_updates_leaves_a_site(kit: Path, phantom: Path) -> None:
     write_settings(kit, read_settings(kit, {"data": phantom / "north"}))
     settings = settings_of_run(kit, read_about(kit), "0a1b")
-    assert settings.policy == Policy(plug_ins=(), split=False, labels=False)
+    assert settings.policy == Policy(plug_ins=(), split=False, labels=False, case_scores=False)
     assert settings.folder == kit / "runs" / "0a1b"
     assert (settings.name, settings.role, settings.data) == ("north", "site", {"north": (phantom / "north").resolve()})
 
@@ -340,12 +340,22 @@ def test_run_refuses_the_engine_and_says_what_to_do(study_of: Any, phantom: Path
             {"protocol": {"rounds": 1, "steps": 1, "compare": ["centralized"]}},
             r"centralized.*not allowed between hospitals",
         ),
+        (
+            (),
+            {"sites": {"north": {"data": "n", "shift": {"gamma": 2.0}}, "south": {"data": "s"}}, "engine": {}},
+            r"\[sites.north.shift\] is not allowed between hospitals: only a simulation",
+        ),
+        (
+            (),
+            {"sites": {"north": {"data": "n", "labels": {"ant": "anterior"}}, "south": {"data": "s"}}, "engine": {}},
+            r"\[sites.north\] labels is not read between hospitals.*label_names",
+        ),
     ],
 )
 def test_a_study_that_does_not_fit_is_refused(
     sites: tuple[str, ...], tables: Table, message: str, study_of: Any, kits: dict[str, Path], tmp_path: Path
 ) -> None:
-    study = parse_study(study_of(*sites, **tables), folder=tmp_path)
+    study = parse_study(study_of(*sites, **tables), folder=tmp_path, check_data=False)
     with pytest.raises(StudyError, match=message):
         serve(kits["server"], study, tmp_path / "run")
     assert not (tmp_path / "run").exists()

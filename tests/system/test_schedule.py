@@ -99,6 +99,14 @@ def test_a_variant_may_be_another_protocol(make: Make, tmp_path: Path) -> None:
     assert open_finished(tmp_path / "run", "split").study.network.name == "unet"
 
 
+def test_a_variant_that_cannot_be_had_stops_the_run_before_anything_trains(make: Make, tmp_path: Path) -> None:
+    protocol = {"name": "splitfed", "cut": ["down0", "up9"]}
+    study = make({"split": {"protocol": protocol, "network": {"name": "unet", "levels": 2}}}, test=False)
+    with pytest.raises(StudyError, match="up9"):
+        run(study, tmp_path / "run")
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
 def test_seeds_are_the_studies_of_these_seeds(make: Make, tmp_path: Path) -> None:
     outcome = run(make(study__seeds=2, protocol__compare=["local"]), tmp_path / "both")
     run(make(study__seed=4, protocol__compare=["local"]), tmp_path / "second")

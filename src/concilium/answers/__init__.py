@@ -18,6 +18,9 @@ from concilium.data.plan import Plan
 from concilium.messages import Training
 from concilium.networks import Stages
 
+MIN_CASES = 5
+"""An average over fewer patients tells too much of each."""
+
 
 class Cancelled(Exception):
     """The request was cancelled, or its deadline has passed."""
@@ -33,6 +36,8 @@ class Policy:
     """Whether activations, functions of each voxel, may leave (split training)."""
     labels: bool = True
     """Whether in split training heads may act on maps that the server made, whose gradients tell it the labels."""
+    case_scores: bool = True
+    """Whether the scores of single cases may leave, under numbers; otherwise averages over `MIN_CASES` patients or more."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from concilium import catalog
-from concilium.answers import Cancelled, Check, Entry, Job, Settings, pictures
+from concilium.answers import MIN_CASES, Cancelled, Check, Entry, Job, Settings, pictures
 from concilium.answers.statistics import Exclusions, count, find_cases
 from concilium.data.dataset import Case, Dataset, pixel_size, read_case
 from concilium.data.labels import Labels, foreground, ignored
@@ -22,7 +23,7 @@ from concilium.data.patches import predict_logits
 from concilium.data.plan import Plan
 from concilium.data.preprocess import preprocess, restore
 from concilium.errors import DataError
-from concilium.messages import Evaluate, Evaluated, PlugIn, Score, Tensors
+from concilium.messages import Average, Evaluate, Evaluated, PlugIn, Score, Tensors
 from concilium.metrics import status
 from concilium.metrics._lesions import count_lesions
 from concilium.metrics._pairs import pairs
@@ -67,7 +68,44 @@ def evaluate(
             )
     if request.final:
         pictures.save_scores(settings.folder, settings.name, request, kept, job.labels)
-    return Evaluated(tuple(scores), count(excluded), time.monotonic() - started), excluded
+    seconds = time.monotonic() - started
+    if not settings.policy.case_scores:
+        return Evaluated((), count(excluded), seconds, average(scores)), excluded
+    return Evaluated(tuple(scores), count(excluded), seconds), excluded
+
+
+def average(scores: Sequence[Score]) -> tuple[Average, ...]:
+    """The scores over patients, by label and metric; no value that describes fewer than `MIN_CASES` of them."""
+    found = []
+    labels = list(dict.fromkeys(s.label for s in scores))
+    metrics = list(dict.fromkeys(name for s in scores for name in s.values))
+    for label in [*labels, *([""] if len(labels) > 1 else [])]:
+        own = [s for s in scores if label in (s.label, "")]
+        for metric in metrics:
+            patients = _means(_means(((s.patient, s.label), s.values[metric]) for s in own).items(), key=lambda k: k[0])
+            values = list(patients.values())
+            told = len(values) >= MIN_CASES
+            found.append(
+                Average(
+                    label,
+                    metric,
+                    len(values),
+                    len({s.case for s in own}),
+                    sum(s.values[metric] is None for s in own),
+                    statistics.fmean(values) if told else None,
+                    statistics.stdev(values) if told else None,
+                )
+            )
+    return tuple(found)
+
+
+def _means(values: Iterable[tuple[Any, float | None]], *, key: Callable[[Any], Any] = lambda k: k) -> dict[Any, float]:
+    """The mean of the values of each key; what is undefined does not count."""
+    of: dict[Any, list[float]] = {}
+    for k, value in values:
+        if value is not None:
+            of.setdefault(key(k), []).append(value)
+    return {k: statistics.fmean(found) for k, found in of.items()}
 
 
 def _subset(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry], Exclusions]:

@@ -79,6 +79,12 @@ def join(
     split: Annotated[
         bool | None, typer.Option("--split/--no-split", help="Whether activations may leave this site. Default: no.")
     ] = None,
+    case_scores: Annotated[
+        bool | None,
+        typer.Option(
+            "--case-scores/--no-case-scores", help="Whether scores of single cases may. Default: averages only."
+        ),
+    ] = None,
 ) -> None:
     """Take part in the studies of a kit's federation: at a site. Settings are kept in the kit's local/site.toml."""
     from concilium.deployment import require_flare
@@ -88,6 +94,7 @@ def join(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's way to ask: end what was started
     given = {"data": data, "test": test, "folder": folder, "threads": threads, "device": device, "split": split}
+    given["case_scores"] = case_scores
     try:
         join_federation(kit, given, watch=lambda text: shown.print(text, markup=False, soft_wrap=True))
     except KeyboardInterrupt as e:

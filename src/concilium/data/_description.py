@@ -57,6 +57,15 @@ def read_description(folder: Path) -> Description:
     )
 
 
+def read_channels(folder: Path) -> tuple[str, ...]:
+    """The channels alone, for images that are there to be segmented.
+
+    Raises:
+        DataError: there is no `dataset.json`, or it does not tell them.
+    """
+    return _channels(_settings(folder), folder)
+
+
 def spacing_file(path: Path, *, channel: bool) -> Path:
     """Where nnU-Net's `Tiff3DIO` looks for the spacing of an image (of which this is a channel) or of a label map."""
     stem = path.name[: -len(path.suffix)]

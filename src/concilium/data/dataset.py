@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concilium.data._description import FLAT, READERS, read_description, spacing_file
-from concilium.data._reading import check_label, read_files, read_label, reader, some, unreadable
+from concilium.data._description import FLAT, read_description, spacing_file
+from concilium.data._names import files_in, images_in, stem
+from concilium.data._reading import check_label, read_files, read_label, reader, unreadable
 from concilium.data.labels import Labels, has_regions
 from concilium.data.matching import Names, Space, Translation, renamed, translate
 from concilium.errors import DataError, StudyError
@@ -30,7 +30,6 @@ __all__ = [
     "Dataset",
     "content_key",
     "folds",
-    "list_images",
     "open_dataset",
     "pixel_size",
     "read_case",
@@ -86,8 +85,8 @@ def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
             raise DataError(
                 f"{folder} has no folder {name}. An nnU-Net raw folder holds imagesTr and labelsTr. Add it."
             )
-    images = _images(folder / "imagesTr", channels, ending)
-    segmented = {_stem(path, ending): path for path in _files(folder / "labelsTr", ending)}
+    images = images_in(folder / "imagesTr", channels, ending)
+    segmented = {stem(path, ending): path for path in files_in(folder / "labelsTr", ending)}
     cases, missing = [], []
     for name in sorted({*images, *segmented}):
         files, label = images.get(name), segmented.get(name)
@@ -115,31 +114,6 @@ def translated(dataset: Dataset, study: Space) -> Dataset:
     """
     translation = translate(dataset.space, study, where=str(dataset.folder))
     return replace(dataset, channels=study.channels, labels=study.labels, translation=translation)
-
-
-def list_images(folder: str | Path, channels: Sequence[str], file_ending: str) -> tuple[Case, ...]:
-    """The images of a folder as cases without label, sorted by name, for prediction.
-
-    Raises:
-        DataError: no such folder, no image in it, or a case that lacks a channel.
-    """
-    folder = Path(folder)
-    reader(file_ending)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder. Expected one with <case>_0000{file_ending}. Check the path.")
-    found = _images(folder, channels, file_ending)
-    short = [name for name, files in found.items() if files is None]
-    if short:
-        raise DataError(
-            f"{len(short)} of {len(found)} cases in {folder} lack a channel ({some(short)}). Each needs {len(channels)} "
-            f"({', '.join(channels)}). Add the files or move these cases away.",
-            code="missing_channel",
-        )
-    if not found:
-        raise DataError(
-            f"{folder} has no image. Expected <case>_0000{file_ending}. Check the folder and the file ending."
-        )
-    return tuple(Case(name, files, None, name) for name, files in sorted(found.items()) if files is not None)
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, dict[str, Any]]:
@@ -258,35 +232,3 @@ def _digest(path: Path, size: int, changed: int, number: int) -> bytes:
     """Digest of a file's bytes; size, time of change and number tell one version of the file from another."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").digest()
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-
-
-def _files(folder: Path, ending: str) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.name.endswith(ending) and not p.name.startswith("."))
-
-
-def _stem(path: Path, ending: str) -> str:
-    return path.name[: -len(ending)]
-
-
-def _images(folder: Path, channels: Sequence[str], ending: str) -> dict[str, tuple[Path, ...] | None]:
-    """The files of each case in the order of the channels; None where one is missing."""
-    found: dict[str, dict[int, Path]] = {}
-    for path in _files(folder, ending):
-        match = re.fullmatch(r"(.+)_(\d{4})", _stem(path, ending))
-        if match is None or int(match[2]) >= len(channels):
-            raise DataError(
-                f"{path} is no channel of a case. Allowed are <case>_0000{ending} to <case>_{len(channels) - 1:04d}{ending} for "
-                f"{', '.join(channels)}. Rename the file, or correct channel_names."
-            )
-        found.setdefault(match[1], {})[int(match[2])] = path
-    # nnU-Net's reader of natural images takes a colour file apart; if no case has a second file, that is what is meant.
-    coloured = (
-        READERS[ending] == "NaturalImage2DIO" and len(channels) in (3, 4) and all(set(f) == {0} for f in found.values())
-    )
-    n = 1 if coloured else len(channels)
-    return {
-        name: tuple(f[i] for i in range(n)) if set(f) == set(range(n)) else None for name, f in sorted(found.items())
-    }

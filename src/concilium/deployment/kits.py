@@ -69,6 +69,8 @@ class SiteSettings:
     """What this site calls its labels, where the study calls them otherwise -> the study's names."""
     channel_names: Mapping[str, str] | None = None
     """The same of channels."""
+    case_scores: bool = False
+    """Whether the scores of single cases may leave, under numbers. Otherwise averages do, over 5 patients or more."""
     pictures: bool = True
     """Whether a picture of each scored case is kept in the run's folder here."""
 
@@ -139,7 +141,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "device": str,
         "split": bool,
     }
-    hints |= {"labels": bool, "pictures": bool, "plug_ins": tuple[str, ...]}
+    hints |= dict.fromkeys(("labels", "pictures", "case_scores"), bool) | {"plug_ins": tuple[str, ...]}
     hints |= dict.fromkeys(("label_names", "channel_names"), Mapping[str, str])
     values: dict[str, Any] = {}
     for key, value in raw.items():
@@ -189,7 +191,7 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         folder / "cache",
         s.threads,
         s.device,
-        Policy(s.plug_ins, s.split, s.labels),
+        Policy(s.plug_ins, s.split, s.labels, s.case_scores),
         names={about.name: Names(s.label_names or {}, s.channel_names or {})},
         pictures=s.pictures,
     )

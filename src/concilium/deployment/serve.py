@@ -68,6 +68,24 @@ def _check(kit: Path, about: About, study: Study, sites: tuple[str, ...]) -> Non
             f"[protocol] compare = {list(study.protocol.compare)} is not allowed between hospitals: 'centralized' pools "
             "all cases. Allowed: 'local'. Take it out, or run it in a simulation."
         )
+    tables = {f"sites.{name}": site for name, site in study.sites.items()} | (
+        {"test": study.test} if study.test else {}
+    )
+    unread = ["[partition]"] if study.partition is not None else []
+    unread += [f"[{name}.shift]" for name, table in tables.items() if table.shift is not None]
+    if unread:
+        raise StudyError(
+            f"{', '.join(unread)} is not allowed between hospitals: only a simulation divides or changes data. Allowed: each "
+            "site's own data, as they are. Take it out, or run it in a simulation."
+        )
+    renamed = [
+        f"[{name}] {key}" for name, table in tables.items() for key in ("labels", "channels") if getattr(table, key)
+    ]
+    if renamed:
+        raise StudyError(
+            f"{', '.join(renamed)} is not read between hospitals: a site names its own labels and channels. Allowed: "
+            "`label_names` and `channel_names` in that site's site.toml. Write it there, and take it out here."
+        )
 
 
 @contextmanager

@@ -6,6 +6,9 @@
 A protocol that does not need all of these takes the rest as `**_`. It starts again from any complete round: a `Round` holds
 every value that the next one needs, as named tensors and JSON numbers. At a yield nothing is outstanding. `steps` says who takes
 part, and with how many optimiser steps a round.
+
+A file may also have `check(network: Stages, **options) -> None`, called for every variant before anything trains: it raises a
+`StudyError` where this protocol cannot train that network.
 """
 
 from __future__ import annotations

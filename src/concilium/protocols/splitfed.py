@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -111,6 +111,15 @@ def splitfed(
         values = {owner: numbers for owner, (_, numbers) in moments.items()}
         traffic = traffic_since(engine, steps, before)
         yield Round(number, tensors, values, got.answers, failures, traffic, n_tensors=len(total.names))
+
+
+def check(network: Stages, *, cut: Literal["shallow", "deep"] | tuple[str, ...], reveal_labels: bool, **_: Any) -> None:
+    """Cut the network once.
+
+    Raises:
+        StudyError: it cannot be cut so.
+    """
+    cut_apart(network, (cut,) if isinstance(cut, str) else cut, reveal_labels=reveal_labels)
 
 
 def _queues(

@@ -48,7 +48,11 @@ class View:
     @property
     def places(self) -> tuple[Place, ...]:
         """Where cases were scored: the test set, then the sites, then sites that a model never saw."""
-        places = dict.fromkeys((c["site"], c["subset"]) for c in self.found.results["cases"])
+        scored = [
+            *self.found.results["cases"],
+            *self.found.results["summary"],
+        ]  # a site may keep its cases' scores back
+        places = dict.fromkeys((row["site"], row["subset"]) for row in scored if row["site"] != ALL_SITES)
         return tuple(sorted(places, key=lambda p: (p[1] != "test", p[1] == "unseen")))
 
     @property
