@@ -192,6 +192,8 @@ class Train:
     total_steps: int
     weights: Tensors
     send_weights: bool
+    control: Tensors = field(default_factory=dict)
+    """What a local update exchanges beside the weights: the server's total."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +322,8 @@ class Trained:
     n_steps: int
     loss: float
     seconds: float
+    control: Tensors = field(default_factory=dict)
+    """What the local update adds to the server's total."""
 
 
 @dataclass(frozen=True)

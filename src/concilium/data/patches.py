@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,10 +23,25 @@ from concilium.data.preprocess import Array, Prepared, label_rules, open_prepare
 from concilium.errors import ContractError, DataError
 from concilium.nnunet_parts import nnUNetDataLoader, nnUNetPredictor
 
-Batch: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
-"""Images float32 (B, C, *patch) and label maps int16 (B, 1, *patch), one per supervised scale, finest first.
 
-With regions the label maps are bool (B, R, *patch), one channel per region, and a last one where voxels are to be ignored."""
+class Batch(NamedTuple):
+    """Patches to train on."""
+
+    image: Tensor
+    """float32 (B, C, *patch)."""
+    labels: tuple[Tensor, ...]
+    """int16 (B, 1, *patch), one per supervised scale, finest first. With regions bool (B, R, *patch), one channel per region, and
+    a last one where voxels are to be ignored."""
+    annotated: Tensor | None = None
+    """bool (B, L), by channel of the logits: which labels (background among them) or regions somebody looked for in each patch's
+    case. `None`: all of them, in all cases."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        annotated = None if self.annotated is None else self.annotated.to(device)
+        return Batch(self.image.to(device), tuple(x.to(device) for x in self.labels), annotated)
+
+
 Key: TypeAlias = tuple[str | int, ...]
 
 Augment: TypeAlias = tuple[Transforms, tuple[int, ...]]
@@ -87,7 +102,7 @@ class Batches:
         with drawn_from(*key), _one_thread():
             drawn = self._loader.generate_train_batch()
         target = drawn["target"]
-        return drawn["data"], tuple(target) if isinstance(target, list) else (target,)
+        return Batch(drawn["data"], tuple(target) if isinstance(target, list) else (target,))
 
 
 def stream(batches: Batches, keys: Sequence[Key], *, workers: int) -> Iterator[Batch]:

@@ -5,18 +5,17 @@ Isensee et al. 2021, doi:10.1038/s41592-020-01008-z.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
+from concilium.data.patches import Batch
 from concilium.local_updates import Local, descend
 
 
-def step(local: Local, image: Tensor, labels: Sequence[Tensor]) -> Tensor:
+def step(local: Local, batch: Batch) -> Tensor:
     """Take one step; the loss before it."""
     local.optimizer.zero_grad(set_to_none=True)
     with local.autocast():
-        logits = local.network(image)
-    loss = local.objective(logits, labels)
+        logits = local.network(batch.image)
+    loss = local.objective(logits, batch)
     descend(local, loss)
     return loss.detach()
