@@ -65,6 +65,10 @@ def write_raw_folder(
     about["numTraining"] = len(patients)
     if "patient" in about:
         about["patient"] = {case: about["patient"][case] for case in sorted(patients) if case in about["patient"]}
+    if annotated is not None:
+        about["annotated"] = [name for name in source.labels if name in annotated]
+    elif isinstance(about.get("annotated"), dict):
+        about["annotated"] = {case: names for case, names in about["annotated"].items() if case in patients}
     (target / "dataset.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

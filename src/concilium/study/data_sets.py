@@ -16,7 +16,8 @@ def names_of(study: Study) -> dict[str, Names]:
     if study.engine.name == "flare":
         return {}
     tables = dict(study.sites) | ({"test": study.test} if study.test else {})
-    return {name: Names(t.labels or {}, t.channels or {}) for name, t in tables.items() if t.labels or t.channels}
+    named = {name: Names(t.labels or {}, t.channels or {}, t.annotated) for name, t in tables.items()}
+    return {name: found for name, found in named.items() if found != Names()}
 
 
 def data_sets(
