@@ -71,12 +71,16 @@ def test_constant_images_are_no_duplicates(tmp_path: Path) -> None:
 
 
 def test_a_patient_on_both_sides(tmp_path: Path) -> None:
-    """By the tables an error; by names alone a warning; at two sites a note."""
+    """In the test set: by the tables an error, by names alone a warning. At two sites: a warning, and a note."""
     a, b, test = (site(tmp_path / n, seed=i, prefix=n) for i, n in enumerate("abt"))
     for folder, case in ((a, "a4"), (b, "b5"), (test, "t3")):
         rewrite(folder, patient={f"{case[0]}{i}": f"{case[0]}-{i}" for i in range(6)} | {case: "17"})
     findings = check({"a": a, "b": b}, test=test).findings
     assert of(findings, "patient_in_test_set") == [("error", "a", "a4"), ("error", "b", "b5")]
+    assert of(findings, "patient_at_two_sites") == [("warning", "a", None)]
+    rewrite(b, patient={f"b{i}": f"b-{i}" for i in range(5)})
+    write(b, "17", seed=70)
+    findings = check({"a": a, "b": b}).findings
     assert of(findings, "patient_at_two_sites") == [("note", "a", None)]
     rewrite(test, patient=None)
     rewrite(a, patient={"a4": "t0"})

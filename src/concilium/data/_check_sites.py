@@ -88,9 +88,7 @@ def _shared_patients(seen: Sequence[Seen], test: str | None, add: Add) -> None:
         if not shared:
             continue
         if test not in (a, b):
-            ids = f"Shares {count(len(shared), 'patient id')} with {other} ({some(shared)})"
-            text = f"{ids}: the same people, or the same numbering?"
-            add("note", "patient_at_two_sites", site, None, text, "If they are the same people, keep each at one site.")
+            _at_two_sites(site, other, {p: [*cases[a][p], *cases[b][p]] for p in shared}, add)
             continue
         for patient in shared:
             here, there = cases[site][patient], cases[other][patient]
@@ -101,6 +99,21 @@ def _shared_patients(seen: Sequence[Seen], test: str | None, add: Add) -> None:
             )
             fix = "Keep a patient on one side, or the test score is too good. If only the numbering is the same, rename one."
             add("error" if sure else "warning", "patient_in_test_set", site, here[0].case, text, fix)
+
+
+def _at_two_sites(site: str, other: str, shared: Mapping[str, Sequence[Seen]], add: Add) -> None:
+    """A patient who is trained on at one site may be validated on at the other."""
+    named = [patient for patient, seen in shared.items() if all(s.named for s in seen)]
+    unnamed = [patient for patient in shared if patient not in named]
+    if named:
+        ids = f"Shares {count(len(named), 'patient id')} with {other}, by the tables of both ({some(named)})"
+        text = f"{ids}. If they are the same people, one site trains on whom the other validates on."
+        fix = "Keep each patient at one site. If only the numbering is the same, rename those of one site."
+        add("warning", "patient_at_two_sites", site, None, text, fix)
+    if unnamed:
+        ids = f"Shares {count(len(unnamed), 'patient id')} with {other} ({some(unnamed)})"
+        text = f"{ids}, by the cases' names: the same people, or the same numbering?"
+        add("note", "patient_at_two_sites", site, None, text, "If they are the same people, keep each at one site.")
 
 
 def _agreement(listings: Sequence[Listing], names: Mapping[str, Names], add: Add) -> None:
