@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from concilium.data._check_space import orientation, turned
+from concilium.data._check_space import has_orientation, orientation, turned
 from concilium.data._check_types import Finding, Listing, Seen, count, some
 
 Add = Callable[..., None]
@@ -64,7 +64,7 @@ def _labels(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
 
 def _orientations(seen: Sequence[Seen], add: Add) -> None:
     """Volumes stored along other axes than most: nnU-Net reads voxels as stored, and does not look at the direction."""
-    stored = {s.case: orientation(s.space) for s in seen if s.space is not None and len(s.space.size) == 3}
+    stored = {s.case: orientation(s.space) for s in seen if has_orientation(s.space)}
     most = majority(stored.values())
     for case, letters in stored.items():
         if letters != most:
@@ -94,14 +94,12 @@ def _sideways(seen: Sequence[Seen], add: Add) -> None:
 
 def _spacings(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
     spaced = [(s, s.space) for s in seen if s.space is not None]
+    _unspaced(listing, seen, len(spaced), add)
     if not spaced:
-        if seen:
-            text = f"{listing.about.ending or 'This'} files have no spacing: distances and areas are counted in pixels."
-            add("note", "pixels", text, "Nothing, if the pictures have about one scale.")
         return
     ones = [s for s, space in spaced if (space.spacing == 1).all()]
     blank = [s for s, space in spaced if (space.spacing == 1).all() and not space.placed]
-    fix = "Compare with the acquisition. If it is wrong, write the true spacing [mm] into the headers."
+    fix = "Compare with the acquisition. If it is wrong, write the true one [mm] into the files."
     if len(ones) == len(spaced) and not blank:
         what = "Every case has a spacing of exactly 1 mm along all axes"
         text = f"{what}: right after resampling, and also what is written where none is known."
@@ -124,7 +122,25 @@ def _spacings(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
     for case, edge in edges.items():
         if max(edge / usual, usual / edge) > ODD:
             text = f"Voxels have edges of {edge:.3g} mm (geometric mean), usually {usual:.3g} mm at this site."
-            add("warning", "odd_spacing", text, "Check the unit of the header: it should be mm.", case)
+            add("warning", "odd_spacing", text, "Check the unit in the file: it should be mm.", case)
+
+
+def _unspaced(listing: Listing, seen: Sequence[Seen], n_spaced: int, add: Add) -> None:
+    """Cases whose format has no spacing, or keeps it in a file beside it that is not there."""
+    lacking = [s for s in seen if s.lacks]
+    write = 'Write the file where the spacing is known: {"spacing": [z, y, x]} in mm.'
+    if n_spaced:
+        for s in lacking:
+            others = count(n_spaced, "other case")
+            text = f"There is no {s.lacks}, so its voxels count as 1 x 1 x 1 mm, where {others} say their spacing."
+            add("error", "no_spacing", text, write, s.case)
+    elif lacking:
+        name = f"{lacking[0].lacks.split('/')[0]}/CASE.json"
+        text = f"No case has its spacing beside it ({name}): voxels count as cubes, distances and volumes in voxels."
+        add("note", "pixels", text, write)
+    elif seen and all(s.shape[0] == 1 for s in seen):
+        text = f"{listing.about.ending or 'This'} files have no spacing: distances and areas are counted in pixels."
+        add("note", "pixels", text, "Nothing, if the pictures have about one scale.")
 
 
 def _patients(listing: Listing, seen: Sequence[Seen], folds: int, test: bool, add: Add) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from concilium.data._check_site import majority
-from concilium.data._check_space import orientation, turned
+from concilium.data._check_space import has_orientation, orientation, turned
 from concilium.data._check_types import Finding, Listing, Seen, count, some
 from concilium.data.matching import Names, Space, renamed, translate
 from concilium.errors import DataError
@@ -148,7 +148,7 @@ def _orientations(seen: Sequence[Seen], add: Add) -> None:
     """Sites whose volumes are stored along other axes than those of the first."""
     stored: dict[str, list[str]] = {}
     for s in seen:
-        if s.space is not None and len(s.space.size) == 3:
+        if has_orientation(s.space):
             stored.setdefault(s.site, []).append(orientation(s.space))
     usual = {site: majority(letters) for site, letters in stored.items()}
     first = next(iter(usual), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ def compare(one: Space, other: Space, *, tolerant: bool = True) -> Difference | 
     their index and never looks at the headers, so a difference is harmless exactly where the indices belong together.
     With `tolerant` false the reader refuses the pair whatever the distance.
     """
+    if not other.directed:
+        return _compare_spacing(one, other)
     if len(one.size) != len(other.size):
         text = f"are stored with {len(other.size)} and {len(one.size)} dimensions. Both must have the same."
         return "error", "geometry_mismatch", text, f"{COPY}, after saving both in the same way."
@@ -61,6 +64,14 @@ def compare(one: Space, other: Space, *, tolerant: bool = True) -> Difference | 
     return "error", "geometry_mismatch", f"{text}{spacings}", fix
 
 
+def _compare_spacing(one: Space, other: Space) -> Difference | None:
+    """The same of files that say how large voxels are and not where they lie."""
+    if np.allclose(one.spacing, other.spacing, rtol=1e-3):
+        return None
+    text = f"have spacings of {_mm(other.spacing)} and {_mm(one.spacing)} mm. Training takes the image's."
+    return "warning", "geometry_mismatch", text, "Find out which is right, and write it into the files beside both."
+
+
 def _mirrored(one: Space, other: Space, *, tolerance: float) -> str:
     """In what way the one is the other stored along other axes; empty where it is not."""
     n = len(one.size)
@@ -86,6 +97,11 @@ def _is_blank(space: Space) -> bool:
         and not space.origin.any()
         and bool((np.abs(np.abs(space.direction) - np.eye(len(space.size))) < 1e-6).all())
     )
+
+
+def has_orientation(space: Space | None) -> TypeGuard[Space]:
+    """Whether the file says where the axes of a volume lead."""
+    return space is not None and space.directed and len(space.size) == 3
 
 
 def orientation(space: Space) -> str:

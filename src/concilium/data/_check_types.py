@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Severity = Literal["error", "warning", "note"]
+REPLACE = "Export it again from its source, or move the case away."
+"""What to do about a file that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Space:
     origin: NDArray[np.float64]
     direction: NDArray[np.float64]
     placed: bool = True
+    directed: bool = True
+    """Whether the format can say where voxels lie at all, and not how large they are only."""
 
     def corners(self) -> NDArray[np.float64]:
         """Places [mm] of the centres of the corner voxels, (2**d, d), the first axis quickest."""
@@ -81,6 +85,34 @@ class Space:
         steps = np.array([[(i >> a & 1) * (self.size[a] - 1) for a in range(n)] for i in range(2**n)], float)
         place: NDArray[np.float64] = self.origin + steps * self.spacing @ self.direction.T
         return place
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file. `voxels`: (C, X, Y, Z) in the order of nnU-Net's readers (the file's last axis first), of the file's own type."""
+
+    voxels: NDArray[Any]
+    space: Space | None
+    """None where the format has none, or the file says nothing."""
+    n_not_finite: int
+    no_spacing: tuple[str, str] | None = None
+    """What is wrong with a spacing that cannot be used, and what to do."""
+    flat: bool = False
+    """A 2D file in a format for volumes."""
+    stack: bool = False
+    """A volume in TIFF, whose spacing lies in a file beside it."""
+    lacks: str = ""
+    """That file, where it is not there."""
+    tag: int = 1
+    """How viewers are told to turn it (EXIF); 1: not at all."""
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Why a file cannot be used: `code`, and the end of a sentence that begins with its name."""
+
+    code: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -95,12 +127,19 @@ class Seen:
     shape: tuple[int, ...] = ()
     """Axes as in the array, without channels."""
     space: Space | None = None
-    """None where the format has none."""
+    """None where the format has none, or the file says nothing."""
+    lacks: str = ""
+    """The file beside it that should say the spacing, where it is not there."""
     digest: bytes | None = None
     """Of the voxels of all channels, whatever the files' names, types and compression; None where they say nothing."""
     label_digest: bytes | None = None
     values: frozenset[int] | None = None
     """Ids in the label map; None where there is none that can be read."""
+
+
+def n_not_finite(voxels: NDArray[Any]) -> int:
+    """How many of them are NaN or infinite."""
+    return int(np.count_nonzero(~np.isfinite(voxels))) if np.issubdtype(voxels.dtype, np.inexact) else 0
 
 
 def some(names: Sequence[object], most: int = 5) -> str:
