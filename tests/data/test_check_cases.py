@@ -196,6 +196,7 @@ def test_channels_are_compared_with_the_first(tmp_path: Path) -> None:
         ("error", "missing_channel", "c4"),
         ("error", "shape_mismatch", "c0"),
         ("warning", "constant_channel", "c3"),
+        ("note", "case_count", None),
     ]
     assert "Channel 1 (T2) is missing" in findings[2].text
     with pytest.raises(DataError, match="spacings"):  # so it is an error to us, too

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from concilium.data._check_label import check_label
 from concilium.data._check_reading import read_file
 from concilium.data._check_space import compare
-from concilium.data._check_types import REPLACE, About, Files, Finding, Picture, Seen, Space, count, some
+from concilium.data._check_types import REPLACE, About, Files, Finding, Mend, Picture, Seen, count, some
 
 Add = Callable[..., None]
 TURNED = {
@@ -32,46 +32,57 @@ TURNED = {
 def check_case(site: str, files: Files, about: About, ending: str) -> tuple[Seen, list[Finding]]:
     """What is remembered of a case, and what is wrong with it."""
     found: list[Finding] = []
-
-    def add(severity: Any, code: str, text: str, fix: str) -> None:
-        found.append(Finding(severity, code, site, files.name, text, fix))
-
-    tags: dict[str, int] = {}
-    first, shape, digest = _images(files, about, ending, tags, add)
+    case = _Case(site, files, about, ending, found)
+    first, shape, digest = _images(case)
     patient, named = about.patients.get(files.name, files.name), files.name in about.patients
     values, label_digest = None, None
-    stack = first is None or first.stack
-    label = None if files.label is None else _read(files.label, ending, files.name, tags, add, label_of_stack=stack)
+    label = None if files.label is None else case.read(files.label, label_of_stack=first is None or first.stack)
     if label is not None:
-        values = check_label(label, about, add)
+        values = check_label(label, about, case.add)
         label_digest = _hashed([label.voxels])
         if label.stack and label.no_spacing:  # of no use to anyone, but the reader refuses it
-            add("error", "no_spacing", *label.no_spacing)
+            case.add("error", "no_spacing", *label.no_spacing)
         if shape is not None and len(label.voxels) == 1:
-            _fits(label, shape, first, add)
-    _tags(tags, add)
+            _fits(label, shape, first, case)
+    _tags({name: picture.tag for name, picture in case.kept.items()}, case.add)
     space, lacks = (first.space, first.lacks) if first else (None, "")
-    return Seen(site, files.name, patient, named, shape or (), space, lacks, digest, label_digest, values), found
+    headers = tuple((p.space and p.space.numbers, p.no_spacing, p.lacks != "", p.tag) for p in case.kept.values())
+    seen = Seen(
+        site, files.name, files.paths, patient, named, shape or (), space, lacks, digest, label_digest, headers, values
+    )
+    return seen, found
 
 
-def _read(
-    path: Path, ending: str, case: str, tags: dict[str, int], add: Add, *, label_of_stack: bool = False
-) -> Picture | None:
-    """The file, unless it cannot be used; `tags`: file -> how viewers are told to turn it, which is added."""
-    name = f"{path.parent.name}/{path.name}"
-    read = read_file(path, ending, case, label_of_stack=label_of_stack)
-    if isinstance(read, Picture):
-        tags[name] = read.tag
-        return read
-    colours = "Save it with one value per voxel (in 3D Slicer: as a label map)."
-    fix = colours if read.code == "channel_mismatch" else REPLACE
-    add("error", read.code, f"{name} {read.why}", fix)
-    return None
+@dataclass(frozen=True)
+class _Case:
+    """A case on its way through the check."""
+
+    site: str
+    files: Files
+    about: About
+    ending: str
+    found: list[Finding]
+    kept: dict[Path, Picture] = field(default_factory=dict)
+    """What has been read, without its voxels."""
+
+    def add(self, severity: Any, code: str, text: str, fix: str, mend: Mend | None = None) -> None:
+        self.found.append(Finding(severity, code, self.site, self.files.name, text, fix, mend))
+
+    def read(self, path: Path, *, label_of_stack: bool = False) -> Picture | None:
+        """The file, unless it cannot be used."""
+        read = read_file(path, self.ending, self.files.name, label_of_stack=label_of_stack)
+        if isinstance(read, Picture):
+            self.kept[path] = replace(read, voxels=np.empty((0, 0, 0, 0)))
+            return read
+        colours = "Save it with one value per voxel (in 3D Slicer: as a label map)."
+        fix = colours if read.code == "channel_mismatch" else REPLACE
+        self.add("error", read.code, f"{_name(path)} {read.why}", fix)
+        return None
 
 
-def _tags(tags: Mapping[str, int], add: Add) -> None:
+def _tags(tags: Mapping[Path, int], add: Add) -> None:
     """Files that viewers show otherwise than nnU-Net's readers, which do not look at the tag, give them."""
-    shown = [f"{name} {TURNED[tag]}" for name, tag in tags.items() if tag in TURNED]
+    shown = [f"{_name(path)} {TURNED[tag]}" for path, tag in tags.items() if tag in TURNED]
     if not shown:
         return
     text = f"By its orientation tag, viewers show {some(shown)}. Training sees pixels as they are stored."
@@ -86,15 +97,14 @@ def _tags(tags: Mapping[str, int], add: Add) -> None:
 # ------------------------------------------------------------------------------------------------------------- images
 
 
-def _images(
-    files: Files, about: About, ending: str, tags: dict[str, int], add: Add
-) -> tuple[Picture | None, tuple[int, ...] | None, bytes | None]:
+def _images(case: _Case) -> tuple[Picture | None, tuple[int, ...] | None, bytes | None]:
     """The first channel (without its voxels), the shape of all, and the digest of all voxels unless they say nothing."""
+    files, about, add = case.files, case.about, case.add
     first: Picture | None = None
     shape: tuple[int, ...] | None = None
     whole, n_channels, constant, readable = hashlib.blake2b(digest_size=16), 0, [], True
     for path in (files.images[i] for i in sorted(files.images)):
-        picture = _read(path, ending, files.name, tags, add)
+        picture = case.read(path)
         if picture is None:
             readable = False
             continue
@@ -105,10 +115,10 @@ def _images(
         n_channels += len(voxels)
         whole.update(_hashed([voxels]))
         if first is None or shape is None:
-            first, shape = replace(picture, voxels=voxels[:0, :0, :0, :0].copy()), voxels.shape[1:]
+            first, shape = case.kept[path], voxels.shape[1:]
             _spacing(picture, path.name, add)
         else:
-            _channels_fit(first, shape, picture, path.name, add)
+            _channels_fit(first, shape, picture, path, case)
     if shape is None:
         return None, None, None
     _constant(constant, about, add)
@@ -159,18 +169,18 @@ def _spacing(picture: Picture, name: str, add: Add) -> None:
         )
 
 
-def _channels_fit(first: Picture, shape: tuple[int, ...], picture: Picture, name: str, add: Add) -> None:
+def _channels_fit(first: Picture, shape: tuple[int, ...], picture: Picture, path: Path, case: _Case) -> None:
     """Compare a channel with the first."""
     other = picture.voxels.shape[1:]
     if other != shape:
-        text = f"{name} has {_size(other)} voxels, the first channel {_size(shape)}. All channels must be equal."
-        add("error", "shape_mismatch", text, "Resample the channels to one grid.")
+        text = f"{path.name} has {_size(other)} voxels, the first channel {_size(shape)}. All channels must be equal."
+        case.add("error", "shape_mismatch", text, "Resample the channels to one grid.")
     elif first.space and picture.space:
         same = np.allclose(first.space.spacing, picture.space.spacing)  # as nnU-Net's reader asks
-        _compared(first.space, picture.space, f"{name} and the first channel", add, tolerant=same)
+        _compared(first, picture, path, f"{path.name} and the first channel", case, tolerant=same)
 
 
-def _fits(label: Picture, shape: tuple[int, ...], first: Picture | None, add: Add) -> None:
+def _fits(label: Picture, shape: tuple[int, ...], first: Picture | None, case: _Case) -> None:
     """Compare the label map with the image."""
     own = label.voxels.shape[1:]
     if own != shape:
@@ -182,16 +192,22 @@ def _fits(label: Picture, shape: tuple[int, ...], first: Picture | None, add: Ad
             if turned
             else "Resample the label map to the image."
         )
-        add("error", "shape_mismatch", text, fix)
-    elif first and first.space and label.space:
-        _compared(first.space, label.space, "Label map and image", add)
+        case.add("error", "shape_mismatch", text, fix)
+    elif first and case.files.label:
+        _compared(first, label, case.files.label, "Label map and image", case)
 
 
-def _compared(one: Space, other: Space, what: str, add: Add, *, tolerant: bool = True) -> None:
-    difference = compare(one, other, tolerant=tolerant)
+def _compared(first: Picture, other: Picture, path: Path, what: str, case: _Case, *, tolerant: bool = True) -> None:
+    """Compare where another file's voxels lie with where those of the first channel lie."""
+    if not first.space or not other.space:
+        return
+    difference = compare(first.space, other.space, tolerant=tolerant)
     if difference is not None:
-        severity, code, text, fix = difference
-        add(severity, code, f"{what} {text}", fix)
+        severity, code, text, fix, harmless = difference
+        # NaN would be written as the 0 that it is read as, and a header that says nothing is none to copy.
+        safe = harmless and not other.n_not_finite and not first.no_spacing
+        mend = Mend("header", (path,), next(iter(case.kept))) if safe else None
+        case.add(severity, code, f"{what} {text}", fix, mend)
 
 
 # -------------------------------------------------------------------------------------------------------------- words
@@ -205,6 +221,10 @@ def _hashed(arrays: Sequence[NDArray[Any]]) -> bytes:
         for part in array:
             whole.update(np.ascontiguousarray(part, np.float32).data)
     return whole.digest()
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from concilium.data._check_site import majority
 from concilium.data._check_space import has_orientation, orientation, turned
-from concilium.data._check_types import Finding, Listing, Seen, count, some
+from concilium.data._check_types import Finding, Listing, Mend, Seen, count, some
 from concilium.data.matching import Names, Space, renamed, translate
 from concilium.errors import DataError
 
@@ -24,8 +24,10 @@ def check_together(
     """
     found: list[Finding] = []
 
-    def add(severity: Any, code: str, site: str, case: str | None, text: str, fix: str) -> None:
-        found.append(Finding(severity, code, site, case, text, fix))
+    def add(
+        severity: Any, code: str, site: str, case: str | None, text: str, fix: str, mend: Mend | None = None
+    ) -> None:
+        found.append(Finding(severity, code, site, case, text, fix, mend))
 
     _duplicates(seen, test, add)
     _shared_patients(seen, test, add)
@@ -63,18 +65,15 @@ def _duplicate(first: Seen, s: Seen, test: str | None, add: Add) -> None:
     where = first.case if s.site == first.site else f"{first.case} of {first.site}"
     differ = " Their label maps differ." if s.label_digest != first.label_digest else ""
     text = f"It has the same image as case {where}.{differ}"
-    if s.site == first.site and (s.patient == first.patient or s.site == test):
-        add(
-            "error" if differ else "warning",
-            "duplicate",
-            s.site,
-            s.case,
-            f"{text} It counts twice.",
-            "Keep one of them.",
-        )
-    else:
+    if s.site != first.site or (s.patient != first.patient and s.site != test):
         text = f"{text} Training on the one and validating on the other gives a score that is too good."
         add("error", "duplicate", s.site, s.case, text, "Keep one of them.")
+        return
+    severity = "error" if differ else "warning"
+    known = s.label_digest is not None and first.named and s.named and s.patient == first.patient
+    equal = known and not differ and s.headers == first.headers
+    mend = Mend("remove", s.files) if equal else None
+    add(severity, "duplicate", s.site, s.case, f"{text} It counts twice.", "Keep one of them.", mend)
 
 
 def _shared_patients(seen: Sequence[Seen], test: str | None, add: Add) -> None:

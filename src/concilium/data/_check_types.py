@@ -16,6 +16,18 @@ REPLACE = "Export it again from its source, or move the case away."
 
 
 @dataclass(frozen=True)
+class Mend:
+    """A change of files that is right beyond doubt: it decides nothing that only a person can know."""
+
+    how: Literal["rename", "header", "remove", "count"]
+    """`count`: `numTraining` becomes the number of complete cases."""
+    files: tuple[Path, ...]
+    """Those that change."""
+    to: Path | None = None
+    """`rename`: the right name. `header`: the file whose spacing, origin and direction it gets."""
+
+
+@dataclass(frozen=True)
 class Finding:
     """One thing that is wrong or worth knowing. It names cases and folders: it is for the site itself, and stays there.
 
@@ -30,6 +42,13 @@ class Finding:
     """What is wrong, by how much, what is allowed."""
     fix: str
     """What to do."""
+    mend: Mend | None = None
+    """The same as a change of files, where that is right beyond doubt."""
+
+    @property
+    def safe(self) -> bool:
+        """Whether `--fix` mends it in a copy."""
+        return self.mend is not None
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,16 @@ class Files:
     n_images: int
     """Files of images that there should be."""
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All that are there, the label map last."""
+        return (*(self.images[i] for i in sorted(self.images)), *([self.label] if self.label else []))
+
+    @property
+    def whole(self) -> bool:
+        """Whether none is missing."""
+        return len(self.images) >= self.n_images and self.label is not None
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -78,6 +107,11 @@ class Space:
     placed: bool = True
     directed: bool = True
     """Whether the format can say where voxels lie at all, and not how large they are only."""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """All that it says, to compare with another's."""
+        return (*self.size, *self.spacing, *self.origin, *self.direction.ravel())
 
     def corners(self) -> NDArray[np.float64]:
         """Places [mm] of the centres of the corner voxels, (2**d, d), the first axis quickest."""
@@ -121,6 +155,7 @@ class Seen:
 
     site: str
     case: str
+    files: tuple[Path, ...]
     patient: str
     named: bool
     """Whether the patient is from the table."""
@@ -133,6 +168,8 @@ class Seen:
     digest: bytes | None = None
     """Of the voxels of all channels, whatever the files' names, types and compression; None where they say nothing."""
     label_digest: bytes | None = None
+    headers: tuple[object, ...] = ()
+    """What the files say besides voxels: equal where those say the same."""
     values: frozenset[int] | None = None
     """Ids in the label map; None where there is none that can be read."""
 

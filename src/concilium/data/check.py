@@ -17,6 +17,7 @@ from concilium.data._check_site import check_site
 from concilium.data._check_sites import check_together
 from concilium.data._check_types import Finding, Listing, Seen, Severity
 from concilium.data.matching import Names
+from concilium.data.mend import Change
 
 __all__ = ["Checked", "Finding", "check"]
 
@@ -29,6 +30,8 @@ class Checked:
 
     cases: Mapping[str, int]
     findings: tuple[Finding, ...]
+    changes: tuple[Change, ...] = ()
+    """What is mended in copies, if any were asked for."""
 
     def n(self, severity: Severity) -> int:
         """How many findings are of this severity."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from concilium.data.check import Checked, Finding
 
@@ -36,11 +36,22 @@ def lines(checked: Checked, *, most: int = 20) -> Iterator[Line]:
         yield "", ""
     whole = f"{_count(len(checked.cases), 'data set')}, {_count(sum(checked.cases.values()), 'case')}"
     yield "bold", f"{whole}. {_totals(checked.findings)}"
+    n_safe = sum(f.safe for f in checked.findings)
+    if n_safe:
+        yield "", f"--fix OUT mends {n_safe:,} of them, in copies of the data."
+
+
+def fixed(out: Path, n: int) -> str:
+    """What became of `--fix`."""
+    if not n:
+        return f"Nothing can be mended safely: {out} is not written."
+    return f"{_count(n, 'change')} in copies: {out}. {out / 'FIXES.txt'} lists them. What was checked is as it was."
 
 
 def to_json(checked: Checked) -> str:
     """All findings; the cases' names are in it, so it stays at the site."""
-    found = [dataclasses.asdict(f) for f in checked.findings]
+    told = ("severity", "code", "site", "case", "text", "fix", "safe")
+    found = [{key: getattr(f, key) for key in told} for f in checked.findings]
     return json.dumps({"cases": dict(checked.cases), "findings": found}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -53,7 +64,12 @@ def _groups(findings: Sequence[Finding], most: int) -> Iterator[Line]:
         n_cases = len({f.case for f in group if f.case is not None})
         yield STYLES[severity], f"  {severity}: {code}" + (f", {_count(n_cases, 'case')}" if n_cases else "")
         yield from (("", f"    {text}") for text in _texts(group, most))
-        yield "", f"    → {fix}"
+        yield "", f"    → {fix}{_safe(group)}"
+
+
+def _safe(group: Sequence[Finding]) -> str:
+    n = sum(f.safe for f in group)
+    return "" if not n else " (--fix does it.)" if n == len(group) else f" (--fix does it for {n:,} of {len(group):,}.)"
 
 
 def _texts(group: Sequence[Finding], most: int) -> Iterator[str]:
