@@ -110,6 +110,7 @@ def test_a_name_that_could_be_another_is_not_safe(tmp_path: Path) -> None:
         write(two, f"c{i}", seed=i)
     assert found(two) == {}
     rename(two, "imagesTr/c0_0000", "imagesTr/c0")  # which channel?
+    (two / "imagesTr/c0_0001.nii.gz").unlink()
     one = site(tmp_path / "b")
     rename(one, "labelsTr/c1", "labelsTr/x")
     rename(one, "imagesTr/c1_0000", "imagesTr/c1")  # of which case?

@@ -162,6 +162,12 @@ def without_table(folder: Path) -> None:
     rewrite(folder, patient=None)
 
 
+def half_a_table(folder: Path) -> None:
+    """Is the patient c0 the case c0?"""
+    one_image(folder)
+    rewrite(folder, patient={"c1": "c0"})
+
+
 def other_patient(folder: Path) -> None:
     one_image(folder)
     rewrite(folder, patient={f"c{i}": f"p{i}" for i in range(6)})
@@ -176,17 +182,17 @@ def unreadable_labels(folder: Path) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        with_nan,
-        without_table,
-        other_patient,
-        unreadable_labels,
-        lambda s: one_image(s, label=np.ones(SHAPE, np.uint8)),
-        lambda s: one_image(s, place={"spacing": (1, 2, 3)}),  # which of the two is right?
-        lambda s: save(s / "labelsTr/c0.nii.gz", box(), origin=(-7, 3.5, 15)),
-        lambda s: (s / "imagesTr/c0_0000.nii.gz").unlink(),
+        pytest.param(with_nan, id="NaN"),
+        pytest.param(without_table, id="no table"),
+        pytest.param(half_a_table, id="half a table"),
+        pytest.param(other_patient, id="other patient"),
+        pytest.param(unreadable_labels, id="unreadable"),
+        pytest.param(lambda s: one_image(s, label=np.ones(SHAPE, np.uint8)), id="other label map"),
+        pytest.param(lambda s: one_image(s, place={"spacing": (1, 2, 3)}), id="which is right?"),
+        pytest.param(lambda s: save(s / "labelsTr/c0.nii.gz", box(), origin=(-7, 3.5, 15)), id="far apart"),
+        pytest.param(lambda s: (s / "imagesTr/c0_0000.nii.gz").unlink(), id="no image"),
     ],
-    ids=["NaN", "no table", "other patient", "unreadable", "other label map", "other spacing", "far apart", "no image"],
-)  # fmt: skip
+)
 def test_what_only_a_person_can_know_is_left(tmp_path: Path, fault: Callable[[Path], Any]) -> None:
     folder = site(tmp_path / "a")
     fault(folder)
