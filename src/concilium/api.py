@@ -191,12 +191,13 @@ def check(
     from concilium.study import data_sets
 
     paths = [Path(what)] if isinstance(what, str | Path) else [Path(w) for w in what]
-    sites, held_out, folds, names = data_sets(paths, None if test is None else Path(test))
-    members = {**sites, **({} if held_out is None else {"test": held_out})}
+    data = data_sets(paths, None if test is None else Path(test))
     if fix is not None:
-        check_free(Path(fix), members)
-    checked = check_data(sites, test=held_out, folds=folds, names=names, watch=watch)
-    return checked if fix is None else replace(checked, changes=mend(members, checked.findings, Path(fix)))
+        check_free(Path(fix), data.members)
+    checked = check_data(
+        data.sites, test=data.test, folds=data.folds, names=data.names, divide=data.divide, watch=watch
+    )
+    return checked if fix is None else replace(checked, changes=mend(data.members, checked.findings, Path(fix)))
 
 
 def table(

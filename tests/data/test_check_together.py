@@ -203,9 +203,9 @@ def test_the_names_of_a_study_are_known_to_the_command(tmp_path: Path) -> None:
         "[protocol]\nrounds = 1\nsteps = 1\n",
         encoding="utf-8",
     )
-    sites, held_out, folds, names = data_sets([study])
-    assert names == {"b": Names({"lesion": "tumour"})}
-    assert not [f for f in check(sites, test=held_out, folds=folds, names=names).findings if f.code == "sites_differ"]
+    data = data_sets([study])
+    assert data.names == {"b": Names({"lesion": "tumour"})}
+    assert not [f for f in check(data.sites, names=data.names).findings if f.code == "sites_differ"]
 
 
 # ---------------------------------------------------------------------------------------------------------- real data

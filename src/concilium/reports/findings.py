@@ -23,9 +23,11 @@ def lines(checked: Checked, *, most: int = 20) -> Iterator[Line]:
         if f.case is None:
             said.setdefault((f.code, f.text, f.fix), set()).add(f.site)
     everywhere = {key for key, sites in said.items() if len(sites) == len(checked.cases) > 1}
-    for site, n in checked.cases.items():
+    divided = [f.site for f in checked.findings if f.site not in checked.cases]  # cases are listed at the parts
+    for site in dict.fromkeys([*divided, *checked.cases]):
         own = [f for f in checked.findings if f.site == site]
-        yield "bold", f"{site}: {_count(n, 'case')}. {_totals(own)}"
+        n_cases = f"{_count(checked.cases[site], 'case')}. " if site in checked.cases else ""
+        yield "bold", f"{site}: {n_cases}{_totals(own)}"
         yield from _groups([f for f in own if (f.code, f.text, f.fix) not in everywhere], most)
         yield "", ""
     first = next(iter(checked.cases))
