@@ -174,6 +174,9 @@ def test_what_is_said_of_every_data_set_stands_once() -> None:
         "2 data sets, 60 cases. 2 notes.",
     ]  # fmt: skip
     assert "All of them:" not in shown(found[0], sites="ab")
+    three = [finding(0, severity="note", case=None, site=s, text="Pixels.") for s in "abd"]
+    assert shown(*three, sites="abcd")[-6:-1] == ["a, b, d:", "  note: x", "    Pixels.", "    → Mend.", ""]
+    assert shown(*three[:2], sites="abcd").count("    Pixels.") == 2
 
 
 def test_nothing_found_is_said() -> None:

@@ -127,6 +127,8 @@ def layers(folder: Path) -> None:
         (lambda s: write(s, "c0", np.full(SHAPE, 5.0)), "error", "constant_image", "one value"),
         (cut_off, "error", "unreadable", "100 bytes of voxels are missing"),
         (lambda s: (s / "labelsTr/c0.nii.gz").write_bytes(b"no archive"), "error", "unreadable", "not compressed"),
+        (lambda s: (s / "labelsTr/c0.nii.gz").write_bytes(b""), "error", "unreadable", "labelsTr/c0.nii.gz is empty"),
+        (lambda s: (s / "labelsTr/c0.nii.gz").write_bytes(gzip.compress(b"x" * 400)), "error", "unreadable", "not what its name"),
         (lambda s: (s / "labelsTr/c0.nii.gz").write_bytes(gzip.compress(b"text")), "error", "unreadable", "cannot be read"),
         # nnU-Net #2937, #1285: no spacing is taken for 1 mm
         (no_pixdim, "error", "no_spacing", "0 x 0 x 0"),

@@ -182,7 +182,7 @@ each_stack = pytest.mark.parametrize("ending", [".tif", ".tiff"])
     ("change", "severity", "code", "words"),
     [
         # nnU-Net #2937: read as 1 x 1 x 1 mm without a word that anyone sees
-        (no_file, "error", "no_spacing", "no imagesTr/c1.json, so its voxels count as 1 x 1 x 1 mm, where 5 other cases"),
+        (no_file, "error", "no_spacing", "no imagesTr/c1.json, so its voxels count as 1 x 1 x 1 mm, unlike those of 5 other"),
         (image([0, 0.5, 0.7]), "error", "no_spacing", "c1.json, which says the spacing of c1_0000{}, gives [0, 0.5, 0.7]"),
         (image([0.5, 0.7]), "error", "no_spacing", "gives [0.5, 0.7]. Allowed are three numbers"),
         (image(["3", "1", "1"]), "error", "no_spacing", 'gives ["3", "1", "1"]'),
@@ -190,7 +190,7 @@ each_stack = pytest.mark.parametrize("ending", [".tif", ".tiff"])
         (lambda s: (s / "imagesTr/c1.json").write_text("[3"), "error", "no_spacing", 'holds no "spacing"'),
         (label([3, 0.5, 0]), "error", "no_spacing", "labelsTr/c1.json, which says the spacing of c1{}"),
         (label([3, 0.5, 0.9]), "warning", "geometry_mismatch", "spacings of 0.9 x 0.5 x 3 and 0.7 x 0.5 x 3 mm"),
-        (image([1, 1, 1]), "warning", "unit_spacing", "exactly 1 mm along all axes, and 5 other cases"),
+        (image([1, 1, 1]), "warning", "unit_spacing", "exactly 1 mm along all axes, unlike that of 5 other"),
         (image([30, 5, 7]), "warning", "odd_spacing", "10.2 mm"),
     ],
     ids=["none", "zero", "two", "text", "no key", "no JSON", "label's", "other than label's", "unit", "odd"],

@@ -143,6 +143,11 @@ def test_a_spacing_of_one_may_be_unknown(tmp_path: Path) -> None:
     for i in range(6):
         write(folder, f"c{i}", place={"spacing": (1, 1, 1)}, seed=i)
     assert of(check({"a": folder}).findings, "unit_spacing") == [("note", "a", None)]
+    write(folder, "c0", place={"spacing": (1, 1, 2)}, seed=50)  # where most have it, they are not listed
+    (finding,) = check({"a": folder}).findings
+    assert (finding.severity, finding.code, finding.case) == ("warning", "unit_spacing", None)
+    assert "5 of 6 cases" in finding.text
+    assert "the others have not (c0)" in finding.text
 
 
 def test_a_spacing_in_another_unit(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def _counts(folder: Path, about: About, cases: list[Files], n_whole: int, add: A
     if about.n_stated is not None and about.n_stated != n_whole:
         text = f"dataset.json says numTraining = {about.n_stated}; there are {count(n_whole, 'complete case')}. The files decide."
         number = Mend("count", (folder / "dataset.json",))
-        add("note", "case_count", text, f"Look for lost files, then set numTraining to {n_whole}.", None, number)
+        add("note", "case_count", text, f"Set numTraining to {n_whole}, if no file is lost.", None, number)
     if not about.patients:
         return
     names = {c.name for c in cases}
@@ -233,7 +233,7 @@ def _counts(folder: Path, about: About, cases: list[Files], n_whole: int, add: A
         text = f"{lacking}: each counts as a patient of its own."
         add("warning", "patient_table", text, "Add them, or two images of one patient may be on both sides of a fold.")
     if gone:
-        text = f"The table patient of dataset.json names {count(len(gone), 'case')} that are not there ({some(gone)})."
+        text = f"The table patient of dataset.json names {count(len(gone), 'case')} without any file ({some(gone)})."
         add("note", "patient_table", text, "Look for lost files, or remove the entries.")
 
 

@@ -17,6 +17,8 @@ from concilium.data._nifti import Payload, is_nifti, scan
 def read_file(path: Path, ending: str, case: str, *, label_of_stack: bool = False) -> Picture | Unusable:
     """The file's voxels and geometry, or why there are none; the arguments are those of `read_picture`."""
     try:
+        if path.stat().st_size == 0:
+            return Unusable("unreadable", "is empty.")
         if READERS.get(ending) == "SimpleITKIO":
             return _read_volume(path)
         return read_picture(path, ending, case, label_of_stack=label_of_stack)
@@ -81,4 +83,6 @@ def _whole(path: Path) -> Payload | Unusable | None:
 def _short(e: Exception) -> str:
     """The last line of an error of a library that has something to say."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    if any("Unable to determine ImageIO reader" in line for line in lines):
+        return "it is not what its name says"
     return lines[-1] if lines else type(e).__name__

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from concilium.data._check_space import has_orientation, orientation, turned
-from concilium.data._check_types import Finding, Listing, Seen, count, some
+from concilium.data._check_types import Finding, Listing, Seen, Space, count, some
 
 Add = Callable[..., None]
 LENGTHY = 1.15
@@ -97,32 +97,42 @@ def _spacings(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
     _unspaced(listing, seen, len(spaced), add)
     if not spaced:
         return
-    ones = [s for s, space in spaced if (space.spacing == 1).all()]
-    blank = [s for s, space in spaced if (space.spacing == 1).all() and not space.placed]
-    fix = "Compare with the acquisition. If it is wrong, write the true one [mm] into the files."
-    if len(ones) == len(spaced) and not blank:
-        what = "Every case has a spacing of exactly 1 mm along all axes"
-        text = f"{what}: right after resampling, and also what is written where none is known."
-        add("note", "unit_spacing", text, fix)
-    for s in ones if len(ones) < len(spaced) else blank:
-        why = (
-            "the header gives no position either"
-            if s in blank
-            else f"{len(spaced) - len(ones)} other cases have another"
-        )
-        add(
-            "warning",
-            "unit_spacing",
-            f"The spacing is exactly 1 mm along all axes, and {why}: it may be unknown.",
-            fix,
-            s.case,
-        )
+    _ones(spaced, add)
     edges = {s.case: float(np.exp(np.log(np.maximum(space.spacing, 1e-9)).mean())) for s, space in spaced}
     usual = float(np.median(list(edges.values())))
     for case, edge in edges.items():
         if max(edge / usual, usual / edge) > ODD:
             text = f"Voxels have edges of {edge:.3g} mm (geometric mean), usually {usual:.3g} mm at this site."
             add("warning", "odd_spacing", text, "Check the unit in the file: it should be mm.", case)
+
+
+def _ones(spaced: Sequence[tuple[Seen, Space]], add: Add) -> None:
+    """Cases with a spacing of exactly 1 mm, which may be unknown."""
+    ones = [s for s, space in spaced if (space.spacing == 1).all()]
+    blank = {s.case for s, space in spaced if (space.spacing == 1).all() and not space.placed}
+    others = [s.case for s, space in spaced if not (space.spacing == 1).all()]
+    fix = "Compare with the acquisition. If it is wrong, write the true one [mm] into the files."
+    exact = "a spacing of exactly 1 mm along all axes"
+    if len(ones) > len(others) and not blank:
+        meant = "right after resampling, and also what is written where none is known"
+        if others:
+            text = (
+                f"{len(ones)} of {len(spaced)} cases have {exact} ({meant}), and the others have not ({some(others)})."
+            )
+        else:
+            text = f"Every case has {exact}: {meant}."
+        add("warning" if others else "note", "unit_spacing", text, fix)
+        return
+    for s in ones if others else [s for s in ones if s.case in blank]:
+        unlike = f"unlike that of {count(len(others), 'other case')}"
+        why = "and the header gives no position either" if s.case in blank else unlike
+        add(
+            "warning",
+            "unit_spacing",
+            f"The spacing is exactly 1 mm along all axes, {why}: it may be unknown.",
+            fix,
+            s.case,
+        )
 
 
 def _unspaced(listing: Listing, seen: Sequence[Seen], n_spaced: int, add: Add) -> None:
@@ -132,7 +142,7 @@ def _unspaced(listing: Listing, seen: Sequence[Seen], n_spaced: int, add: Add) -
     if n_spaced:
         for s in lacking:
             others = count(n_spaced, "other case")
-            text = f"There is no {s.lacks}, so its voxels count as 1 x 1 x 1 mm, where {others} say their spacing."
+            text = f"There is no {s.lacks}, so its voxels count as 1 x 1 x 1 mm, unlike those of {others}."
             add("error", "no_spacing", text, write, s.case)
     elif lacking:
         name = f"{lacking[0].lacks.split('/')[0]}/CASE.json"

@@ -16,31 +16,40 @@ Line = tuple[str, str]
 def lines(checked: Checked, *, most: int = 20) -> Iterator[Line]:
     """A paragraph per data set; of each kind of finding at most `most` cases are named, and the others counted.
 
-    What is said of every data set in the same words stands once, in a paragraph of its own.
+    What is said of all, or of more than two of them, in the same words stands once, in a paragraph of its own.
     """
-    said: dict[tuple[str, str, str], set[str]] = {}
-    for f in checked.findings:
-        if f.case is None:
-            said.setdefault((f.code, f.text, f.fix), set()).add(f.site)
-    everywhere = {key for key, sites in said.items() if len(sites) == len(checked.cases) > 1}
+    together = _together(checked)
     divided = [f.site for f in checked.findings if f.site not in checked.cases]  # cases are listed at the parts
     for site in dict.fromkeys([*divided, *checked.cases]):
         own = [f for f in checked.findings if f.site == site]
         n_cases = f"{_count(checked.cases[site], 'case')}. " if site in checked.cases else ""
         yield "bold", f"{site}: {n_cases}{_totals(own)}"
-        yield from _groups([f for f in own if (f.code, f.text, f.fix) not in everywhere], most)
+        yield from _groups([f for f in own if _said(f) not in together], most)
         yield "", ""
-    first = next(iter(checked.cases))
-    shared = [f for f in checked.findings if f.site == first and (f.code, f.text, f.fix) in everywhere]
-    if shared:
-        yield "bold", "All of them:"
-        yield from _groups(shared, most)
+    for sites in dict.fromkeys(together.values()):
+        yield "bold", "All of them:" if len(sites) == len(checked.cases) else f"{', '.join(sites)}:"
+        first = [f for f in checked.findings if f.site == sites[0] and together.get(_said(f)) == sites]
+        yield from _groups(first, most)
         yield "", ""
     whole = f"{_count(len(checked.cases), 'data set')}, {_count(sum(checked.cases.values()), 'case')}"
     yield "bold", f"{whole}. {_totals(checked.findings)}"
     n_safe = sum(f.safe for f in checked.findings)
-    if n_safe:
+    if n_safe and not checked.changes:
         yield "", f"--fix OUT mends {n_safe:,} of them, in copies of the data."
+
+
+def _said(f: Finding) -> tuple[str, str, str]:
+    return f.code, f.text, f.fix
+
+
+def _together(checked: Checked) -> dict[tuple[str, str, str], tuple[str, ...]]:
+    """What is said of all data sets, or of more than two, and of which."""
+    said: dict[tuple[str, str, str], list[str]] = {}
+    for f in checked.findings:
+        if f.case is None and f.site in checked.cases:
+            said.setdefault(_said(f), []).append(f.site)
+    enough = min(3, max(2, len(checked.cases)))
+    return {key: tuple(sites) for key, sites in said.items() if len(sites) >= enough}
 
 
 def fixed(out: Path, n: int) -> str:
