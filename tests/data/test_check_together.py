@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 from check_sites import SHAPE, found, rewrite, save, site, write
 
 from concilium.data.check import Finding, check
@@ -211,6 +212,25 @@ def test_the_names_of_a_study_are_known_to_the_command(tmp_path: Path) -> None:
     data = data_sets([study])
     assert data.names == {"b": Names({"lesion": "tumour"})}
     assert not [f for f in check(data.sites, names=data.names).findings if f.code == "sites_differ"]
+
+
+def test_a_site_whose_voxels_have_another_unit_or_none(tmp_path: Path) -> None:
+    """Each is the same within itself, so that only the other site shows it."""
+    a, b, c = (site(tmp_path / n, seed=i, prefix=n) for i, n in enumerate("abc"))
+    for i in range(6):
+        write(b, f"b{i}", place={"spacing": (0.07, 0.08, 0.2)}, seed=80 + i)
+        for path in list(c.glob(f"*/c{i}*.nii.gz")):
+            slices = np.repeat(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), 2, 0)
+            tifffile.imwrite(str(path).replace(".nii.gz", ".tif"), slices)
+            path.unlink()
+    rewrite(c, file_ending=".tif")
+    findings = check({"a": a, "b": b, "c": c}).findings
+    assert of(findings, "sites_spacing") == [("warning", "b", None), ("warning", "c", None)]
+    texts = [f.text for f in findings if f.code == "sites_spacing"]
+    assert "edges of 0.104 mm" in texts[0]
+    assert "at a 1.04 mm" in texts[0]
+    assert "No case says its spacing, where those of a do" in texts[1]
+    assert not of(check({"c": c}).findings, "sites_spacing")
 
 
 # ---------------------------------------------------------------------------------------------------------- real data

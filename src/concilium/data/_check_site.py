@@ -98,7 +98,7 @@ def _spacings(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
     if not spaced:
         return
     _ones(spaced, add)
-    edges = {s.case: float(np.exp(np.log(np.maximum(space.spacing, 1e-9)).mean())) for s, space in spaced}
+    edges = {s.case: space.edge for s, space in spaced}
     usual = float(np.median(list(edges.values())))
     for case, edge in edges.items():
         if max(edge / usual, usual / edge) > ODD:

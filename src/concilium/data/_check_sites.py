@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from concilium.data._check_site import majority
+import numpy as np
+
+from concilium.data._check_site import ODD, majority
 from concilium.data._check_space import has_orientation, orientation, turned
 from concilium.data._check_types import Finding, Listing, Mend, Seen, count, some
 from concilium.data.matching import Names, Space, renamed, translate
@@ -33,6 +35,7 @@ def check_together(
     _shared_patients(seen, test, add)
     _agreement(listings, names, add)
     _orientations(seen, add)
+    _spacings(seen, add)
     return found
 
 
@@ -157,3 +160,27 @@ def _orientations(seen: Sequence[Seen], add: Add) -> None:
             text = f"Most volumes are stored {letters}, at {first} {usual[first]}: to the network they are {how}."
             fix = "Agree on one orientation for all sites, images and label maps alike (SimpleITK: DICOMOrient)."
             add("warning", "sites_orientation", site, None, text, fix)
+
+
+def _spacings(seen: Sequence[Seen], add: Add) -> None:
+    """Sites whose voxels are so much larger or smaller than the first's that a unit may be wrong, or of no known size."""
+    edges: dict[str, list[float]] = {}
+    for s in (s for s in seen if s.shape):
+        edges.setdefault(s.site, []).extend([s.space.edge] if s.space else [])
+    usual = {site: float(np.median(sizes)) for site, sizes in edges.items() if sizes}
+    first = next(iter(usual), "")
+    for site in edges:
+        if usual and site not in usual:
+            text = f"No case says its spacing, where those of {first} do: one plan for all takes its voxels for 1 mm."
+            add(
+                "warning",
+                "sites_spacing",
+                site,
+                None,
+                text,
+                "Write the spacing into this site's files, or leave it out.",
+            )
+        elif usual and max(usual[site] / usual[first], usual[first] / usual[site]) > ODD:
+            sizes = f"{usual[site]:.3g} mm (geometric mean, usually), at {first} {usual[first]:.3g} mm"
+            fix = "Check the unit in the files: it should be mm."
+            add("warning", "sites_spacing", site, None, f"Voxels have edges of {sizes}.", fix)

@@ -109,6 +109,11 @@ class Space:
     """Whether the format can say where voxels lie at all, and not how large they are only."""
 
     @property
+    def edge(self) -> float:
+        """Of a voxel [mm]: the geometric mean of its sides."""
+        return float(np.exp(np.log(np.maximum(self.spacing, 1e-9)).mean()))
+
+    @property
     def numbers(self) -> tuple[float, ...]:
         """All that it says, to compare with another's."""
         return (*self.size, *self.spacing, *self.origin, *self.direction.ravel())
