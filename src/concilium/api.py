@@ -12,6 +12,7 @@ from concilium.errors import StudyError
 if TYPE_CHECKING:  # torch and pandas take seconds to load
     import pandas
 
+    from concilium.data.check import Checked
     from concilium.preparation import Event
     from concilium.study import Study
 
@@ -164,6 +165,39 @@ def reported(folder: Path, watch: Callable[[Event], None]) -> Run:
     except Exception as e:
         watch(Event("warning", f"No report could be made: {type(e).__name__}: {e}"))
     return found
+
+
+def check(
+    what: str | Path | Sequence[str | Path],
+    *,
+    test: str | Path | None = None,
+    fix: str | Path | None = None,
+    watch: Callable[[int, int, str], None] = lambda done, total, case: None,
+) -> Checked:
+    """Everything that is wrong with the data of a study, or of nnU-Net raw folders, as findings, the gravest first.
+
+    Args:
+        test: a held-out set beside raw folders.
+        fix: a folder for copies of the data sets, in which what can be mended safely is; its FIXES.txt says what.
+        watch: is told the number of cases done, of how many, and the next.
+
+    Raises:
+        StudyError: no such study or data set, or `fix` is not empty.
+    """
+    from dataclasses import replace
+
+    from concilium.data.check import check as check_data
+    from concilium.data.mend import check_free, mend
+    from concilium.study import data_sets
+
+    paths = [Path(what)] if isinstance(what, str | Path) else [Path(w) for w in what]
+    data = data_sets(paths, None if test is None else Path(test))
+    if fix is not None:
+        check_free(Path(fix), data.members)
+    checked = check_data(
+        data.sites, test=data.test, folds=data.folds, names=data.names, divide=data.divide, watch=watch
+    )
+    return checked if fix is None else replace(checked, changes=mend(data.members, checked.findings, Path(fix)))
 
 
 def table(

@@ -28,7 +28,6 @@ from concilium.preparation import (
     Ledger,
     Work,
     ask_sites,
-    divide,
     failure_line,
     initial_weights,
     network_of,
@@ -41,7 +40,7 @@ from concilium.record import Record
 from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
 from concilium.scoring import POOL, give, score, tell, watch_validation
-from concilium.study import Study, names_of, training_of
+from concilium.study import Study, divide, names_of, training_of
 
 NOT_READY = SiteError("EngineError", "not_prepared", "")
 """A site of the study that failed before training began."""

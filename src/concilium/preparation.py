@@ -13,7 +13,7 @@ from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.labels import Labels, n_heads, to_nnunet
 from concilium.data.matching import Space, agree, annotation_notes, reorder
-from concilium.data.partition import Layout, Member, lay_out, materialise
+from concilium.data.partition import Layout, materialise
 from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
@@ -94,17 +94,6 @@ class Told:
     """Of the study's sites, by name."""
     partial: bool = False
     """Whether a site annotates some labels only."""
-
-
-def divide(study: Study, folder: Path) -> Layout:
-    """Which cases of which data set each site of a run in `folder` gets, where the study divides or shifts one; writes nothing.
-
-    Raises:
-        StudyError, DataError: the data set does not allow it.
-    """
-    tables = dict(study.sites) | ({"test": study.test} if study.test else {})
-    members = {n: Member(t.data, t.values, t.share, t.annotated, t.shift) for n, t in tables.items()}
-    return lay_out(study.partition, members, folder, seed=study.study.seed)
 
 
 def on_folders(study: Study, layout: Layout, folder: Path) -> Study:

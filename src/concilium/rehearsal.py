@@ -50,6 +50,6 @@ def try_loss(loss: PlugIn, labels: Labels) -> None:
         )
     except ContractError as e:
         raise StudyError(
-            f"[loss] name = {loss.name!r} is not allowed where sites annotate some labels only ({e}). Choose one that is, such as "
-            "marginal."
+            f"[loss] name = {loss.name!r} is not allowed where sites annotate some labels only ({e}). Choose one that "
+            "is, such as marginal."
         ) from e

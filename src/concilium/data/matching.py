@@ -145,35 +145,41 @@ def agree(told: Mapping[str, Space]) -> tuple[Space, dict[str, Translation]]:
         if problem := flaw(space.labels):
             raise DataError(f"{site} has labels {dict(space.labels)}. {problem}, in its dataset.json.")
     first = next(iter(told))
-    study = replace(told[first], labels=_united(told), annotated=None)
+    study = replace(told[first], labels=united(told.values()), annotated=None)
+    for site, space in told.items():
+        require_known(space, study.labels, where=site)
     if IGNORE not in study.labels and any(IGNORE in space.labels for space in told.values()):
         study = replace(study, labels={**study.labels, IGNORE: all_ids(study.labels)[-1] + 1})
     return study, {site: translate(space, study, where=site, other=first) for site, space in told.items()}
 
 
-def _united(told: Mapping[str, Space]) -> Labels:
-    """The first site's labels and those that others know besides, where the sites that lack them did not look for them.
-
-    Raises:
-        DataError: a site names a label as annotated that nobody knows.
-    """
-    first = next(iter(told.values()))
+def united(told: Iterable[Space]) -> Labels:
+    """The first site's labels and those that others know besides, where the sites that lack them did not look for them."""
+    spaces = list(told)
+    first = spaces[0]
     labels: dict[str, Any] = {n: v for n, v in first.labels.items() if n != IGNORE}
-    for space in told.values():
+    for space in spaces:
         for name in foreground(space.labels):
-            lack = [s for s in told.values() if name not in s.labels]
+            lack = [s for s in spaces if name not in s.labels]
             if name not in labels and all(s.annotated is not None and name not in s.annotated for s in lack):
                 labels[name] = max(all_ids(labels)) + 1
-    for site, space in told.items():
-        if unknown := [name for name in space.annotated or () if name not in labels]:
-            raise DataError(
-                f"{site} says that {', '.join(unknown)} is annotated there. Labels are {', '.join(foreground(labels))}. Correct "
-                "annotated, in the study or in its dataset.json.",
-                code="sites_differ",
-            )
     if IGNORE in first.labels:
         labels[IGNORE] = max(all_ids(labels)) + 1
     return labels
+
+
+def require_known(space: Space, labels: Labels, *, where: str) -> None:
+    """Check that what a site looked for are labels of the study.
+
+    Raises:
+        DataError: one is not (`sites_differ`).
+    """
+    if unknown := [name for name in space.annotated or () if name not in labels]:
+        raise DataError(
+            f"{where} says that {', '.join(unknown)} is annotated there. Labels are {', '.join(foreground(labels))}. Correct "
+            "annotated, in the study or in its dataset.json.",
+            code="sites_differ",
+        )
 
 
 def annotation_notes(labels: Labels, told: Mapping[str, tuple[str, ...] | None]) -> list[str]:
