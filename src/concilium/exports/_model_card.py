@@ -7,17 +7,17 @@ of known cases are taken out of them.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from concilium.catalog import TRAINER
 from concilium.data.labels import foreground
+from concilium.disclosure import without_names
 from concilium.exports._card_data import Record, Results, data_table, record_of, training_lines
 from concilium.finished import Finished
+from concilium.reports import TITLES
 from concilium.statistics import FOREGROUND_MEAN
 
-METRICS = {"dice": "Dice", "iou": "IoU", "hd95": "95 % Hausdorff distance", "nsd": "Normalised surface Dice"}
 MOST_LINES = 20
 """Of warnings and of problems."""
 
@@ -86,15 +86,9 @@ def _state(results: Results) -> str:
 
 
 def _quoted(lines: Sequence[str], names: Iterable[str]) -> str:
-    shown = [f"> - {_without_names(line, names)}" for line in lines[:MOST_LINES]]
+    shown = [f"> - {without_names(line, names)}" for line in lines[:MOST_LINES]]
     rest = len(lines) - len(shown)
     return "\n".join([*shown, *([f"> - and {rest} more"] if rest else [])])
-
-
-def _without_names(text: str, names: Iterable[str]) -> str:
-    text = re.sub(r"\S*[/\\]\S+", "[path]", " ".join(text.split()))
-    long = sorted((n for n in names if not n.isdecimal()), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, long)), "[case]", text) if long else text
 
 
 def _data(record: Record) -> str:
@@ -129,9 +123,9 @@ def _figures(record: Record) -> str:
         n = max(s["n"] for s in cells.values())
         where = "test set" if subset == "test" else f"{site} ({subset})"
         what = "mean of the labels" if label == FOREGROUND_MEAN else label
-        rows.append((where, what, str(n), *(_figure(cells.get(metric), metric) for metric in METRICS)))
+        rows.append((where, what, str(n), *(_figure(cells.get(metric), metric) for metric in TITLES)))
     return "\n".join([
-        _table(("data", "label", "patients", *METRICS.values()), rows),
+        _table(("data", "label", "patients", *TITLES.values()), rows),
         "",
         f"Mean over patients [95 % bootstrap interval over patients; none below 6 patients]. Distances in {_and(sorted(units))}; "
         f"tolerance of the surface Dice {finished.study.validation.tolerance:g}. Scored in "

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from concilium.disclosure import MIN_CASES
 from concilium.reports._elements import amount
 from concilium.reports._figures import NEUTRAL
 from concilium.reports._found import Found, Picture, Row
 from concilium.statistics import ALL_SITES, WITHOUT
 
-MIN_CASES = 5
-"""A private report shows no value that describes fewer patients."""
 SMALL_SHARE = 5
 """Percentile of a site's reference volumes below which a structure is small ..."""
 SMALL_FROM = 20

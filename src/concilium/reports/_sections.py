@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import TypeAlias
 from xml.etree.ElementTree import Element
 
+from concilium.reports import SHARES, TITLES
 from concilium.reports import _figures as draw
 from concilium.reports._cases import Place, View, at, base, place_name
 from concilium.reports._elements import Child, e, figure, fold, number, p_value, signed, table
@@ -15,8 +16,6 @@ from concilium.statistics import FOREGROUND_MEAN
 
 Lines: TypeAlias = "dict[str, dict[str, list[tuple[float, float]]]]"
 """Model -> site -> (round, value)."""
-TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "95 % Hausdorff distance", "nsd": "Normalised surface Dice"}
-HIGHER_IS_BETTER = {"dice": True, "iou": True, "hd95": False, "nsd": True}
 
 
 def section(title: str, *content: Child) -> Element:
@@ -102,7 +101,7 @@ def _matrix(view: View, metric: str, label: str) -> Element:
         name = e("span", place_name(place), e("small", n))
         rows.append([name, *(_cell_text(view, place, model, metric, label, digits) for model in view.models)])
     unit = f" [{view.unit}]" if metric == "hd95" else ""
-    better = "higher" if HIGHER_IS_BETTER[metric] else "lower"
+    better = "higher" if metric in SHARES else "lower"
     caption = f"{TITLES[metric]}{unit}, {label_name(label)} ({better} is better)"
     return table(["", *(shown_model(m) for m in view.models)], rows, caption=caption)
 
@@ -172,7 +171,7 @@ def _reading(c: Row) -> str:
         return "too few patients to say"
     if c["ci_low"] <= 0 <= c["ci_high"] or (c.get("p_holm") or 0) >= 0.05:
         return "no difference shown"
-    a_better = (c["difference"] > 0) == HIGHER_IS_BETTER.get(c["metric"], True)
+    a_better = (c["difference"] > 0) == (c["metric"] in SHARES)
     return f"{shown_model(c['a'] if a_better else c['b'])} is better"
 
 

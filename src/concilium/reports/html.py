@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from concilium.disclosure import MIN_CASES
 from concilium.errors import StudyError
 from concilium.reports import _about, _case_sections, _costs, _sections
-from concilium.reports._cases import MIN_CASES, View
+from concilium.reports._cases import View
 from concilium.reports._elements import document, e
 from concilium.reports._found import Found, find
 
