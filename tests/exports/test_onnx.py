@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made import make_run, two_members
+from made import REAL, make_run, two_images, two_members
 
 from concilium.errors import StudyError
 from concilium.exports import export_run
@@ -39,20 +39,14 @@ def exported(picture_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return export_run(picture_run, tmp_path_factory.mktemp("onnx") / "out", format="onnx")[0]
 
 
-def test_the_script_gives_the_same_label_maps_of_pictures(
-    exported: Path, picture_run: Path, pictures: Path, predicted: Predicted, same_label_maps: Same, tmp_path: Path
+def test_the_script_gives_the_same_label_maps(
+    run_and_data: tuple[Path, Path], predicted: Predicted, same_label_maps: Same, tmp_path: Path
 ) -> None:
-    segment(exported, pictures / "imagesTr", tmp_path)
-    same_label_maps(predicted(picture_run, pictures), tmp_path, share=SHARE)
-
-
-def test_the_script_gives_the_same_label_maps_of_volumes(
-    volume_run: Path, volumes: Path, predicted: Predicted, same_label_maps: Same, tmp_path: Path
-) -> None:
-    folder, after = export_run(volume_run, tmp_path / "out", format="onnx")
+    run, data = run_and_data
+    folder, after = export_run(run, tmp_path / "out", format="onnx")
     assert after == f"python {folder}/predict.py IMAGES SEGMENTATIONS"
-    segment(folder, volumes / "imagesTr", tmp_path / "found")
-    same_label_maps(predicted(volume_run, volumes), tmp_path / "found", share=SHARE)
+    segment(folder, data / "imagesTr", tmp_path / "found")
+    same_label_maps(predicted(run, data), tmp_path / "found", share=SHARE)
 
 
 def test_logits_are_those_of_torch_at_any_batch_and_size(exported: Path, picture_run: Path) -> None:
@@ -150,21 +144,19 @@ def test_a_network_that_cannot_be_traced_is_refused(picture_run: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("federation_name", "configuration"), [("hippocampus", "3d_fullres"), ("polyps", "2d")])
+@pytest.mark.parametrize(("federation_name", "configuration", "resize"), REAL)
 def test_the_script_on_real_cases(
     federation_name: str,
     configuration: str,
+    resize: dict[str, Any] | None,
     federation: Callable[[str], Path],
     predicted: Predicted,
     same_label_maps: Same,
     tmp_path: Path,
 ) -> None:
     data = federation(federation_name) / "test"
-    run = make_run(tmp_path / "run", data, configuration=configuration, n_cases=2)
-    two = tmp_path / "data" / "imagesTr"
-    two.mkdir(parents=True)
-    for image in sorted((data / "imagesTr").iterdir())[:2]:
-        (two / image.name).symlink_to(image)
+    run = make_run(tmp_path / "run", data, configuration=configuration, n_cases=2, resize=resize)
+    two = two_images(data, tmp_path / "data")
     folder, _ = export_run(run, tmp_path / "out", format="onnx")
-    segment(folder, two, tmp_path / "found")
-    same_label_maps(predicted(run, two.parent), tmp_path / "found", share=SHARE)
+    segment(folder, two / "imagesTr", tmp_path / "found")
+    same_label_maps(predicted(run, two), tmp_path / "found", share=SHARE)

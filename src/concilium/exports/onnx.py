@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from concilium.errors import StudyError
-from concilium.exports import members, refuse_other_labels, refuse_other_preprocessing, write_json
+from concilium.exports import members, write_json
 from concilium.exports._sidecar import sidecar
 from concilium.finished import Finished
 
@@ -49,13 +49,12 @@ def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> st
     """Write `model.onnx` (`model_0.onnx`, ... for several members), `preprocessing.json` and `predict.py`.
 
     Raises:
-        StudyError: PyTorch's exporter is not installed or cannot take the network, or labels or plan cannot be described.
+        StudyError: PyTorch's exporter is not installed or cannot take the network, or the plan cannot be described.
     """
     require_onnx()
-    refuse_other_labels(finished, "onnx")
-    refuse_other_preprocessing(finished, "onnx")
     files = [f"{name}.onnx" for name in members(finished).values()]
-    write_json(out / "preprocessing.json", sidecar(finished, files))
+    about = sidecar(finished, files)
+    write_json(out / "preprocessing.json", about)
     for network, file in zip(finished.networks(), files, strict=True):
         _write(network, finished, out / file)
     shutil.copyfile(Path(__file__).with_name("_steps.py"), out / "predict.py")
