@@ -195,7 +195,7 @@ def test_an_empty_image_passes(volume_run: Path) -> None:
     assert np.array_equal(_steps.restore(logits, geometry, about), np.ones((9, 30, 31), np.uint8))
 
 
-@pytest.mark.parametrize(("script", "n_lines"), [("_steps.py", 190)])
+@pytest.mark.parametrize(("script", "n_lines"), [("_steps.py", 190), ("_plain.py", 90)])
 def test_the_scripts_need_four_packages_and_are_short(script: str, n_lines: int) -> None:
     text = Path(_steps.__file__).with_name(script).read_text()
     imported = {
@@ -207,3 +207,11 @@ def test_the_scripts_need_four_packages_and_are_short(script: str, n_lines: int)
     standard = {"__future__", "itertools", "json", "math", "pathlib", "sys", "typing"}
     assert imported - standard == {"numpy", "scipy", "onnxruntime", "SimpleITK"}
     assert len(text.splitlines()) <= n_lines
+
+
+def test_the_plain_script_has_65_lines_of_code() -> None:
+    """As docs/export.md says: neither blank lines nor documentation."""
+    text = Path(_steps.__file__).with_name("_plain.py").read_text()
+    documented = [n.body[0] for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Module | ast.FunctionDef)]
+    n_lines = sum(bool(line.strip()) for line in text.splitlines())
+    assert n_lines - sum((n.end_lineno or 0) - n.lineno + 1 for n in documented) <= 65

@@ -93,6 +93,20 @@ def sidecar(finished: Finished, models: list[str]) -> dict[str, Any]:
     }
 
 
+def is_plain(about: Mapping[str, Any]) -> bool:
+    """Whether `_plain.py` can follow: one 3D network, volumes, nothing resized to one size, flipped, reordered or apart."""
+    return bool(
+        about["network_axes"] == 3
+        and READERS[about["file_ending"]] == "SimpleITKIO"
+        and about["resize"] is about["regions_class_order"] is None
+        and not about["mirror_axes"]
+        and about["transpose"] == [0, 1, 2]
+        and len(about["models"]) == 1
+        and max(about["spacing"]) <= 3 * min(about["spacing"])
+        and all(how["shift"] != "min" for how in about["normalization"])
+    )
+
+
 def _labels(labels: Labels) -> dict[str, Any]:
     """What the outputs stand for, and how they decide. No output stands for `ignore`."""
     told = to_nnunet({name: ids for name, ids in labels.items() if name != IGNORE})
