@@ -161,6 +161,28 @@ def test_what_is_resized_is_refused_by_nnunet_with_the_formats_that_can(run: Pat
         assert export_run(resized, tmp_path / format, format=format)[0].is_dir()
 
 
+@every_format
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_it_says_what_to_compare_with_where_the_study_computes_otherwise(
+    precision: str, format: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = run.parent / "secret_data"
+    own = make_run(tmp_path / "run", data, configuration="2d", patch=[32, 32], precision=precision)
+    _, after = export_run(own, tmp_path / "out", format=format)
+    command, *more = after.splitlines()
+    assert "Compare with" not in command
+    assert bool(more) == (precision == "bfloat16" and format != "safetensors")
+    if more:
+        told = more[0].replace("IMAGES", str(data / "imagesTr")).replace("LABEL_MAPS", str(tmp_path / "maps"))
+        assert told.startswith("Compare with: concilium predict")
+        assert told.endswith("--precision float32")
+        monkeypatch.setattr(sys, "argv", told.partition(": ")[2].split())
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        assert e.value.code == 0
+        assert len(list((tmp_path / "maps").iterdir())) == 2
+
+
 def test_the_command_says_where_it_is_and_what_comes_next(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

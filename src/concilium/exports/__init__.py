@@ -101,6 +101,18 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def comparison(finished: Finished) -> str:
+    """Lines below the command of a format that computes in float32, where the study does not: what gives the same label maps."""
+    precision = finished.study.training.precision
+    if precision == "float32":
+        return ""
+    named = "" if finished.name == finished.study.protocol.name else f" --model {finished.name}"
+    return (
+        f"\nCompare with: concilium predict {finished.run} -i IMAGES -o LABEL_MAPS{named} --precision float32\n"
+        f"The study computes in {precision}, and without that option so does predict: single voxels at edges then differ."
+    )
+
+
 def refuse_other_networks(finished: Finished, format: str) -> None:
     """Refuse a network that nnU-Net's packages cannot build.
 

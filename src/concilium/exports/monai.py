@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from concilium.data.labels import IGNORE, foreground, ids_of, n_heads
-from concilium.exports import refuse_other_networks, write_json
+from concilium.exports import comparison, refuse_other_networks, write_json
 from concilium.exports._sidecar import sidecar
 from concilium.exports._torch_file import write_torch_file
 from concilium.finished import Finished
@@ -53,7 +53,7 @@ def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> st
     return (
         "(cd {out} && python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES "
         "--output_dir SEGMENTATIONS)"
-    )
+    ) + comparison(finished)
 
 
 def _state(finished: Finished) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from concilium.data.fingerprint import from_json, to_nnunet
 from concilium.data.labels import n_heads
 from concilium.errors import StudyError
 from concilium.exports import (
+    comparison,
     dataset_description,
     members,
     refuse_other_networks,
@@ -65,7 +66,7 @@ def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> st
         }
         write_torch_file(out / f"fold_{fold}" / "checkpoint_final.pth", checkpoint)
     named = " ".join(map(str, folds))
-    return f"nnUNetv2_predict_from_modelfolder -i IMAGES -o SEGMENTATIONS -m {{out}} -f {named}"
+    return f"nnUNetv2_predict_from_modelfolder -i IMAGES -o SEGMENTATIONS -m {{out}} -f {named}" + comparison(finished)
 
 
 def _refuse_resizing(finished: Finished) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from concilium.errors import StudyError
-from concilium.exports import members, write_json
+from concilium.exports import comparison, members, write_json
 from concilium.exports._sidecar import is_plain, sidecar
 from concilium.finished import Finished
 
@@ -62,7 +62,7 @@ def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> st
     shutil.copyfile(Path(__file__).with_name("_steps.py"), out / "predict.py")
     if is_plain(about):
         shutil.copyfile(Path(__file__).with_name("_plain.py"), out / "plain.py")
-    return "python {out}/predict.py IMAGES SEGMENTATIONS"
+    return "python {out}/predict.py IMAGES SEGMENTATIONS" + comparison(finished)
 
 
 def require_onnx() -> None:
