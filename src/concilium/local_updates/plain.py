@@ -8,14 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from concilium.data.patches import Batch
-from concilium.local_updates import Local, descend
+from concilium.local_updates import Local, take
 
 
 def step(local: Local, batch: Batch) -> Tensor:
     """Take one step; the loss before it."""
-    local.optimizer.zero_grad(set_to_none=True)
-    with local.autocast():
-        logits = local.network(batch.image)
-    loss = local.objective(logits, batch)
-    descend(local, loss)
-    return loss.detach()
+    return take(local, batch)
