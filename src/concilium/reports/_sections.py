@@ -77,8 +77,14 @@ def results(view: View) -> Element:
     notes = ["A cell: mean over patients, with its 95 % interval where there are 6 patients or more."]
     if any(subset == "unseen" for _, subset in view.places):
         notes.append("Unseen cases: all cases of the site, by the model that was trained without it.")
-    if any(":" in s["model"] for s in view.found.results["summary"]):
+    own = dict.fromkeys(base(s["model"]) for s in view.found.results["summary"] if ":" in s["model"])
+    if "local" in own:
         notes.append("local: the model each site trained alone; on the test set, the mean over these models.")
+    notes += [
+        f"{shown_model(name)}: each site's own model; on the test set, the mean over these."
+        for name in own
+        if name != "local"
+    ]
     if view.private:
         notes.append(f"“n < {view.min_cases}”: too few patients to be shown.")
     more = [_matrix(view, m, label) for m in TITLES if m != "dice"]
