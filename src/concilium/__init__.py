@@ -8,7 +8,7 @@ run.predict("images", "segmentations")
 
 from __future__ import annotations
 
-from concilium.api import Run, open_run, run, table
+from concilium.api import Run, check, open_run, run, table
 
-__all__ = ["Run", "open_run", "run", "table"]
+__all__ = ["Run", "check", "open_run", "run", "table"]
 __version__ = "0.1.0.dev0"

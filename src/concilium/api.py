@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +12,48 @@ from concilium.errors import StudyError
 if TYPE_CHECKING:  # torch and pandas take seconds to load
     import pandas
 
+    from concilium.data.check import Checked
     from concilium.preparation import Event
     from concilium.study import Study
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder."""
+    """A run folder.
+
+    Raises:
+        StudyError: it is none.
+    """
 
     folder: Path
+    _read: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not (self.folder / "study.toml").is_file():
+            raise StudyError(f"{self.folder} is no run folder: it has no study.toml. Give the folder that a run wrote.")
 
     @property
     def results(self) -> dict[str, Any]:
-        """results.json, as it is (its schema: results.schema.json of the package)."""
+        """results.json, as it is (its schema: results.schema.json of the package); the same object until the file changes.
+
+        Raises:
+            StudyError: there is none.
+        """
         import json
 
-        found: dict[str, Any] = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
-        return found
+        path = self.folder / "results.json"
+        try:
+            state = path.stat()
+        except FileNotFoundError as e:
+            raise StudyError(
+                f"{self.folder} has no results.json: the run did not come to its end. Go on with it, by the command that began "
+                "it and --resume."
+            ) from e
+        key = state.st_mtime_ns, state.st_size
+        if key not in self._read:
+            self._read.clear()
+            self._read[key] = json.loads(path.read_text(encoding="utf-8"))
+        return self._read[key]
 
     @property
     def complete(self) -> bool:
@@ -166,6 +191,39 @@ def reported(folder: Path, watch: Callable[[Event], None]) -> Run:
     return found
 
 
+def check(
+    what: str | Path | Sequence[str | Path],
+    *,
+    test: str | Path | None = None,
+    fix: str | Path | None = None,
+    watch: Callable[[int, int, str], None] = lambda done, total, case: None,
+) -> Checked:
+    """Everything that is wrong with the data of a study, or of nnU-Net raw folders, as findings, the gravest first.
+
+    Args:
+        test: a held-out set beside raw folders.
+        fix: a folder for copies of the data sets, in which what can be mended safely is; its FIXES.txt says what.
+        watch: is told the number of cases done, of how many, and the next.
+
+    Raises:
+        StudyError: no such study or data set, or `fix` is not empty.
+    """
+    from dataclasses import replace
+
+    from concilium.data.check import check as check_data
+    from concilium.data.mend import check_free, mend
+    from concilium.study import data_sets
+
+    paths = [Path(what)] if isinstance(what, str | Path) else [Path(w) for w in what]
+    data = data_sets(paths, None if test is None else Path(test))
+    if fix is not None:
+        check_free(Path(fix), data.members)
+    checked = check_data(
+        data.sites, test=data.test, folds=data.folds, names=data.names, divide=data.divide, watch=watch
+    )
+    return checked if fix is None else replace(checked, changes=mend(data.members, checked.findings, Path(fix)))
+
+
 def table(
     runs: Sequence[Run | str | Path],
     *,
@@ -194,9 +252,8 @@ def open_run(folder: str | Path) -> Run:
     """A run that is there already.
 
     Raises:
-        StudyError: the folder holds none.
+        StudyError: the folder holds none, or one without results.
     """
-    folder = Path(folder)
-    if not (folder / "results.json").is_file():
-        raise StudyError(f"{folder} is no run folder: it has no results.json. Give the folder that a run wrote.")
-    return Run(folder)
+    found = Run(Path(folder))
+    _ = found.results
+    return found

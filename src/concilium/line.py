@@ -28,7 +28,6 @@ from concilium.preparation import (
     Ledger,
     Work,
     ask_sites,
-    divide,
     failure_line,
     initial_weights,
     network_of,
@@ -41,7 +40,7 @@ from concilium.record import Record
 from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
 from concilium.scoring import POOL, give, score, tell, watch_validation
-from concilium.study import Study, names_of, training_of
+from concilium.study import Study, divide, names_of, training_of
 
 NOT_READY = SiteError("EngineError", "not_prepared", "")
 """A site of the study that failed before training began."""
@@ -96,7 +95,7 @@ def run(
         raise
     finally:
         engine.close()
-        results = write_results(study, record, finished, warnings=ledger.warnings, problems=ledger.problems)
+        results = write_results(study, record, finished, **asdict(ledger))
         record.close()
     return Outcome(record.folder, results, 0 if results["complete"] else 4)
 
@@ -146,11 +145,15 @@ def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> Sequence[M
         )
         work.watch(Event("stage", f"Planned {what}. Preprocessing"))
         prepared = Ledger()
-        cases = prepare_sites(setting, work.engine, record, p, prepared)
-        ready = {"cases": cases, "warnings": prepared.warnings, "problems": prepared.problems}
+        told = prepare_sites(setting, work.engine, record, p, prepared)
+        cases = {site: reply.n_training for site, reply in told.items()}
+        ready = {"cases": cases, "patients": {site: reply.n_patients for site, reply in told.items()}} | asdict(
+            prepared
+        )
         record.write_json(name, ready)
     ledger.warnings += ready["warnings"]
     ledger.problems += ready["problems"]
+    ledger.excluded += ready.get("excluded", ())  # a run that an earlier version began has none
     return list(models(setting, ready["cases"], work.plans.batch_size))
 
 

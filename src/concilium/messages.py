@@ -305,6 +305,8 @@ class Examined:
     labels: Labels
     file_ending: str
     excluded: tuple[Excluded, ...]
+    annotated: tuple[str, ...] | None = None
+    """The labels that were looked for in some case; `None`: all, in all cases."""
 
 
 @dataclass(frozen=True)

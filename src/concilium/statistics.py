@@ -20,6 +20,8 @@ ALL_SITES = "all"
 """Stands where a site stands: the patients of all sites, each counting once."""
 WITHOUT = "-without-"
 """Stands in a model's name before the site that its training never saw."""
+NOT_ANNOTATED = "not_annotated"
+"""The status (as in `metrics`) of a label that nobody looked for in a case: it is not undefined, there is nothing to score."""
 MIN_PATIENTS = 6
 """Fewer patients give no interval and no p-value."""
 
@@ -124,7 +126,8 @@ def spread(summary: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale]) -
     means: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
     for row in summary:
         model, _, own = row["model"].partition(":")
-        if row["site"] != ALL_SITES and row["n"] >= MIN_PATIENTS and own in ("", row["site"]):
+        told = row["n"] >= MIN_PATIENTS and row["mean"] is not None  # a site may tell how many there are, and not more
+        if row["site"] != ALL_SITES and told and own in ("", row["site"]):
             means[model, row["subset"], row["label"], row["metric"]][row["site"]] = row["mean"]
     rows = []
     for (model, subset, label, metric), sites in means.items():
@@ -223,7 +226,8 @@ def _tables(cases: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale]) ->
     """Scores by model, as named, and subset."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for case in cases:
-        groups[case["model"], case["subset"]].append(case)
+        if case.get("status") != NOT_ANNOTATED:
+            groups[case["model"], case["subset"]].append(case)
     return {key: _scores(rows, list(metrics)) for key, rows in groups.items()}
 
 

@@ -198,6 +198,27 @@ def test_the_forward_pass_is_in_the_precision_that_was_asked_for(name: str) -> N
     assert all(t.dtype == local.received[n].dtype for n, t in weights(local).items())
 
 
+@every_update
+def test_a_batch_of_which_nothing_is_known_changes_nothing(name: str) -> None:
+    """Also where momentum would go on: neither network, nor what is sent in the end."""
+    local, other = (lent(optimizer=partial(torch.optim.SGD, momentum=0.9)) for _ in range(2))
+    unknown = batch()._replace(annotated=torch.zeros(2, 2, dtype=torch.bool))
+    step = step_of(name)
+    for drawn in (unknown, batch(0), unknown, batch(1), unknown):
+        loss = step(local, drawn)
+        assert (float(loss) == 0) == (drawn is unknown)
+    for drawn in (batch(0), batch(1)):
+        step(other, drawn)
+    assert all(torch.equal(weights(local)[n], t) for n, t in weights(other).items())
+    own, others = local.personal, other.personal
+    assert own is not None
+    assert others is not None
+    assert all(torch.equal(weights(own)[n], t) for n, t in weights(others).items())
+    sent, expected = finish_of(PlugIn(name), local, steps=5), finish_of(PlugIn(name), other, steps=2)
+    assert sent.keys() == expected.keys()
+    assert all(torch.equal(sent[n], t) for n, t in expected.items())
+
+
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=0.9, nesterov=True), torch.optim.AdamW])
 @every_update
 def test_the_neutral_setting_equals_plain(name: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from concilium.cli._shown import Out, Resume, progress_bar, show_run, shown
+from concilium.cli._shown import Out, Resume, Seeds, progress_bar, show_run, shown
 
 
 def demo(out: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/demo")) -> None:
@@ -21,9 +21,7 @@ def run(
     study: Annotated[Path, typer.Argument(help="Study file (TOML).")],
     out: Out = None,
     resume: Resume = False,
-    seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Train every model with so many seeds. Default: the study's.")
-    ] = None,
+    seeds: Seeds = None,
 ) -> None:
     """Run a study: fingerprint, plan, train, score."""
     from concilium.study import read_study, with_seeds
@@ -38,22 +36,25 @@ def check(
     ],
     test: Annotated[Path | None, typer.Option("--test", help="Held-out set, beside raw folders.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="File for all findings. It names cases: keep it.")] = None,
+    fix: Annotated[
+        Path | None, typer.Option("--fix", help="Folder for copies in which what can be mended safely is.")
+    ] = None,
     show: Annotated[int, typer.Option("--show", min=1, help="Cases to list for each kind of finding.")] = 20,
 ) -> None:
     """Say everything that is wrong with the data, before anything runs. Runs where they lie, sends nothing, changes nothing."""
-    from concilium.data.check import check as check_data
-    from concilium.reports.findings import lines, to_json
-    from concilium.study import data_sets
+    from concilium import api
+    from concilium.reports.findings import fixed, lines, to_json
 
-    sites, held_out, folds, names = data_sets(what, test)
     with progress_bar() as progress:
         task = progress.add_task("Checking", total=None, note="")
-        checked = check_data(
-            sites, test=held_out, folds=folds, names=names,
+        checked = api.check(
+            what, test=test, fix=fix,
             watch=lambda n, total, case: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
     for style, line in lines(checked, most=show):
         shown.print(line, style=style, markup=False, soft_wrap=not shown.is_terminal)
+    if fix:
+        shown.print(fixed(fix, len(checked.changes)), markup=False, soft_wrap=True)
     if json:
         json.write_text(to_json(checked), encoding="utf-8")
     if checked.n("error"):

@@ -201,7 +201,12 @@ def _make(change: Change) -> None:
 
 
 def take(local: Local, batch: Batch, change: Change = ()) -> Tensor:
-    """Take a step down the loss, with a change of its gradient; the loss before it."""
+    """Take a step down the loss, with a change of its gradient; the loss before it.
+
+    Where nothing is annotated there is no step to take.
+    """
+    if batch.is_unknown:
+        return torch.zeros(())
     loss = local.objective(logits_of(local, batch), batch)
     descend(local, loss, change)
     return loss.detach()

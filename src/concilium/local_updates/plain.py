@@ -12,5 +12,5 @@ from concilium.local_updates import Local, take
 
 
 def step(local: Local, batch: Batch) -> Tensor:
-    """Take one step; the loss before it."""
+    """Take one step; the loss before it. Where nothing is annotated there is none to take."""
     return take(local, batch)

@@ -34,6 +34,8 @@ def step(local: Local, batch: Batch) -> Tensor:
     memory = local.memory
     if RATES not in memory:
         _begin(local)
+    if batch.is_unknown:
+        return torch.zeros(())
     loss = take(
         local, batch, ((p, memory[CORRECTION + n]) for n, p in trained(local.network) if CORRECTION + n in memory)
     )
