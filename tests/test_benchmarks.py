@@ -336,3 +336,18 @@ def test_stock_nnunet_trains_on_the_same_cases(
 def test_cases_of_the_same_name_are_not_pooled(phantom: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is in two data sets"):
         load("stock_nnunet").pool([phantom / "north", phantom / "north"], tmp_path / "pooled")
+
+
+# ------------------------------------------------------------------------------------------------------------ local updates
+
+
+def test_local_updates_run_and_count_what_they_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--patch", "16", "16", "--features", "4", "--steps", "2", "--out", str(tmp_path / "figures.json")]
+    found = load("local_updates").main(small)
+    assert json.loads((tmp_path / "figures.json").read_text()) == found
+    held = {name: round(f["held"], 2) for name, f in found["updates"].items()}
+    # a teacher; a network, its gradient and AdamW's two moments; c, c_i, c - c_i and the sum of directions
+    assert held == {"plain": 0, "proximal": 0, "distill": 1, "ditto": 4, "scaffold": 4}
+    assert {name for name, f in found["updates"].items() if f["sent"] == 1} == {"scaffold"}
+    assert min(f["ratio"] for f in found["updates"].values()) > 0
+    assert "| scaffold |" in capsys.readouterr().out

@@ -9,11 +9,13 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import concilium
+from concilium import constraints
 from concilium.constraints import RANGES
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
@@ -331,6 +333,18 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         {"protocol": {"name": "splitfed"}, "local_update": {"name": "collections:Counter"}},
         "[local_update] name = 'collections:Counter' is not allowed with splitfed: ",
     ),
+    (
+        {"protocol": {"name": "splitfed"}, "local_update": {"name": "scaffold"}},
+        "[local_update] name = 'scaffold' is not allowed with splitfed: ",
+    ),
+    (
+        {"protocol": {"name": "local"}, "local_update": {"name": "ditto"}},
+        "[local_update] name = 'ditto' is not allowed with protocol 'local', which shares no weights for it to refer to. Allowed",
+    ),
+    (
+        {"local_update": {"name": "proximal", "weight": 1}},
+        "[local_update] weight = 1 is not known. Known: mu.",
+    ),
     ({"protocol": {"min_sites": 3}}, "[protocol] min_sites = 3 is not allowed. Allowed: 1 to 2, the number of sites."),
     (
         {"protocol": {"compare": ["locl"]}},
@@ -389,6 +403,7 @@ def test_every_range_is_checked(full: str) -> None:
     }
     extra: dict[str, Any] = {
         "epochs": {"steps": None}, "exchange_seconds": {"name": "splitfed"}, "min_matched": {"weights": "w"},
+        "mu": {"name": "proximal"}, "weight": {"name": "ditto"}, "temperature": {"name": "distill"},
     }.get(key, {})  # fmt: skip
     given = outside.get(key, -1)
     (line,) = errors(raw(**{table: {key: given} | extra}))
@@ -396,7 +411,9 @@ def test_every_range_is_checked(full: str) -> None:
     assert line.endswith(f" is not allowed. Allowed: {RANGES[full][1]}.")
     inside = {"patch_size": [16, 16, 8], "folds": 2}.get(key, 0 if key in ("foreground", "momentum", "fold") else 1)
     parse(**{table: {key: inside} | extra})
-    without_default = ("epochs", "memory_gb", "round_seconds", "exchange_seconds", "min_matched")
+    without_default = (
+        *("epochs", "memory_gb", "round_seconds", "exchange_seconds", "min_matched"), *("mu", "weight", "temperature"),
+    )  # fmt: skip
     if key in without_default or not isinstance(getattr(getattr(parse(), table), key), int | None):
         for endless in (float("nan"), float("inf")):
             assert errors(raw(**{table: {key: endless} | extra}))[0].startswith(f"{full} = {endless!r} is not allowed.")
@@ -543,3 +560,31 @@ def test_the_check_of_messages_sees_a_bad_one() -> None:
     assert read("E(f'{x!r} is ' 'wrong')") == "{} is wrong"
     assert read("E('; '.join(x) + '. Mend it.')") == "{}. Mend it."
     assert read("E(text)") is None
+
+
+BROUGHT = """
+def bring(*, plan, labels, channels, device): ...
+def step(local, batch): ...
+"""
+
+
+@pytest.mark.parametrize("more", ["def finish(local, *, steps): ...", "PERSONAL = True", "TOGETHER = True"])
+def test_a_local_update_that_brings_its_network_has_nothing_beside(
+    more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"brought_{abs(hash(more))}"
+    (tmp_path / f"{name}.py").write_text(BROUGHT + more)
+    (line,) = errors(raw(local_update={"name": f"{name}:step"}))
+    assert line.startswith(
+        f"[local_update] name = '{name}:step' is not allowed: beside `bring` it has finish, PERSONAL or "
+    )
+
+
+def test_what_is_exchanged_beside_the_weights_needs_a_protocol_that_does() -> None:
+    found = {"protocol": SimpleNamespace(name="another"), "local_update": PlugIn("scaffold")}
+    (line,) = constraints._cannot_update(found)
+    assert line.startswith(
+        "[local_update] name = 'scaffold' is not allowed with protocol 'another', which exchanges weights alone."
+    )
+    assert constraints._cannot_update({**found, "protocol": SimpleNamespace(name="federated")}) == []

@@ -14,6 +14,8 @@ from typing import Any
 
 from concilium.catalog import allowed, names
 from concilium.data.division_rules import DIVISION_RANGES
+from concilium.errors import StudyError
+from concilium.local_updates import exchanges, has_personal, is_more_than_a_step, needs_others
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
@@ -36,6 +38,9 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[training] foreground": (lambda x: 0 <= x <= 1, "0 to 1"),
     "[training] clip_norm": (lambda x: x > 0, "more than 0"),
     "[training] loader_workers": (lambda x: x >= 0, "0 or more"),
+    "[local_update] mu": (lambda x: x >= 0, "0 or more"),
+    "[local_update] weight": (lambda x: x >= 0, "0 or more"),
+    "[local_update] temperature": (lambda x: x > 0, "more than 0"),
     "[validation] folds": (lambda x: x >= 2, "2 or more"),
     "[validation] fold": (lambda x: x == "all" or x >= 0, "0 to folds - 1, or 'all'"),
     "[validation] every": (lambda x: x >= 1, "1 or more"),
@@ -94,7 +99,7 @@ def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
         problems.append(
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )
-    return problems + _misresized(found) + _cannot_split(found)
+    return problems + _misresized(found) + _cannot_split(found) + _cannot_update(found)
 
 
 def _misresized(found: Mapping[str, Any]) -> list[str]:
@@ -162,6 +167,34 @@ def _cannot_split(found: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"[local_update] name = {update.name!r} is not allowed with splitfed: no owner of a part sees the whole step. "
             "Allowed: 'plain'."
+        )
+    return problems
+
+
+def _cannot_update(found: Mapping[str, Any]) -> list[str]:
+    """What local updates cannot do under a protocol, or with another part of their own."""
+    p, name = found["protocol"], found["local_update"].name
+    try:
+        more, exchange, personal, together = (
+            is_more_than_a_step(name), exchanges(name), has_personal(name), needs_others(name)
+        )  # fmt: skip
+    except StudyError:  # no such update, which was said already
+        return []
+    problems = []
+    if more and (exchange or personal or together):
+        problems.append(
+            f"[local_update] name = {name!r} is not allowed: beside `bring` it has finish, PERSONAL or TOGETHER, of which "
+            "a network that is brought knows nothing. Allowed: one or the other. Make two files of it."
+        )
+    if p and p.name == "local" and together:
+        problems.append(
+            f"[local_update] name = {name!r} is not allowed with protocol 'local', which shares no weights for it to refer to. "
+            "Allowed: 'plain'. As a baseline, 'local' trains by 'plain' anyway: [protocol] compare = ['local']."
+        )
+    elif p and p.name not in ("federated", "splitfed") and exchange:
+        problems.append(
+            f"[local_update] name = {name!r} is not allowed with protocol {p.name!r}, which exchanges weights alone. Allowed: "
+            "'federated'."
         )
     return problems
 

@@ -194,6 +194,8 @@ class Train:
     send_weights: bool
     control: Tensors = field(default_factory=dict)
     """What a local update exchanges beside the weights: the server's total."""
+    alone: bool = False
+    """Whether nothing of this model is shared: a local update that needs the shared weights then gives way to `plain`."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,8 @@ class Keep:
     model: str
     weights: Tensors
     source: str = ""
+    personal: str = ""
+    """The model in training whose second network, the site's own, is meant; else it is the one that is called so."""
 
 
 @dataclass(frozen=True)

@@ -170,9 +170,13 @@ class Site:
     def _store(self, request: Keep | Snapshot | Restore | Forget) -> None:
         models = self._models
         match request:
-            case Keep(model, weights, source):
+            case Keep(model, weights, source, personal):
                 own = weights or (models.finished(source) if source else None)
-                models.keep(model, own or models.learner(self._prepared_job(), model).trained_weights())
+                if not own:
+                    own = models.learner(self._prepared_job(), personal or model).trained_weights(
+                        personal=bool(personal)
+                    )
+                models.keep(model, own)
             case Snapshot(model, number):
                 models.snapshot(model, number)
             case Restore(model, number):
@@ -275,7 +279,9 @@ class Site:
 def _check_names(request: Request) -> None:
     """Check the names of models in a request: they name files here, and come from outside."""
     names = [getattr(request, "model", "none"), *getattr(request, "members", ())]
-    for name in [*names, request.source] if isinstance(request, Keep) and request.source else names:
+    if isinstance(request, Keep):
+        names += [name for name in (request.source, request.personal) if name]
+    for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
 
