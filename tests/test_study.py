@@ -16,7 +16,7 @@ import pytest
 
 import concilium
 from concilium import constraints
-from concilium.constraints import RANGES
+from concilium.constraints import OPTION_RANGES, RANGES
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
 from concilium.study import RESERVED, StartTable, Study, parse_study, read_study, to_toml, training_of
@@ -345,6 +345,25 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         {"local_update": {"name": "proximal", "weight": 1}},
         "[local_update] weight = 1 is not known. Known: mu.",
     ),
+    *(
+        (
+            {"protocol": {"name": "splitfed"}, "aggregation": {"name": rule}},
+            f"[aggregation] name = '{rule}' is not allowed with splitfed: it must see each site's update",
+        )
+        for rule in ("fednova", "median", "trimmed_mean", "krum", "agreement")
+    ),
+    (
+        {"aggregation": {"name": "quality"}},
+        "[aggregation] name = 'quality' is not allowed with [collect] name = 'plain': nobody judges the updates.",
+    ),
+    (
+        {"collect": {"name": "judged"}},
+        "[aggregation] name = 'mean' is not allowed with [collect] name = 'judged': it does not look at single updates",
+    ),
+    (
+        {"aggregation": {"name": "krum", "faulty": 1}},
+        "[aggregation] faulty = 1 is not allowed with 2 sites. Allowed: 0 to 0, since krum needs 2 · faulty + 3 sites.",
+    ),
     ({"protocol": {"min_sites": 3}}, "[protocol] min_sites = 3 is not allowed. Allowed: 1 to 2, the number of sites."),
     (
         {"protocol": {"compare": ["locl"]}},
@@ -388,6 +407,45 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
 def test_each_error_names_table_key_value_and_what_is_allowed(tables: dict[str, Any], expected: str) -> None:
     (line,) = errors(raw(**tables))
     assert line.startswith(expected)
+
+
+RULE_WITH = {
+    "learning_rate": "adam", "momentum": "momentum", "beta1": "adam", "beta2": "yogi", "tau": "adam", "share": "trimmed_mean",
+    "faulty": "krum", "keep": "krum", "lag": "agreement", "turn": "agreement", "memory": "agreement", "sharpness": "quality",
+    "cutoff": "quality", "cases": "judged",
+}  # fmt: skip
+"""Option -> a plug-in that has it."""
+
+
+@pytest.mark.parametrize("full", OPTION_RANGES)
+def test_every_range_of_an_option_is_checked(full: str) -> None:
+    table, key = full[1:].split("] ")
+    other = {"aggregation": {"name": "quality"}} if key == "cases" else {}
+    other |= {"collect": {"name": "judged"}} if RULE_WITH[key] == "quality" else {}
+    (line,) = errors(raw(**{table: {"name": RULE_WITH[key], key: -1}} | other))
+    given = -1 if key in ("faulty", "keep", "cases") else -1.0
+    assert line == f"{full} = {given} is not allowed. Allowed: {OPTION_RANGES[full][1]}."
+    study = parse(**{table: {"name": RULE_WITH[key]}} | other)
+    assert key in getattr(study, table).options, "its own default is in the range"
+
+
+def test_options_of_a_rule_from_outside_have_no_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may mean something else by the same word."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rule_elsewhere.py").write_text(
+        "def rule(total, state, *, before, share: float): return total.mean(), state"
+    )
+    study = parse(aggregation={"name": "rule_elsewhere:rule", "share": -3})
+    assert study.aggregation.options == {"share": -3.0}
+
+
+def test_what_suits_is_allowed() -> None:
+    parse(aggregation={"name": "quality"}, collect={"name": "judged", "cases": 2})
+    parse(aggregation={"name": "median"}, collect={"name": "judged"})
+    parse(protocol={"name": "splitfed"}, aggregation={"name": "adam"})
+    sites = {f"s{i}": {"data": "d"} for i in range(5)}
+    document = raw(aggregation={"name": "krum", "faulty": 1}) | {"sites": sites}
+    assert parse_study(document, folder=Path("/"), check_data=False).aggregation.options["faulty"] == 1
 
 
 @pytest.mark.parametrize("full", RANGES)

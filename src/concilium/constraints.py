@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from concilium.aggregation import must_see_updates
 from concilium.catalog import allowed, names
 from concilium.data.division_rules import DIVISION_RANGES
 from concilium.errors import StudyError
@@ -38,9 +39,6 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[training] foreground": (lambda x: 0 <= x <= 1, "0 to 1"),
     "[training] clip_norm": (lambda x: x > 0, "more than 0"),
     "[training] loader_workers": (lambda x: x >= 0, "0 or more"),
-    "[local_update] mu": (lambda x: x >= 0, "0 or more"),
-    "[local_update] weight": (lambda x: x >= 0, "0 or more"),
-    "[local_update] temperature": (lambda x: x > 0, "more than 0"),
     "[validation] folds": (lambda x: x >= 2, "2 or more"),
     "[validation] fold": (lambda x: x == "all" or x >= 0, "0 to folds - 1, or 'all'"),
     "[validation] every": (lambda x: x >= 1, "1 or more"),
@@ -49,6 +47,27 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[engine] threads": (lambda x: x >= 0, "0 (share the cores) or more"),
 }
 """Table and key -> test of a value of the right type, and what is allowed; no number may be without end."""
+
+OPTION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "[aggregation] learning_rate": (lambda x: x > 0, "more than 0"),
+    "[aggregation] momentum": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[aggregation] beta1": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[aggregation] beta2": (lambda x: 0 <= x <= 1, "0 to 1"),
+    "[aggregation] tau": (lambda x: x > 0, "more than 0"),
+    "[aggregation] share": (lambda x: 0 <= x < 0.5, "0 to below 0.5"),
+    "[aggregation] faulty": (lambda x: x is None or x >= 0, "0 or more"),
+    "[aggregation] keep": (lambda x: x >= 1, "1 or more"),
+    "[aggregation] lag": (lambda x: x > 0, "more than 0"),
+    "[aggregation] turn": (lambda x: x > 0, "more than 0"),
+    "[aggregation] sharpness": (lambda x: x >= 0, "0 or more"),
+    "[aggregation] cutoff": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[aggregation] memory": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[collect] cases": (lambda x: x >= 1, "1 or more"),
+    "[local_update] mu": (lambda x: x >= 0, "0 or more"),
+    "[local_update] weight": (lambda x: x >= 0, "0 or more"),
+    "[local_update] temperature": (lambda x: x > 0, "more than 0"),
+}
+"""The same for options of plug-ins that are Concilium's."""
 
 
 def check_range(where: str, key: str, value: Any) -> None:
@@ -65,7 +84,8 @@ def check_range(where: str, key: str, value: Any) -> None:
         )
         raise ValueError((cascade if value == "3d_cascade_fullres" else "") + allowed(value, known))
     anywhere = re.sub(r"^\[(sites\.[^.\]]*|test)(?=[.\]])", "[sites.NAME", full)
-    fine, text = RANGES.get(full) or DIVISION_RANGES.get(anywhere) or (lambda _: True, "")
+    known_ranges = (RANGES.get(full), DIVISION_RANGES.get(anywhere), OPTION_RANGES.get(full))
+    fine, text = next((r for r in known_ranges if r), (lambda _: True, ""))
     if not fine(value) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"Allowed: {text}.")
 
@@ -99,7 +119,9 @@ def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
         problems.append(
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )
-    return problems + _misresized(found) + _cannot_split(found) + _cannot_update(found)
+    return (
+        problems + _misresized(found) + _cannot_split(found) + _cannot_update(found) + _cannot_aggregate(found, n_sites)
+    )
 
 
 def _misresized(found: Mapping[str, Any]) -> list[str]:
@@ -169,6 +191,42 @@ def _cannot_split(found: Mapping[str, Any]) -> list[str]:
             "Allowed: 'plain'."
         )
     return problems
+
+
+def _cannot_aggregate(found: Mapping[str, Any], n_sites: int) -> list[str]:
+    """What a rule does not get from the protocol or from the way of collecting that the study names."""
+    p, rule, collect = found["protocol"], found["aggregation"], found["collect"]
+    problems = []
+    sees = _must_see(rule.name)
+    where = f"[aggregation] name = {rule.name!r} is not allowed with"
+    if p and p.name == "splitfed" and sees:
+        problems.append(
+            f"{where} splitfed: it must see each site's update, and only sums are formed there. Allowed: a rule for which the "
+            "sum is enough, such as 'mean'."
+        )
+    if rule.name == "quality" and collect.name == "plain":
+        problems.append(
+            f"{where} [collect] name = 'plain': nobody judges the updates. Allowed: 'judged'. Add [collect] name = 'judged'."
+        )
+    if collect.name == "judged" and not sees:
+        problems.append(
+            f"{where} [collect] name = 'judged': it does not look at single updates, which would be judged for nothing. Allowed: "
+            "'quality'. Choose it, or take [collect] out."
+        )
+    faulty = rule.options.get("faulty") if rule.name == "krum" else None
+    if faulty and n_sites < 2 * faulty + 3:
+        problems.append(
+            f"[aggregation] faulty = {faulty} is not allowed with {n_sites} sites. Allowed: 0 to {max(0, (n_sites - 3) // 2)}, "
+            "since krum needs 2 · faulty + 3 sites."
+        )
+    return problems
+
+
+def _must_see(rule: str) -> bool:
+    try:
+        return must_see_updates(rule)
+    except StudyError:  # there is no such rule, which is told elsewhere
+        return False
 
 
 def _cannot_update(found: Mapping[str, Any]) -> list[str]:

@@ -218,8 +218,11 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
     began = time.monotonic()
     missing = [site for site in model.setting.sites if site not in model.steps and model.protocol != "centralized"]
     for done in rounds:
-        # a site may have trained although its answer came late or could not be used: it goes back to where it was
-        failed = [site for site, failure in done.failures.items() if not isinstance(failure, SiteLost)]
+        # a site may have trained although its answer came late or could not be used: it goes back to where it was; not so one
+        # whose update counts, and that failed afterwards
+        failed = [
+            s for s, failure in done.failures.items() if not isinstance(failure, SiteLost) and s not in done.answers
+        ]
         unsaved = tell(engine, dict.fromkeys(failed, Restore(model.key, done.number - 1)), p.round_seconds)
         there = [site for site in model.steps if site not in unsaved]
         unsaved |= tell(engine, dict.fromkeys(there, Snapshot(model.key, done.number)), p.round_seconds)

@@ -259,6 +259,16 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """Say how well these weights, another site's update of `model` in this round, fit the first `cases` validation cases."""
+
+    model: str
+    round: int
+    weights: Tensors
+    cases: int
+
+
+@dataclass(frozen=True)
 class Keep:
     """Store these weights as the finished model; without weights, those of the finished model `source`, or of what is trained."""
 
@@ -293,7 +303,9 @@ class Forget:
     finished: bool = False
 
 
-Request: TypeAlias = Examine | Prepare | Train | Front | Tail | Finish | Evaluate | Keep | Snapshot | Restore | Forget
+Request: TypeAlias = (
+    Examine | Prepare | Train | Front | Tail | Finish | Evaluate | Judge | Keep | Snapshot | Restore | Forget
+)
 
 # ------------------------------------------------------------------------------------------------------------- replies
 
@@ -357,6 +369,14 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """The mean soft Dice over cases, and how many; none where the site has none, or too few to tell an average of them."""
+
+    score: float
+    n_cases: int
+
+
+@dataclass(frozen=True)
 class Done:
     pass
 
@@ -393,7 +413,7 @@ class SiteError:
 
 
 Failure: TypeAlias = SiteTimeout | SiteLost | SiteRefused | SiteError
-Reply: TypeAlias = Examined | Prepared | Trained | Maps | Gradients | Evaluated | Done
+Reply: TypeAlias = Examined | Prepared | Trained | Maps | Gradients | Evaluated | Judged | Done
 
 REQUESTS: tuple[type, ...] = (
     Examine,
@@ -403,12 +423,13 @@ REQUESTS: tuple[type, ...] = (
     Tail,
     Finish,
     Evaluate,
+    Judge,
     Keep,
     Snapshot,
     Restore,
     Forget,
 )
-REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Maps, Gradients, Evaluated, Done)
+REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Maps, Gradients, Evaluated, Judged, Done)
 FAILURES: tuple[type, ...] = (SiteTimeout, SiteLost, SiteRefused, SiteError)
 
 

@@ -20,6 +20,7 @@ import torch
 from concilium import catalog, wire
 from concilium.answers import Cancelled, Check, Entry, Job, Policy, Settings
 from concilium.answers.evaluate import evaluate
+from concilium.answers.judge import judge
 from concilium.answers.models import Models
 from concilium.answers.statistics import Exclusions, examine, find_cases, prepare
 from concilium.errors import ConciliumError, ContractError, DataError, PrivacyError
@@ -32,6 +33,7 @@ from concilium.messages import (
     Finish,
     Forget,
     Front,
+    Judge,
     Keep,
     Prepare,
     Reply,
@@ -139,6 +141,8 @@ class Site:
                 return self._train(request, cancelled)
             case Evaluate():
                 return self._evaluate(request, cancelled)
+            case Judge():
+                return judge(self.settings, self._prepared_job(), request, device=self.device, cancelled=cancelled)
             case Keep() | Snapshot() | Restore() | Forget():
                 self._store(request)
         return Done()

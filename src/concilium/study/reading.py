@@ -181,10 +181,19 @@ def _protocol(raw: Mapping[str, Any], problems: list[str]) -> ProtocolTable | No
     own: Mapping[str, Any] = options("protocols", name) if name in names("protocols") else {}
     given = {key: value for key, value in raw.items() if key in own}
     filled, wrong = fill("protocols", name, given, "[protocol]") if own else ({}, [])
-    problems += wrong + _out_of_range("[protocol]", filled)
+    problems += wrong
+    _check_ranges("[protocol]", filled, problems)
     rest = {key: value for key, value in raw.items() if key not in given}
     table = _table(ProtocolTable, rest, "[protocol]", problems, more=own)
     return table and dataclasses.replace(table, options=filled)
+
+
+def _check_ranges(where: str, values: Mapping[str, Any], problems: list[str]) -> None:
+    for key, value in values.items():
+        try:
+            check_range(where, key, value)
+        except ValueError as e:
+            problems.append(f"{where} {key} = {value!r} is not allowed. {e}")
 
 
 def _start(raw: Mapping[str, Any], problems: list[str]) -> tuple[Mapping[str, Any], StartTable | None]:
@@ -208,18 +217,9 @@ def _plug_in(kind: str, raw: Mapping[str, Any], default: PlugIn, where: str, pro
     given = {k: v for k, v in raw.items() if k != "name"}
     more = [f.name for f in dataclasses.fields(StartTable)] if kind == "networks" else []
     options, wrong = fill(kind, name, given, where, more=more)
-    problems += wrong + _out_of_range(where, options)
+    problems += wrong
+    _check_ranges(where, {} if ":" in name else options, problems)
     return PlugIn(name, options)
-
-
-def _out_of_range(where: str, options: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for key, value in options.items():
-        try:
-            check_range(where, key, value)
-        except ValueError as e:
-            problems.append(f"{where} {key} = {value!r} is not allowed. {e}")
-    return problems
 
 
 def _sites(raw: Mapping[str, Any], problems: list[str]) -> dict[str, SiteTable]:
