@@ -1,126 +1,19 @@
-"""Concilium from Python: run a study, look at what came out as tables, use the models. The commands are thin calls of these."""
+"""Concilium from Python: check data, run a study, score, compare. The commands are thin calls of these."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from concilium.errors import StudyError
+from concilium.outcomes import Check, Run, Scores
 
-if TYPE_CHECKING:  # torch and pandas take seconds to load
-    import pandas
-
+if TYPE_CHECKING:  # takes seconds to load
     from concilium.preparation import Event
     from concilium.study import Study
 
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder."""
-
-    folder: Path
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """results.json, as it is (its schema: results.schema.json of the package)."""
-        import json
-
-        found: dict[str, Any] = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
-        return found
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything was done as asked; `problems` says what was not."""
-        return bool(self.results["complete"])
-
-    @property
-    def exit_code(self) -> int:
-        """That of the command: 0, or 4 where something was not as asked."""
-        return 0 if self.complete else 4
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """What was not as asked."""
-        return tuple(self.results["problems"])
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The models that `predict` and `export` take."""
-        from concilium.finished import finished_models
-
-        return finished_models(self.folder)
-
-    @property
-    def cases(self) -> pandas.DataFrame:
-        """Every score: a row per model, seed, case and label."""
-        return self._table("cases")
-
-    @property
-    def summary(self) -> pandas.DataFrame:
-        """Means over patients, with 95 % intervals: a row per model, site, subset, label and metric."""
-        return self._table("summary")
-
-    @property
-    def comparisons(self) -> pandas.DataFrame:
-        """Paired differences between every two models."""
-        return self._table("comparisons")
-
-    @property
-    def rounds(self) -> pandas.DataFrame:
-        """What every round took and told: a row per model, round and site that answered."""
-        import json
-
-        import pandas
-
-        lines = [json.loads(line) for line in (self.folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-        return pandas.DataFrame(
-            {"model": line["model"], "round": line["round"], "site": site, **took}
-            for line in lines
-            for site, took in line["sites"].items()
-        )
-
-    def predict(
-        self,
-        images: str | Path,
-        out: str | Path,
-        *,
-        model: str | None = None,
-        device: str = "auto",
-        precision: str | None = None,
-        watch: Callable[[str, int, int], None] = lambda *_: None,
-    ) -> list[tuple[str, str]]:
-        """Write a label map for every image of a folder; the cases that could not be segmented, with the reason."""
-        from concilium.predict import predict
-
-        return predict(
-            self.folder, Path(images), Path(out), model=model, device=device, precision=precision, watch=watch
-        )
-
-    @property
-    def report_file(self) -> Path:
-        """Where `report` writes, and a run at its end."""
-        return self.folder / "report.html"
-
-    def report(self, out: str | Path | None = None) -> Path:
-        """Write the report, one HTML file that needs nothing else; where it is."""
-        from concilium.reports.html import write_report
-
-        return write_report(self.folder, out=None if out is None else Path(out))
-
-    def export(
-        self, out: str | Path, *, format: str, model: str | None = None, intended_use: str | None = None
-    ) -> tuple[Path, str]:
-        """Write a model for other programs: the folder, and the command that uses it next."""
-        from concilium.exports import export_run
-
-        return export_run(self.folder, Path(out), format=format, model=model, intended_use=intended_use)
-
-    def _table(self, name: str) -> pandas.DataFrame:
-        import pandas
-
-        return pandas.DataFrame(self.results[name])
+__all__ = ["Check", "Run", "Scores", "check", "evaluate", "open_run", "reported", "run", "table"]
 
 
 def run(
@@ -164,6 +57,58 @@ def reported(folder: Path, watch: Callable[[Event], None]) -> Run:
     except Exception as e:
         watch(Event("warning", f"No report could be made: {type(e).__name__}: {e}"))
     return found
+
+
+def check(
+    what: str | Path | Mapping[str, Any] | Study | Sequence[str | Path],
+    *,
+    test: str | Path | None = None,
+    watch: Callable[[int, int, str], None] = lambda *_: None,
+) -> Check:
+    """Everything that is wrong with data, before anything runs. Nothing is changed.
+
+    Args:
+        what: a study as for `run`, or nnU-Net raw folders.
+        test: a held-out set, in place of the study's own.
+        watch: is told how many cases are done, of how many, and which is next.
+
+    Raises:
+        StudyError: no such study or folder, or a study that does not say where data lie.
+    """
+    from concilium.data.check import check as check_data
+    from concilium.study import Study, data_sets, parse_study
+
+    if isinstance(what, Mapping):
+        what = parse_study(what, folder=Path.cwd(), check_data=False)
+    elif isinstance(what, str | Path):
+        what = [what]
+    named = what if isinstance(what, Study) else [Path(path) for path in what]
+    sites, held_out, folds, names = data_sets(named, None if test is None else Path(test))
+    return Check(check_data(sites, test=held_out, folds=folds, names=names, watch=watch))
+
+
+def evaluate(
+    predictions: str | Path,
+    reference: str | Path,
+    *,
+    labels: str | Path | None = None,
+    tolerance: float = 1.0,
+    watch: Callable[[str, int, int], None] = lambda *_: None,
+) -> Scores:
+    """Score the label maps of a folder against references of the same names, whoever made them.
+
+    Args:
+        labels: dataset.json that names the labels; omitted: one in or beside the folders, if there is one.
+        tolerance: of the surface Dice [mm, or px where the spacing is unknown].
+        watch: is told each case, its number and how many there are.
+
+    Raises:
+        DataError: a folder is missing, holds no label map, or no case is in both; the dataset.json cannot be used.
+    """
+    from concilium.evaluation import evaluate as score_all
+
+    names = None if labels is None else Path(labels)
+    return Scores(score_all(Path(predictions), Path(reference), labels=names, tolerance=tolerance, watch=watch))
 
 
 def table(

@@ -41,23 +41,21 @@ def check(
     show: Annotated[int, typer.Option("--show", min=1, help="Cases to list for each kind of finding.")] = 20,
 ) -> None:
     """Say everything that is wrong with the data, before anything runs. Runs where they lie, sends nothing, changes nothing."""
-    from concilium.data.check import check as check_data
-    from concilium.reports.findings import lines, to_json
-    from concilium.study import data_sets
+    from concilium import api
+    from concilium.reports.findings import lines
 
-    sites, held_out, folds, names = data_sets(what, test)
     with progress_bar() as progress:
         task = progress.add_task("Checking", total=None, note="")
-        checked = check_data(
-            sites, test=held_out, folds=folds, names=names,
+        checked = api.check(
+            what, test=test,
             watch=lambda n, total, case: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
-    for style, line in lines(checked, most=show):
+    for style, line in lines(checked.found, most=show):
         shown.print(line, style=style, markup=False, soft_wrap=not shown.is_terminal)
     if json:
-        json.write_text(to_json(checked), encoding="utf-8")
-    if checked.n("error"):
-        raise typer.Exit(3)
+        checked.write(json)
+    if checked.exit_code:
+        raise typer.Exit(checked.exit_code)
 
 
 def _run(study: Any, out: Path, *, resume: bool) -> None:

@@ -20,31 +20,19 @@ def names_of(study: Study) -> dict[str, Names]:
 
 
 def data_sets(
-    what: Sequence[Path], test: Path | None = None
+    what: Study | Sequence[Path], test: Path | None = None
 ) -> tuple[dict[str, Path], Path | None, int, dict[str, Names]]:
-    """Sites with their folders, held-out set, number of folds, and own names, of one study file or of raw folders.
+    """Sites with their folders, held-out set, number of folds, and own names, of one study (or its file) or of raw folders.
 
     `test` goes before the study's own.
 
     Raises:
         StudyError: no such study or folder, or a study that does not say where data lie.
     """
+    if isinstance(what, Study):
+        return _of_study(what, test)
     if len(what) == 1 and not what[0].is_dir():
-        study = read_study(what[0], check_data=False)
-        if study.partition is not None and study.partition.data is not None:
-            return (
-                {"partition": study.partition.data},
-                test or (study.test.data if study.test else None),
-                study.validation.folds,
-                {},
-            )
-        sites = {name: site.data for name, site in study.sites.items() if site.data is not None}
-        if not sites:
-            raise StudyError(
-                f"{what[0]} says of no site where its data lie. Expected data = PATH. Give the raw folders."
-            )
-        held_out = test or (study.test.data if study.test else None)
-        return sites, held_out, study.validation.folds, names_of(study)
+        return _of_study(read_study(what[0], check_data=False), test)
     for path in (*what, *([test] if test else [])):
         if not (path / "dataset.json").exists() and not (path / "imagesTr").exists():
             raise StudyError(
@@ -54,3 +42,15 @@ def data_sets(
     if len({*names, "test"}) <= len(names):  # two of one name
         names = [str(path) for path in what]
     return dict(zip(names, what, strict=True)), test, ValidationTable.folds, {}
+
+
+def _of_study(study: Study, test: Path | None) -> tuple[dict[str, Path], Path | None, int, dict[str, Names]]:
+    held_out = test or (study.test.data if study.test else None)
+    if study.partition is not None and study.partition.data is not None:
+        return {"partition": study.partition.data}, held_out, study.validation.folds, {}
+    sites = {name: site.data for name, site in study.sites.items() if site.data is not None}
+    if not sites:
+        raise StudyError(
+            f"Study {study.study.name} says of no site where its data lie. Expected data = PATH. Give the raw folders."
+        )
+    return sites, held_out, study.validation.folds, names_of(study)
