@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from concilium.cli._shown import console, progress_bar, shown
@@ -62,9 +63,11 @@ def evaluate(
             watch=lambda case, n, total: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
     header, *rows = mean_table(scores.found)
-    table = Table(*header, title="Means over patients", title_justify="left")
+    table = Table(title="Means over patients", title_justify="left")
+    for name in header:
+        table.add_column(escape(name), overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     shown.print(table)
     for case, text in scores.warnings:
         console.print(f"Warning: {case}: {text}", style="yellow", markup=False, soft_wrap=True)
