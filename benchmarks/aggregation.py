@@ -24,11 +24,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from concilium import wire
+from concilium.aggregation import UNITS, one_block, weight_of
 from concilium.aggregation.mean import rule
 from concilium.collect.plain import collect
 from concilium.messages import Failure, Reply, Request, Train, Trained
@@ -131,14 +133,20 @@ def answering(reply: Path) -> Answering:
     return ask
 
 
+def told(requests: Mapping[str, Request], like: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a way to collect is told besides."""
+    weigh = weight_of("mean")
+    return {"blocks": (one_block(like, requests),), "weigh": weigh, "asked": dict.fromkeys(requests, 50)}
+
+
 def run_round(ask: Answering, n_sites: int, like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The server's part of a round: collect the updates, then take the mean."""
-    collected = collect(ask, requests_for(n_sites), like=like)
+    collected = collect(ask, asked := requests_for(n_sites), **told(asked, like))
     if collected.failures:
         raise RuntimeError(
             f"{len(collected.failures)} updates were refused: {next(iter(collected.failures.values()))}."
         )
-    return rule(collected.total, {})[0]
+    return rule(collected.totals[0], {}, before=like)[0]
 
 
 def measure_memory(reply: Path, n_sites: Sequence[int], like: Mapping[str, Tensor]) -> list[Memory]:
@@ -169,13 +177,15 @@ def measure_times(reply: Path, n_sites: int, like: Mapping[str, Tensor], *, thre
                 add(sums[add], wire.unpack(reply.read_bytes()))
                 seconds.append(time.perf_counter() - began)
 
-    collected = collect(ask, requests_for(n_sites + 1), like=like)
+    collected = collect(ask, asked := requests_for(n_sites + 1), **told(asked, like))
     began = time.perf_counter()
-    mean, _ = rule(collected.total, {})
+    mean, _ = rule(collected.totals[0], {}, before=like)
     ours_mean = time.perf_counter() - began
     for total in sums.values():
         for name, tensor in total.items():
-            torch.testing.assert_close(mean[name], (tensor / collected.total.weight).float())  # all did the work
+            torch.testing.assert_close(
+                mean[name], (tensor * UNITS / collected.totals[0].weight).float()
+            )  # all did the work
     floor, in_place = (tuple(seconds[1:]) for seconds in floors.values())
     return Times(threads, tuple(ours[1:]), floor, in_place, ours_mean)
 

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def total_of(updates: Iterable[Update]) -> Sum:
 
 
 def mean(updates: Iterable[Update]) -> Mapping[str, Tensor]:
-    means, state = rule(total_of(updates), {})
+    means, state = rule(total_of(updates), {}, before={})
     assert state == {}
     return means
 
@@ -314,5 +315,6 @@ def test_the_check_is_red_for_rules_that_do_not_aggregate(
     elif broken == "loses one":
         after = {name: t for name, t in total.mean().items() if name != "head"}
     else:
-        after, _ = (rule if broken is None or isinstance(broken, str) else broken)(total, {})
+        chosen = partial(rule, before=before) if broken is None or isinstance(broken, str) else broken
+        after, _ = chosen(total, {})
     assert aggregation_happened(before, updates, after) == (broken is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from concilium.errors import DataError, StudyError
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
+COLUMNS = ["severity", "code", "site", "case", "text", "fix", "safe"]
 COMMANDS_ALONE = {"demo", "provision", "serve", "join"}
 
 
@@ -61,7 +63,7 @@ def damaged(phantom: Path, tmp_path: Path) -> Path:
 def test_findings_are_a_table(damaged: Path, phantom: Path, tmp_path: Path) -> None:
     folders = [str(damaged / "north"), str(damaged / "south")]
     checked = cc.check(folders, test=str(phantom / "test"))
-    assert list(checked.findings) == ["severity", "code", "site", "case", "text", "fix"]
+    assert list(checked.findings) == COLUMNS
     bad = checked.findings[checked.findings["code"] == "unreadable"]
     assert list(bad["severity"]) == ["error"]
     assert list(bad["site"]) == ["north"]
@@ -74,6 +76,16 @@ def test_findings_are_a_table(damaged: Path, phantom: Path, tmp_path: Path) -> N
     checked.write(tmp_path / "python.json")
     assert command("check", *folders, "--test", phantom / "test", "--json", tmp_path / "command.json") == 3
     assert (tmp_path / "python.json").read_text() == (tmp_path / "command.json").read_text()
+    assert set(json.loads((tmp_path / "python.json").read_text())["findings"][0]) == set(COLUMNS)
+
+
+def test_changes_are_a_table(phantom: Path, tmp_path: Path) -> None:
+    shutil.copytree(phantom / "north", tmp_path / "north")
+    about = json.loads((tmp_path / "north" / "dataset.json").read_text())
+    (tmp_path / "north" / "dataset.json").write_text(json.dumps(about | {"numTraining": 99}))
+    changes = cc.check(tmp_path / "north", fix=tmp_path / "mended").changes
+    assert changes.to_dict("records")[0].items() >= {"data_set": "north", "code": "case_count", "case": None}.items()
+    assert list(cc.check(phantom / "north").changes) == ["data_set", "code", "case", "file", "text"]
 
 
 def test_a_study_is_checked_as_a_file_and_as_mappings(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +110,7 @@ def test_a_study_is_checked_as_a_file_and_as_mappings(damaged: Path, monkeypatch
 def test_nothing_found_is_a_table_too() -> None:
     checked = cc.Check(Checked({"north": 3}, ()))
     assert len(checked.findings) == 0
-    assert list(checked.findings) == ["severity", "code", "site", "case", "text", "fix"]
+    assert list(checked.findings) == COLUMNS
     assert checked.counts.to_dict("index") == {"north": {"cases": 3, "errors": 0, "warnings": 0, "notes": 0}}
     assert checked.exit_code == 0
 

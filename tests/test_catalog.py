@@ -233,13 +233,15 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
     "collect": ("ask", "requests"),
     "engines": (),
     "exports": ("finished", "out"),
-    "local_updates": ("local", "image", "labels"),
+    "local_updates": ("local", "batch"),
     "losses": ("logits", "labels", "annotated"),
     "metrics": ("pair",),
     "networks": (),
     "protocols": ("engine", "start"),
 }
 """Kind -> what its functions are given, before their options."""
+ALSO: dict[str, tuple[str, ...]] = {"aggregation": ("updates", "state")}
+"""Another way to be given it."""
 METHODS = ("aggregation", "local_updates", "losses", "metrics", "networks")
 """Kinds whose plug-ins are methods that somebody published."""
 
@@ -251,7 +253,8 @@ every_plug_in = pytest.mark.parametrize(
 @every_plug_in
 def test_a_plug_in_has_the_signature_of_its_kind(kind: str, name: str) -> None:
     parameters = inspect.signature(load(kind, name)).parameters.values()
-    assert tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD) == POSITIONAL[kind]
+    positional = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    assert positional in (POSITIONAL[kind], ALSO.get(kind))
     assert not any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in parameters)
     assert kind == "protocols" or not any(p.kind is p.VAR_KEYWORD for p in parameters), (
         "it would swallow misspelt options"

@@ -8,10 +8,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from concilium import cli
+from concilium.data._check_types import Mend
 from concilium.data.check import Checked, Finding
 from concilium.reports.findings import lines, to_json
 
@@ -74,6 +76,29 @@ def test_one_bad_case_ends_with_3_and_is_named(phantom: Path, tmp_path: Path, co
     assert broken.name in out
 
 
+def test_copies_are_mended_and_the_exit_code_is_that_of_what_was_checked(
+    phantom: Path, tmp_path: Path, command: Command
+) -> None:
+    folder, out = tmp_path / "own", tmp_path / "mended"
+    shutil.copytree(phantom / "north", folder)
+    image = sorted((folder / "imagesTr").iterdir())[0]
+    image.rename(image.with_name(image.name.replace("_0000", "")))
+    code, shown, _ = command(folder, "--json", tmp_path / "all.json")
+    assert code == 3
+    assert "    → Rename it so. (--fix does it.)" in shown
+    assert "--fix OUT mends 1 of them, in copies of the data." in shown
+    assert sum(f["safe"] for f in json.loads((tmp_path / "all.json").read_text())["findings"]) == 1
+    code, shown, _ = command(folder, "--fix", out)
+    assert code == 3
+    assert f"1 change in copies: {out}" in shown
+    code, shown, _ = command(out / "own", "--fix", tmp_path / "again")
+    assert code == 0
+    assert f"Nothing can be mended safely: {tmp_path / 'again'} is not written." in shown
+    code, _, err = command(folder, "--fix", out)
+    assert code == 2
+    assert "is not empty" in err
+
+
 def test_no_such_study_or_data_set_ends_with_2(phantom: Path, tmp_path: Path, command: Command) -> None:
     for arguments in (
         ["nowhere.toml"],
@@ -107,7 +132,7 @@ def test_two_folders_of_one_name_stay_two(phantom: Path, tmp_path: Path, command
 # --------------------------------------------------------------------------------------------------------------- lines
 
 
-def finding(i: int, **changes: str | None) -> Finding:
+def finding(i: int, **changes: Any) -> Finding:
     return Finding(
         **(
             {"severity": "error", "code": "x", "site": "a", "case": f"c{i}", "text": f"Bad {i}.", "fix": "Mend."}
@@ -132,6 +157,16 @@ def test_one_text_for_many_cases_stands_once() -> None:
     assert shown(*found, most=3)[2:4] == ["    Empty. In c0, c1, c2 and 22 more.", "    → Mend."]
 
 
+def test_how_many_can_be_mended_is_said_of_a_group_and_of_all() -> None:
+    safe = Mend("rename", (Path("a"),), Path("b"))
+    found = [finding(0, mend=safe), finding(1), finding(2, mend=safe, code="y")]
+    assert shown(*found)[1:] == [
+        "  error: x, 2 cases", "    c0: Bad 0.", "    c1: Bad 1.", "    → Mend. (--fix does it for 1 of 2.)",
+        "  error: y, 1 case", "    c2: Bad 2.", "    → Mend. (--fix does it.)", "",
+        "1 data set, 30 cases. 3 errors.", "--fix OUT mends 2 of them, in copies of the data.",
+    ]  # fmt: skip
+
+
 def test_what_is_said_of_every_data_set_stands_once() -> None:
     found = [finding(0, severity="note", case=None, site=s, text="Pixels.") for s in "ab"]
     assert shown(*found, sites="ab") == [
@@ -139,6 +174,9 @@ def test_what_is_said_of_every_data_set_stands_once() -> None:
         "2 data sets, 60 cases. 2 notes.",
     ]  # fmt: skip
     assert "All of them:" not in shown(found[0], sites="ab")
+    three = [finding(0, severity="note", case=None, site=s, text="Pixels.") for s in "abd"]
+    assert shown(*three, sites="abcd")[-6:-1] == ["a, b, d:", "  note: x", "    Pixels.", "    → Mend.", ""]
+    assert shown(*three[:2], sites="abcd").count("    Pixels.") == 2
 
 
 def test_nothing_found_is_said() -> None:
@@ -151,9 +189,12 @@ def test_every_code_is_in_the_documentation() -> None:
     source = "".join(p.read_text(encoding="utf-8") for p in (root / "src/concilium/data").glob("_check_*.py"))
     codes = set(re.findall(r'"(?:error|warning|note)"[^"\n]*,\s*"([a-z_]+)"', source)) - {"warning", "note"}
     codes |= set(re.findall(r'Unusable\("([a-z_]+)"', source))
-    documented = re.findall(r"^\| `([a-z_]+)` \|", (root / "docs/check.md").read_text(encoding="utf-8"), re.MULTILINE)
+    meant, _, mended = (root / "docs/check.md").read_text(encoding="utf-8").partition("## Mend")
+    documented, safe = (re.findall(r"^\| `([a-z_]+)` \|", text, re.MULTILINE) for text in (meant, mended))
     assert len(codes) > 30
     assert sorted(codes) == sorted(documented)
+    assert len(safe) == 5
+    assert set(safe) < codes
 
 
 def test_json_holds_everything() -> None:

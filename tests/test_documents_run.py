@@ -5,7 +5,7 @@ How a page is read, in its order:
 - A line that is indented by four spaces is a command. `&&` joins several.
 - A ```toml block is the page's study from there on (study.toml). A study that no later command runs is run.
 - A ```python block is executed; blocks of a page share their names.
-- A ```toml site.toml block holds a site's settings, and is read as such.
+- A ```toml site.toml block holds a site's settings, a ```json dataset.json block describes a data set: read as such.
 - Any other block (```text, or without a word) is shown, not done.
 
 Commands that are not run here (`ELSEWHERE`) are parsed, as all are, by `test_documents_commands.py`.
@@ -31,9 +31,10 @@ import pytest
 import concilium.demo
 import concilium.study.reading
 from concilium import api, catalog, cli
+from concilium.data._description import read_description
 from concilium.data.phantom import PhantomSite, write_phantom
 from concilium.deployment.kits import read_settings
-from concilium.errors import StudyError
+from concilium.errors import DataError, StudyError
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/*.ipynb")])
@@ -237,8 +238,8 @@ class Page:
                 exec(compile(text, "block", "exec"), self.names)
             case "toml site.toml":
                 self.settings(text)
-            case "json":
-                json.loads(text)
+            case "json dataset.json":
+                self.description(text)
             case "text":
                 pass
             case _:
@@ -269,6 +270,12 @@ class Page:
             self.unused += 1
             self.command(f"concilium run study.toml --out runs/unnamed-{self.unused}")
         self.pending = None
+
+    def description(self, text: str) -> None:
+        folder = self.folder / "described"
+        folder.mkdir(exist_ok=True)
+        (folder / "dataset.json").write_text(text, encoding="utf-8")
+        read_description(folder)
 
     def settings(self, text: str) -> None:
         """The settings are read, with this folder's data in place of a hospital's."""
@@ -302,6 +309,8 @@ def test_everything_on_the_page_runs(
         "```pyhton\nimport concilium\n```\n",
         '```toml\n[study]\nname = "x"\n[sites.north]\ndata = "data/north"\n[protocol]\nrounds = 1\nstep = 1\n```\n',
         '```toml site.toml\ndata = "/data/north"\nsplitt = true\n```\n',
+        '```json dataset.json\n{"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 2}, "file_ending": ".nii"}\n```\n',
+        '```json dataset.json\n{"labels": \n```\n',
     ],
 )
 def test_what_is_wrong_on_a_page_is_found(
@@ -311,7 +320,7 @@ def test_what_is_wrong_on_a_page_is_found(
     page.write_text(f"# Title\n\n{text}")
     lay_out(page, home, tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((AssertionError, AttributeError, StudyError)):
+    with pytest.raises((AssertionError, AttributeError, StudyError, DataError)):
         Page(tmp_path, monkeypatch).read(page)
 
 

@@ -56,7 +56,7 @@ def test_defaults_are_filled_in() -> None:
     assert study.network.name == "nnunet"
     assert "base_features" in study.network.options
     assert study.aggregation == PlugIn("mean", {})
-    assert study.loss == PlugIn("dice_ce", {"dice_weight": 1.0, "ce_weight": 1.0})
+    assert study.loss == PlugIn("dice_ce", {"dice_weight": 1.0, "ce_weight": 1.0, "unannotated": "refuse"})
     assert study.protocol.name == "federated"
     assert study.protocol.min_sites == 2
     assert study.training.learning_rate == 0.01
@@ -199,7 +199,7 @@ def test_the_resolved_study_is_read_back_as_it_was(document: dict[str, Any], tmp
 
 def test_the_resolved_study_says_everything() -> None:
     written = tomllib.loads(to_toml(parse()))
-    assert written["loss"] == {"name": "dice_ce", "dice_weight": 1.0, "ce_weight": 1.0}
+    assert written["loss"] == {"name": "dice_ce", "dice_weight": 1.0, "ce_weight": 1.0, "unannotated": "refuse"}
     assert written["training"]["learning_rate"] == 0.01
     assert written["engine"]["threads"] >= 1
     tables = {f.name for f in dataclasses.fields(Study)}
@@ -272,7 +272,7 @@ def test_a_file_with_many_errors_is_told_all_of_them_at_once(tmp_path: Path) -> 
         "[training] optimizer = 'sdg' is not allowed. Allowed: 'sgd', 'adam', 'adamw'.",
         "[training] momentum = True is not allowed. Allowed: a number.",
         "[network] name = 'nnunett' is not allowed: networks has no 'nnunett'. Did you mean 'nnunet'? Known: ",
-        "[loss] dice_weigth = 1 is not known. Did you mean 'dice_weight'? Known: ce_weight, dice_weight.",
+        "[loss] dice_weigth = 1 is not known. Did you mean 'dice_weight'? Known: ce_weight, dice_weight, unannotated.",
         "[sites.test] is not a name for a site. Allowed: letters, digits, - and _, but not test, pooled, server, all. Rename it.",
         "[sites.north] dta = 'n' is not known. Did you mean 'data'? Known: annotated, channels, data, labels, ",
         "[validation] fold = 5 is not allowed. Allowed: 0 to 4.",

@@ -450,6 +450,7 @@ TEXT_FIELDS = {
     "Excluded.reason",  # a word of DataError.code
     "Examined.channels",
     "Examined.labels",  # the keys: names of labels
+    "Examined.annotated",  # names of labels
     "Examined.file_ending",
     "Prepared.warnings",  # sentences from a fixed list
     "Average.label",
@@ -459,6 +460,7 @@ TEXT_FIELDS = {
     "Score.unit",
     "Score.values",  # the keys: names of metrics
     "Trained.weights",  # the keys: names of tensors
+    "Trained.control",  # the same
     "SiteRefused.rule",
     "SiteError.exception",
     "SiteError.code",
@@ -467,6 +469,7 @@ TEXT_FIELDS = {
 """Every field of a reply that holds text. A new one is put here only after asking what a site could tell by it."""
 TENSOR_FIELDS = {
     "Trained.weights",
+    "Trained.control",
     "Maps.maps",
     "Gradients.gradients",
     "ChannelStatistics.keys",

@@ -63,19 +63,24 @@ def check(
     what: str | Path | Mapping[str, Any] | Study | Sequence[str | Path],
     *,
     test: str | Path | None = None,
+    fix: str | Path | None = None,
     watch: Callable[[int, int, str], None] = lambda *_: None,
 ) -> Check:
-    """Everything that is wrong with data, before anything runs. Nothing is changed.
+    """Everything that is wrong with data, before anything runs.
 
     Args:
         what: a study as for `run`, or nnU-Net raw folders.
         test: a held-out set, in place of the study's own.
+        fix: a folder for copies of the data sets, in which what can be mended safely is; its FIXES.txt says what.
         watch: is told how many cases are done, of how many, and which is next.
 
     Raises:
-        StudyError: no such study or folder, or a study that does not say where data lie.
+        StudyError: no such study or folder, a study that does not say where data lie, or `fix` is not empty.
     """
+    from dataclasses import replace
+
     from concilium.data.check import check as check_data
+    from concilium.data.mend import check_free, mend
     from concilium.study import Study, data_sets, parse_study
 
     if isinstance(what, Mapping):
@@ -83,8 +88,11 @@ def check(
     elif isinstance(what, str | Path):
         what = [what]
     named = what if isinstance(what, Study) else [Path(path) for path in what]
-    sites, held_out, folds, names = data_sets(named, None if test is None else Path(test))
-    return Check(check_data(sites, test=held_out, folds=folds, names=names, watch=watch))
+    data = data_sets(named, None if test is None else Path(test))
+    if fix is not None:
+        check_free(Path(fix), data.members)
+    found = check_data(data.sites, test=data.test, folds=data.folds, names=data.names, divide=data.divide, watch=watch)
+    return Check(found if fix is None else replace(found, changes=mend(data.members, found.findings, Path(fix))))
 
 
 def evaluate(

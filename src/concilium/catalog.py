@@ -34,7 +34,8 @@ ENTRIES: Mapping[str, str | None] = {
 """Kind -> name of the function in each of its files; `None`: the file's own name."""
 
 SUPPLIED: Mapping[str, frozenset[str]] = {
-    "collect": frozenset({"like"}),
+    "aggregation": frozenset({"before"}),
+    "collect": frozenset({"blocks", "weigh", "asked", "see_updates"}),
     "engines": frozenset({"sites", "folder", "test", "run"}),
     "exports": frozenset({"card", "intended_use"}),
     "losses": frozenset({"batch_dice", "regions", "ignore"}),
@@ -52,6 +53,8 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
             "training",
             "seed",
             "device",
+            "cases",
+            "weigh",
         }
     ),
 }

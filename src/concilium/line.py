@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from concilium import catalog
+from concilium.aggregation import must_see_updates, weight_of
 from concilium.engines import Engine
 from concilium.errors import ConciliumError
 from concilium.messages import Forget, Restore, SiteError, SiteLost, Snapshot
@@ -27,7 +28,6 @@ from concilium.preparation import (
     Ledger,
     Work,
     ask_sites,
-    divide,
     failure_line,
     initial_weights,
     network_of,
@@ -40,7 +40,7 @@ from concilium.record import Record
 from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
 from concilium.scoring import POOL, give, score, tell, watch_validation
-from concilium.study import Study, names_of, training_of
+from concilium.study import Study, divide, names_of, training_of
 
 NOT_READY = SiteError("EngineError", "not_prepared", "")
 """A site of the study that failed before training began."""
@@ -200,29 +200,13 @@ def _told(training: Ledger, scoring: Ledger) -> dict[str, Any]:
 
 def _train(work: Work, model: Model, ledger: Ledger) -> Round:
     """The protocol's loop, with everything that happens after each round."""
-    study, engine, record = model.setting.study, work.engine, work.record
-    p = study.protocol
+    study, engine, record, p = model.setting.study, work.engine, work.record, model.setting.study.protocol
     done = record.last_round(model.key) or start_with(initial_weights(study, work.plans))
     for site, failure in tell(engine, dict.fromkeys(model.steps, Restore(model.key, done.number))).items():
         ledger.problems.append(f"{model.key}, going back to round {done.number}: {failure_line(record, site, failure)}")
     if done.number:
         work.watch(Event("stage", f"{model.key}: going on after round {done.number}", model=model.key))
-    rounds = catalog.load("protocols", model.protocol)(
-        engine,
-        done,
-        model=model.key,
-        collect=partial(catalog.load("collect", study.collect.name), **study.collect.options),
-        rule=partial(catalog.load("aggregation", study.aggregation.name), **study.aggregation.options),
-        rounds=p.rounds,
-        steps=model.steps,
-        min_sites=min(p.min_sites or 1, len(model.steps)),
-        deadline_s=None if model.protocol == "centralized" else p.round_seconds,  # a site's, and the pool is none
-        network=network_of(study, work.plans),
-        training=training_of(study),
-        seed=study.study.seed,
-        device=device_named(work.study.engine.device),
-        **(p.options if model.protocol == p.name else {}),
-    )
+    rounds = _rounds(work, model, done)
     watch_validation(work, model, done, ledger)  # a kill may have come between
     began = time.monotonic()
     missing = [site for site in model.setting.sites if site not in model.steps and model.protocol != "centralized"]
@@ -245,3 +229,35 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
         failed = line["failures"].items()
         ledger.problems += [f"{model.key}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
     return done
+
+
+def _rounds(work: Work, model: Model, done: Round) -> Iterator[Round]:
+    """The model's protocol, from a complete round on."""
+    study, p = model.setting.study, model.setting.study.protocol
+    weigh = weight_of(study.aggregation.name)
+    return cast(
+        Iterator[Round],
+        catalog.load("protocols", model.protocol)(
+            work.engine,
+            done,
+            model=model.key,
+            collect=partial(
+                catalog.load("collect", study.collect.name),
+                weigh=weigh,
+                see_updates=must_see_updates(study.aggregation.name),
+                **study.collect.options,
+            ),
+            weigh=weigh,
+            rule=partial(catalog.load("aggregation", study.aggregation.name), **study.aggregation.options),
+            rounds=p.rounds,
+            steps=model.steps,
+            min_sites=min(p.min_sites or 1, len(model.steps)),
+            deadline_s=None if model.protocol == "centralized" else p.round_seconds,  # a site's, and the pool is none
+            network=network_of(study, work.plans),
+            training=training_of(study),
+            seed=study.study.seed,
+            device=device_named(work.study.engine.device),
+            cases=model.cases,
+            **(p.options if model.protocol == p.name else {}),
+        ),
+    )

@@ -192,6 +192,8 @@ class Train:
     total_steps: int
     weights: Tensors
     send_weights: bool
+    control: Tensors = field(default_factory=dict)
+    """What a local update exchanges beside the weights: the server's total."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,8 @@ class Examined:
     labels: Labels
     file_ending: str
     excluded: tuple[Excluded, ...]
+    annotated: tuple[str, ...] | None = None
+    """The labels that were looked for in some case; `None`: all, in all cases."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,8 @@ class Trained:
     n_steps: int
     loss: float
     seconds: float
+    control: Tensors = field(default_factory=dict)
+    """What the local update adds to the server's total."""
 
 
 @dataclass(frozen=True)

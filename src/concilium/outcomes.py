@@ -135,12 +135,11 @@ class Check:
 
     @property
     def findings(self) -> pandas.DataFrame:
-        """A row per finding: severity, code, site, case, text (what is wrong), fix (what to do)."""
+        """A row per finding: severity, code, site, case, text (what is wrong), fix (what to do), safe (mended in a copy)."""
         import pandas
 
-        from concilium.data.check import Finding
-
-        return pandas.DataFrame(map(vars, self.found.findings), columns=[f.name for f in fields(Finding)])
+        columns = ("severity", "code", "site", "case", "text", "fix", "safe")
+        return pandas.DataFrame([[getattr(f, c) for c in columns] for f in self.found.findings], columns=columns)
 
     @property
     def counts(self) -> pandas.DataFrame:
@@ -154,6 +153,15 @@ class Check:
             | {f"{s}s": sum((f.site, f.severity) == (site, s) for f in self.found.findings) for s in SEVERITIES}
             for site, n in self.found.cases.items()
         ).set_axis(list(self.found.cases))
+
+    @property
+    def changes(self) -> pandas.DataFrame:
+        """A row per change in the copies, where any were asked for: data set, code of the finding, case, file, text."""
+        import pandas
+
+        from concilium.data.mend import Change
+
+        return pandas.DataFrame(map(vars, self.found.changes), columns=[f.name for f in fields(Change)])
 
     @property
     def exit_code(self) -> int:

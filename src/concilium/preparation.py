@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,12 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from concilium import catalog
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.labels import Labels, n_heads, to_nnunet
-from concilium.data.matching import Space, agree, reorder
-from concilium.data.partition import Layout, Member, lay_out, materialise
+from concilium.data.matching import Space, agree, annotation_notes, reorder
+from concilium.data.partition import Layout, materialise
 from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
@@ -34,6 +32,7 @@ from concilium.messages import (
 )
 from concilium.networks import Stages, make_network
 from concilium.record import Record
+from concilium.rehearsal import try_loss, try_network
 from concilium.schedule import Setting
 from concilium.start_from import Start, check_start, start_of
 from concilium.study import SiteTable, Study, training_of
@@ -93,17 +92,8 @@ class Told:
     file_ending: str
     fingerprints: Mapping[str, Fingerprint]
     """Of the study's sites, by name."""
-
-
-def divide(study: Study, folder: Path) -> Layout:
-    """Which cases of which data set each site of a run in `folder` gets, where the study divides or shifts one; writes nothing.
-
-    Raises:
-        StudyError, DataError: the data set does not allow it.
-    """
-    tables = dict(study.sites) | ({"test": study.test} if study.test else {})
-    members = {n: Member(t.data, t.values, t.share, t.annotated, t.shift) for n, t in tables.items()}
-    return lay_out(study.partition, members, folder, seed=study.study.seed)
+    partial: bool = False
+    """Whether a site annotates some labels only."""
 
 
 def on_folders(study: Study, layout: Layout, folder: Path) -> Study:
@@ -133,7 +123,7 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
     told = {name: told[name] for name in (*study.sites, *told) if name in told}  # the first site's order and ids count
-    space, how = agree({name: Space(reply.channels, reply.labels) for name, reply in told.items()})
+    space, how = agree({name: Space(reply.channels, reply.labels, reply.annotated) for name, reply in told.items()})
     first = next(iter(told.values()))
     about = {
         "channel_names": {str(i): c for i, c in enumerate(space.channels)},
@@ -141,8 +131,10 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
         "file_ending": first.file_ending,
     }
     _keep(record, "dataset.json", json.dumps(about, indent=1) + "\n")
+    unknown = annotation_notes(space.labels, {n: told[n].annotated for n in told if n in study.sites})
+    ledger.warnings += unknown
     fingerprints = {name: reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites}
-    return Told(space.channels, dict(space.labels), first.file_ending, fingerprints)
+    return Told(space.channels, dict(space.labels), first.file_ending, fingerprints, bool(unknown))
 
 
 def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Plans:
@@ -174,22 +166,10 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     _keep(record, "plans.json" if setting.is_base else f"plans/{setting.title}.json", text)
     plan = open_plan(text, p.configuration)
     plans = Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size)
-    _check_network(study, plans)
+    try_network(study, network_of(study, plans))
+    if told.partial:
+        try_loss(study.loss, plans.labels)
     return replace(plans, start=_start(setting, plans, record, ledger))
-
-
-def _check_network(study: Study, plans: Plans) -> None:
-    """Build the network once, and let the protocol say whether it can train it.
-
-    Raises:
-        StudyError: it cannot be built by this plan, or not trained so.
-    """
-    p = study.protocol
-    check = getattr(inspect.getmodule(catalog.load("protocols", p.name)), "check", None)
-    with drawn_from("check"):  # the weights are thrown away, and nothing else is to draw from here
-        network = network_of(study, plans)()
-    if check is not None:
-        check(network, **p.options)
 
 
 def _start(setting: Setting, plans: Plans, record: Record, ledger: Ledger) -> Start | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import cast
 
@@ -51,6 +51,8 @@ class Model:
     steps: Mapping[str, int]
     stays: bool = False
     """Whether it stays at its site (and is a different one at each)."""
+    cases: Mapping[str, int] = field(default_factory=dict)
+    """How many training cases each site has."""
 
     @property
     def fold(self) -> int:
@@ -104,7 +106,7 @@ def models(setting: Setting, cases: Mapping[str, int], batch_size: int) -> Itera
         taken = steps
         if protocol == "centralized":
             taken = {"pooled": max(steps.values()) if name == "centralized" else sum(steps.values())}
-        yield Model(name, name + setting.suffix, setting, protocol, taken, stays)
+        yield Model(name, name + setting.suffix, setting, protocol, taken, stays, cases)
 
 
 def names(setting: Setting) -> dict[str, tuple[str, bool]]:

@@ -21,9 +21,10 @@ from concilium.messages import (
     as_failure,
 )
 from concilium.preparation import Event, Ledger, Work, failure_line
-from concilium.protocols import WEIGHTS, Round, part
+from concilium.protocols import WEIGHTS, Round
 from concilium.results import METRICS, score_rows
 from concilium.schedule import Model, ensemble_key
+from concilium.wire import part
 
 BEST = ".best"
 """Ends the name under which a site keeps the best weights so far of a model that stays."""

@@ -20,6 +20,8 @@ ALL_SITES = "all"
 """Stands where a site stands: the patients of all sites, each counting once."""
 WITHOUT = "-without-"
 """Stands in a model's name before the site that its training never saw."""
+NOT_ANNOTATED = "not_annotated"
+"""The status (as in `metrics`) of a label that nobody looked for in a case: it is not undefined, there is nothing to score."""
 MIN_PATIENTS = 6
 """Fewer patients give no interval and no p-value."""
 
@@ -223,7 +225,8 @@ def _tables(cases: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale]) ->
     """Scores by model, as named, and subset."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for case in cases:
-        groups[case["model"], case["subset"]].append(case)
+        if case.get("status") != NOT_ANNOTATED:
+            groups[case["model"], case["subset"]].append(case)
     return {key: _scores(rows, list(metrics)) for key, rows in groups.items()}
 
 

@@ -17,8 +17,9 @@ import os
 import struct
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from safetensors.torch import load, save, save_file
 from concilium import messages
 from concilium.errors import ContractError
 
+T = TypeVar("T")
 MAGIC = b"CNC1"
 LIMIT = 8 * 2**30
 """Largest message [bytes] that is read unless the caller says otherwise."""
@@ -197,6 +199,11 @@ def _is_json(value: Any) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------ tensors on disk
+
+
+def part(named: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """What stands under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
 
 def write_tensors(path: Path, tensors: messages.Tensors, about: collections.abc.Mapping[str, str]) -> None:

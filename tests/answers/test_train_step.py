@@ -15,9 +15,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor
 
-from concilium.answers.train import make_objective
+from concilium.answers.objective import make_objective
 from concilium.data.fingerprint import fingerprint_of_case, merge
 from concilium.data.labels import to_nnunet
+from concilium.data.patches import Batch
 from concilium.data.plan import Plan, make_plans, open_plan
 from concilium.errors import ContractError
 from concilium.local_updates import Local
@@ -91,7 +92,7 @@ def test_a_step_is_nnu_nets_step(configuration: str, planner: str) -> None:
     local = Local(ours, make_optimizer(ours, TRAINING), make_objective(job), nullcontext, {}, TRAINING.clip_norm)
     for _ in range(2):  # the second step has momentum
         expected = stock.train_step({"data": image, "target": labels})["loss"]
-        loss = step(local, image, labels)
+        loss = step(local, Batch(image, tuple(labels)))
         assert float(loss) == pytest.approx(float(expected), abs=1e-5)
     gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in ours.named_parameters()}
     mapped = to_library(gradients, plan=plan.architecture, n_channels=2, n_labels=3)
@@ -134,7 +135,7 @@ def test_a_step_with_regions_or_voxels_to_ignore_is_nnu_nets(configuration: str,
         targets = [torch.stack([apart(segmentation=x.short())["segmentation"] for x in scale]) for scale in targets]
     for _ in range(2):
         expected = stock.train_step({"data": image, "target": targets})["loss"]
-        assert float(step(local, image, targets)) == pytest.approx(float(expected), abs=1e-5)
+        assert float(step(local, Batch(image, tuple(targets)))) == pytest.approx(float(expected), abs=1e-5)
     mapped = to_library(ours.state_dict(), plan=plan.architecture, n_channels=2, n_labels=n_heads)
     for name, tensor in theirs.state_dict().items():
         assert torch.allclose(mapped[name], tensor, rtol=0, atol=1e-5), name
@@ -159,6 +160,7 @@ def test_clipping_is_part_of_it() -> None:
         ours = build(n_channels=2, n_labels=3, plan=plan.architecture, deep_supervision=True)
         job: Any = SimpleNamespace(plan=plan, training=TRAINING, labels=LABELS)
         local = Local(ours, make_optimizer(ours, TRAINING), make_objective(job), nullcontext, {}, clip_norm)
-        step(local, *batch(plan))
+        image, labels = batch(plan)
+        step(local, Batch(image, tuple(labels)))
         results.append(torch.cat([p.detach().flatten() for p in ours.parameters()]))
     assert not torch.allclose(results[0], results[1], rtol=0, atol=1e-5)

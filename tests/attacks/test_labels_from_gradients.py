@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from concilium import wire
+from concilium.aggregation import weight_of
 from concilium.aggregation.mean import rule as mean
 from concilium.answers import Job, Settings
-from concilium.answers.train import make_objective
+from concilium.answers.objective import make_objective
 from concilium.collect.plain import collect as plain
 from concilium.data.draws import digest
+from concilium.data.patches import Batch
 from concilium.engines import SiteInfo, Traffic
 from concilium.errors import StudyError
 from concilium.messages import Failure, Finish, Front, Gradients, Maps, PlugIn, Reply, Request, Trained, Training
@@ -45,22 +47,26 @@ TRAINING = Training(
 # ------------------------------------------------------------------------------------------- data, a network, an engine
 
 
+WEIGH = weight_of("mean")
+COLLECT = partial(plain, weigh=WEIGH)
+
+
 class Blobs:
     """Smooth regions of four labels and images that show them in noise; label maps at four scales."""
 
-    def draw(self, *key: str | int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def draw(self, *key: str | int) -> Batch:
         generator = torch.Generator().manual_seed(digest(*key))
         fields = functional.interpolate(torch.randn(2, LABELS, 8, 8, generator=generator), SIZE, mode="bilinear")
         fields[:, 0] += 0.4
         label = fields.argmax(1, keepdim=True).short()
         noise = 0.7 * torch.randn(2, CHANNELS, SIZE, SIZE, generator=generator)
         image = torch.cat((label.float(), (label == 2).float()), 1) + noise
-        return image, tuple(label[..., :: 2**level, :: 2**level] for level in range(LEVELS - 1))
+        return Batch(image, tuple(label[..., :: 2**level, :: 2**level] for level in range(LEVELS - 1)))
 
 
 @cache
 def label_maps(step: int) -> tuple[Tensor, ...]:
-    return Blobs().draw(SEED, "a", 1, step)[1]
+    return Blobs().draw(SEED, "a", 1, step).labels
 
 
 def truth(step: int, like: Tensor) -> Tensor:
@@ -152,9 +158,9 @@ def overheard(tmp_path_factory: pytest.TempPathFactory) -> Any:
         engine = Listening(job, tmp_path_factory.mktemp("site"))
         list(
             splitfed(
-                engine, start_with(first_weights(deep_supervision, seed)), model="m", collect=plain, rule=mean, rounds=1,
+                engine, start_with(first_weights(deep_supervision, seed)), model="m", collect=COLLECT, rule=mean, rounds=1,
                 steps={"a": STEPS}, min_sites=1, deadline_s=None, network=job.network, training=job.training, seed=SEED,
-                device=torch.device("cpu"), variant="v2", cut=cut, reveal_labels=reveal,
+                device=torch.device("cpu"), variant="v2", cut=cut, reveal_labels=reveal, weigh=WEIGH,
             )
         )  # fmt: skip
         return engine
@@ -247,10 +253,10 @@ def test_argmin_recovers_every_label_where_the_heads_are_the_servers(deep_superv
     received: list[list[Tensor]] = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        image, labels = Blobs().draw(SEED, "a", 1, step)
-        computed = rest.run(front.run((image,)))[::-1]
+        drawn = Blobs().draw(SEED, "a", 1, step)
+        computed = rest.run(front.run((drawn.image,)))[::-1]
         logits = [y.detach().requires_grad_() for y in computed]
-        objective(logits, labels).backward()
+        objective(logits, drawn).backward()
         supervised = [(y, x.grad) for y, x in zip(computed, logits, strict=True) if x.grad is not None]
         received.append([g for _, g in supervised])
         torch.autograd.backward([y for y, _ in supervised], received[-1])

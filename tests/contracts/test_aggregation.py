@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 
 from concilium import catalog
-from concilium.aggregation import Sum, check_like
+from concilium.aggregation import Sum, Update, check_like, must_see_updates, weight_of
 from concilium.messages import Tensors
 from concilium.wire import read_tensors, write_tensors
 
-Rule = Callable[[Sum, Tensors], tuple[Tensors, Tensors]]
+Given = Sum | list[Update]
 
 every_rule = pytest.mark.parametrize("name", catalog.names("aggregation"))
+N_CASES = (3, 10, 1)
+"""Of three sites; each took four steps."""
 
 
-def rule_of(name: str) -> Rule:
-    """The rule as a study without options has it."""
+def rule_of(name: str) -> Callable[..., tuple[Tensors, Tensors]]:
+    """The rule as a study without options has it, on weights that are no site's."""
     options, problems = catalog.fill("aggregation", name, {}, "[aggregation]")
     assert not problems
-    return partial(catalog.load("aggregation", name), **options)
+    return partial(catalog.load("aggregation", name), before=network(99), **options)
 
 
 def network(seed: int) -> dict[str, Tensor]:
@@ -39,11 +41,18 @@ def network(seed: int) -> dict[str, Tensor]:
     }
 
 
-def summed(seed: int, order: tuple[int, ...] = (0, 1, 2)) -> Sum:
-    total = Sum()
+def given(name: str, updates: Sequence[Tensors], order: Sequence[int] = (0, 1, 2)) -> Given:
+    """What a rule gets for these updates: their sum in this order of arrival, or each."""
+    if must_see_updates(name):
+        return [Update(u, n, 4, 0.5) for u, n in zip(updates, N_CASES, strict=True)]
+    total, weigh = Sum(), weight_of(name)
     for site in order:
-        total.add(network(10 * seed + site), (3, 10, 1)[site])
+        total.add(updates[site], weigh(N_CASES[site], 1.0))
     return total
+
+
+def summed(name: str, seed: int, order: Sequence[int] = (0, 1, 2)) -> Given:
+    return given(name, [network(10 * seed + site) for site in range(3)], order)
 
 
 def bits(tensors: Tensors) -> Mapping[str, list[int]]:
@@ -59,7 +68,7 @@ def test_new_weights_are_named_shaped_and_typed_as_the_updates(name: str) -> Non
     rule = rule_of(name)
     state: Tensors = {}
     for number in range(3):
-        weights, state = rule(summed(number), state)
+        weights, state = rule(summed(name, number), state)
         check_like(weights, network(0))
         assert all(t.isfinite().all() for t in weights.values())
         assert all(not t.requires_grad for t in (*weights.values(), *state.values()))
@@ -68,26 +77,55 @@ def test_new_weights_are_named_shaped_and_typed_as_the_updates(name: str) -> Non
 @every_rule
 def test_the_order_of_the_sites_changes_no_bit(name: str) -> None:
     rule = rule_of(name)
-    results = [rule(summed(1, order), {}) for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0))]
+    results = [rule(summed(name, 1, order), {}) for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0))]
     assert all(bits(weights) == bits(results[0][0]) for weights, _ in results)
     assert all(bits(state) == bits(results[0][1]) for _, state in results)
 
 
 @every_rule
-def test_new_weights_depend_on_every_tensor_and_every_site(name: str) -> None:
+def test_new_weights_depend_on_every_tensor(name: str) -> None:
     """A rule that does nothing, or mixes up names, is none."""
     rule = rule_of(name)
-    before, _ = rule(summed(1), {})
+    updates = [network(10 + site) for site in range(3)]
+    before, _ = rule(given(name, updates), {})
     for changed in ("conv.weight", "norm.running_var"):
-        for site in range(3):
-            total = Sum()
-            for i in range(3):
-                update = network(10 + i)
-                if i == site:
-                    update[changed] = update[changed] + 1
-                total.add(update, (3, 10, 1)[i])
-            after, _ = rule(total, {})
-            assert {n for n in before if not torch.equal(before[n], after[n])} == {changed}
+        after, _ = rule(given(name, [{**u, changed: u[changed] + 1} for u in updates]), {})
+        assert {n for n in before if not torch.equal(before[n], after[n])} == {changed}
+
+
+@every_rule
+def test_every_site_counts_where_the_sum_is_enough(name: str) -> None:
+    if must_see_updates(name):
+        return  # such a rule may well leave a site out
+    rule = rule_of(name)
+    updates = [network(10 + site) for site in range(3)]
+    before, _ = rule(given(name, updates), {})
+    for site in range(3):
+        moved = [{**u, "conv.weight": u["conv.weight"] + (i == site)} for i, u in enumerate(updates)]
+        assert not torch.equal(before["conv.weight"], rule(given(name, moved), {})[0]["conv.weight"])
+
+
+@every_rule
+def test_where_no_site_moved_nothing_moves(name: str) -> None:
+    rule, same = rule_of(name), network(99)
+    state: Tensors = {}
+    for _ in range(3):
+        weights, state = rule(given(name, [same] * 3), state)
+        for tensor, value in weights.items():
+            torch.testing.assert_close(value, same[tensor], rtol=1e-6, atol=1e-7)
+
+
+@every_rule
+def test_a_single_update_is_possible(name: str) -> None:
+    """Where others failed, or few take part."""
+    if must_see_updates(name):
+        alone: Given = [Update(network(1), 3, 4, 0.5)]
+    else:
+        alone = Sum()
+        alone.add(network(1), 3)
+    weights, _ = rule_of(name)(alone, {})
+    check_like(weights, network(0))
+    assert all(t.isfinite().all() for t in weights.values())
 
 
 @every_rule
@@ -97,8 +135,8 @@ def test_its_state_survives_on_disk(name: str, tmp_path: Path) -> None:
     state: Tensors = {}
     restored: Tensors = {}
     for number in range(4):
-        weights, state = rule(summed(number), state)
-        again, new = rule_of(name)(summed(number), restored)
+        weights, state = rule(summed(name, number), state)
+        again, new = rule_of(name)(summed(name, number), restored)
         assert bits(again) == bits(weights)
         write_tensors(tmp_path / "state.safetensors", new, {})
         restored, _ = read_tensors(tmp_path / "state.safetensors")
@@ -108,12 +146,13 @@ def test_its_state_survives_on_disk(name: str, tmp_path: Path) -> None:
 @every_rule
 def test_what_it_is_given_stays_as_it_is(name: str) -> None:
     rule = rule_of(name)
-    _, state = rule(summed(0), {})
-    total, before = summed(1), bits(state)
-    mean = bits(total.mean())
+    _, state = rule(summed(name, 0), {})
+    total, before = summed(name, 1), bits(state)
+    held = [bits(u.weights) for u in total] if isinstance(total, list) else bits(total.mean())
     torch.manual_seed(random.Random(name).randrange(100))
     first = bits(rule(total, state)[0])
     torch.manual_seed(1)
     assert bits(rule(total, state)[0]) == first, "a rule draws nothing from global generators"
     assert bits(state) == before
-    assert bits(total.mean()) == mean
+    after = [bits(u.weights) for u in total] if isinstance(total, list) else bits(total.mean())
+    assert after == held

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from concilium import catalog
+from concilium.aggregation import UNITS, Block, one_block, weight_of
 from concilium.collect import Collected
 from concilium.messages import (
     Done,
@@ -42,6 +43,12 @@ def collect_of(name: str) -> Callable[..., Collected]:
     return partial(catalog.load("collect", name), **options)
 
 
+def told(requests: Mapping[str, Request], like: Tensors, *, see_updates: bool = False) -> dict[str, Any]:
+    """What a way is told besides."""
+    weigh, asked = weight_of("mean"), dict.fromkeys(requests, 5)
+    return {"blocks": (one_block(like, requests),), "weigh": weigh, "asked": asked, "see_updates": see_updates}
+
+
 def collected(name: str, replies: Mapping[str, Any], like: Tensors = LIKE) -> Collected:
     """One round in which the sites answer so."""
     requests = {site: Train("m", 1, 0, 5, 5, like, True) for site in replies}
@@ -50,7 +57,7 @@ def collected(name: str, replies: Mapping[str, Any], like: Tensors = LIKE) -> Co
         assert dict(asked) == requests
         yield from replies.items()
 
-    return collect_of(name)(ask, requests, like=like)
+    return collect_of(name)(ask, requests, **told(requests, like))
 
 
 def update(value: float, *, n_cases: int = 1, **changes: Tensor) -> Trained:
@@ -66,9 +73,9 @@ def test_plain_is_found() -> None:
 def test_the_sum_is_weighted_by_cases(name: str) -> None:
     """(1 * 2 + 3 * 6) / 4 = 5."""
     got = collected(name, {"north": update(2.0, n_cases=1), "south": update(6.0, n_cases=3)})
-    assert got.total.weight == 4
-    assert got.total.mean()["a"].eq(5.0).all()
-    assert got.total.mean()["n"] == 5
+    assert got.totals[0].weight == 4 * UNITS
+    assert got.totals[0].mean()["a"].eq(5.0).all()
+    assert got.totals[0].mean()["n"] == 5
     assert got.failures == {}
 
 
@@ -85,7 +92,7 @@ def test_a_failure_is_passed_on(name: str, failure: Failure) -> None:
     got = collected(name, {"north": failure, "south": GOOD})
     assert got.failures == {"north": failure}
     assert list(got.answers) == ["south"]
-    assert got.total.weight == 3
+    assert got.totals[0].weight == 3 * UNITS
 
 
 SPOILT = update(2.0).weights["a"].clone()
@@ -102,6 +109,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "unknown": (update(2.0, b=torch.ones(1)), "wrong_tensors"),
     "shape": (update(2.0, a=torch.ones(3, 2)), "wrong_tensors"),
     "type": (update(2.0, a=torch.ones(2, 3).double()), "wrong_tensors"),
+    "no steps": (Trained(GOOD.weights, 3, 0, 0.5, 1.0), "wrong_steps"),
+    "more steps than were asked": (Trained(GOOD.weights, 3, 6, 0.5, 1.0), "wrong_steps"),
+    "control of no tensor": (Trained(GOOD.weights, 3, 5, 0.5, 1.0, {"b": torch.ones(1)}), "wrong_tensors"),
+    "control of another shape": (Trained(GOOD.weights, 3, 5, 0.5, 1.0, {"a": torch.ones(3)}), "wrong_tensors"),
+    "control not finite": (Trained(GOOD.weights, 3, 5, 0.5, 1.0, {"a": torch.full((2, 3), math.nan)}), "not_finite"),
     "no cases": (update(2.0, n_cases=0), "no_cases"),
     "fewer than no cases": (update(2.0, n_cases=-3), "no_cases"),
     "more cases than there are": (update(2.0, n_cases=2**70), "too_many_cases"),
@@ -119,21 +131,21 @@ def test_a_wrong_update_is_a_failure_and_not_added(name: str, reason: str) -> No
         assert isinstance(failure, SiteError)
         assert failure.code == code
         assert list(got.answers) == ["south"]
-        assert (got.total.weight, got.total.count) == (3, 1)
-        assert all(torch.equal(got.total.mean()[n], GOOD.weights[n]) for n in LIKE)
+        assert (got.totals[0].weight, got.totals[0].count) == (3 * UNITS, 1)
+        assert all(torch.equal(got.totals[0].mean()[n], GOOD.weights[n]) for n in LIKE)
 
 
 @every_way
 def test_large_numbers_are_no_failure(name: str) -> None:
     got = collected(name, {"north": update(0.0, a=HUGE)})
     assert got.failures == {}
-    assert torch.equal(got.total.mean()["a"], HUGE)
+    assert torch.equal(got.totals[0].mean()["a"], HUGE)
 
 
 @every_way
 def test_nobody_answered(name: str) -> None:
     got = collected(name, {"north": SiteLost(), "south": SiteLost()})
-    assert (got.total.weight, dict(got.answers), set(got.failures)) == (0, {}, {"north", "south"})
+    assert (got.totals[0].weight, dict(got.answers), set(got.failures)) == (0, {}, {"north", "south"})
 
 
 @every_way
@@ -142,9 +154,63 @@ def test_the_order_of_arrival_changes_no_bit(name: str) -> None:
     replies = {f"s{i}": update(1.0, n_cases=i + 1, a=torch.randn(2, 3, generator=generator)) for i in range(4)}
     results = set()
     for order in itertools.permutations(replies):
-        mean = collected(name, {site: replies[site] for site in order}).total.mean()
+        mean = collected(name, {site: replies[site] for site in order}).totals[0].mean()
         results.add(mean["a"].numpy().tobytes())
     assert len(results) == 1
+
+
+@every_way
+def test_what_comes_beside_the_weights_is_summed_by_cases(name: str) -> None:
+    """(1 * 2 + 3 * 6) / 4 = 5; a site without it, or with something else, fails."""
+    north, south = (
+        Trained(GOOD.weights, n, 5, 0.5, 1.0, {"a": torch.full((2, 3), v)}) for n, v in ((1, 2.0), (3, 6.0))
+    )
+    got = collected(name, {"north": north, "south": south, "west": GOOD})
+    assert (got.control.weight, got.control.count) == (4, 2)
+    assert got.control.mean()["a"].eq(5.0).all()
+    assert set(got.failures) == {"west"}
+
+
+@every_way
+def test_a_site_that_did_part_of_the_steps_counts_in_part(name: str) -> None:
+    part = Trained(update(2.0).weights, 5, 1, 0.5, 1.0)  # 1 of 5 steps: 5 cases count as 1
+    got = collected(name, {"north": part, "south": update(6.0, n_cases=3)})
+    assert got.totals[0].mean()["a"].eq(5.0).all()
+
+
+def test_plain_shows_each_update_to_a_rule_that_must_see_it() -> None:
+    replies = {"south": update(6.0, n_cases=3), "north": update(2.0), "west": update(2.0, a=SPOILT)}
+    requests = {site: Train("m", 1, 0, 5, 5, LIKE, True) for site in replies}
+    got = collect_of("plain")(lambda _: iter(replies.items()), requests, **told(requests, LIKE, see_updates=True))
+    ((north, south),) = got.updates
+    assert (north.n_cases, south.n_cases) == (1, 3)
+    assert north.weights.keys() == LIKE.keys()
+    assert all(torch.equal(south.weights[n], t) for n, t in update(6.0).weights.items())
+    assert collected("plain", replies).updates == ()
+
+
+def test_plain_tells_blocks_apart() -> None:
+    """Sites that share only some tensors, which one of them calls otherwise."""
+    blocks = (
+        Block({"a": LIKE["a"]}, {"north": {"a": "a"}, "south": {"a": "mine"}}),
+        Block({"n": LIKE["n"]}, {"north": {"n": "n"}, "west": {"n": "n"}}),
+    )
+    replies = {
+        "north": update(2.0),
+        "south": Trained({"mine": torch.full((2, 3), 6.0)}, 3, 5, 0.5, 1.0),
+        "west": Trained({"n": torch.tensor(4), "a": LIKE["a"]}, 1, 5, 0.5, 1.0),  # more than is its own
+    }
+    requests = {site: Train("m", 1, 0, 5, 5, {}, True) for site in replies}
+    got = collect_of("plain")(
+        lambda _: iter(replies.items()),
+        requests,
+        blocks=blocks,
+        weigh=weight_of("mean"),
+        asked=dict.fromkeys(replies, 5),
+    )
+    assert set(got.failures) == {"west"}
+    assert got.totals[0].mean()["a"].eq(5.0).all()
+    assert (got.totals[1].count, got.totals[1].names) == (1, ("n",))
 
 
 class Arriving:
@@ -174,7 +240,7 @@ def test_one_update_is_in_memory_at_a_time() -> None:
     arriving = Arriving(requests)
     gc.disable()  # nothing may wait for the collector: updates are large
     try:
-        got = collect_of("plain")(lambda _: arriving, requests, like=LIKE)
+        got = collect_of("plain")(lambda _: arriving, requests, **told(requests, LIKE))
     finally:
         gc.enable()
     assert (len(got.answers), len(got.failures)) == (3, 6)

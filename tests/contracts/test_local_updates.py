@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from concilium import catalog
-from concilium.answers.train import make_objective
+from concilium.answers.objective import make_objective
+from concilium.data.patches import Batch
 from concilium.local_updates import Local, is_more_than_a_step
 from concilium.messages import PlugIn
 
@@ -38,8 +39,8 @@ class Small(nn.Module):
         return y, y[..., ::2, ::2]
 
 
-def objective(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-    scales = zip(logits, labels, strict=True)
+def objective(logits: Sequence[Tensor], batch: Batch) -> Tensor:
+    scales = zip(logits, batch.labels, strict=True)
     return torch.stack([nn.functional.cross_entropy(x, y[:, 0].long()) for x, y in scales]).mean()
 
 
@@ -52,11 +53,11 @@ def lent(
     return Local(network, torch.optim.SGD(network.parameters(), rate), objective, autocast, received, clip_norm)
 
 
-def batch(seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+def batch(seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(2, 1, 8, 8, generator=generator)
     labels = (image > 0).float()
-    return image, [labels, labels[..., ::2, ::2]]
+    return Batch(image, (labels, labels[..., ::2, ::2]))
 
 
 def step_of(name: str) -> Callable[..., Tensor]:
@@ -76,7 +77,7 @@ def test_plain_is_found() -> None:
 @every_update
 def test_a_step_changes_the_weights_and_gives_one_finite_number(name: str) -> None:
     local = lent()
-    loss = step_of(name)(local, *batch())
+    loss = step_of(name)(local, batch())
     assert loss.numel() == 1
     assert not loss.requires_grad
     assert math.isfinite(float(loss))
@@ -90,7 +91,7 @@ def test_a_step_changes_the_weights_and_gives_one_finite_number(name: str) -> No
 def test_steps_lower_the_loss(name: str) -> None:
     local = lent()
     step = step_of(name)
-    losses = [float(step(local, *batch())) for _ in range(40)]
+    losses = [float(step(local, batch())) for _ in range(40)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -99,12 +100,12 @@ def test_the_gradient_of_the_last_step_does_not_count_again(name: str) -> None:
     """Two steps are those of two optimisers that each begin without a gradient."""
     local, fresh = lent(), lent()
     step = step_of(name)
-    step(local, *batch(0))
-    step(fresh, *batch(0))
+    step(local, batch(0))
+    step(fresh, batch(0))
     for parameter in fresh.network.parameters():
         parameter.grad = None
-    step(local, *batch(1))
-    step(fresh, *batch(1))
+    step(local, batch(1))
+    step(fresh, batch(1))
     assert all(torch.equal(weights(local)[n], t) for n, t in weights(fresh).items())
 
 
@@ -113,7 +114,7 @@ def test_the_gradient_is_clipped(name: str) -> None:
     """With plain SGD the weights move by at most rate times `clip_norm`."""
     for clip_norm in (1e-3, 1e-2):
         local = lent(clip_norm=clip_norm, rate=1.0)
-        step_of(name)(local, *batch())
+        step_of(name)(local, batch())
         moved = [(p.detach() - local.received[n]).flatten() for n, p in local.network.named_parameters()]
         assert float(torch.cat(moved).norm()) == pytest.approx(clip_norm, rel=1e-2)
 
@@ -122,12 +123,12 @@ def test_the_gradient_is_clipped(name: str) -> None:
 def test_the_same_step_from_the_same_state_is_the_same(name: str) -> None:
     local = lent()
     step = step_of(name)
-    step(local, *batch(0))
+    step(local, batch(0))
     other = copy.deepcopy(local)
     torch.manual_seed(5)
-    a = step(local, *batch(1))
+    a = step(local, batch(1))
     torch.manual_seed(5)
-    b = step(other, *batch(1))
+    b = step(other, batch(1))
     assert torch.equal(a, b)
     assert all(torch.equal(weights(local)[n], t) for n, t in weights(other).items())
 
@@ -136,9 +137,9 @@ def test_the_same_step_from_the_same_state_is_the_same(name: str) -> None:
 def test_what_it_is_given_stays_as_it_is(name: str) -> None:
     local = lent()
     received = {n: t.clone() for n, t in local.received.items()}
-    image, labels = batch()
+    image, labels, _ = drawn = batch()
     before = image.clone(), [y.clone() for y in labels]
-    step_of(name)(local, image, labels)
+    step_of(name)(local, drawn)
     assert all(torch.equal(local.received[n], t) for n, t in received.items())
     assert torch.equal(image, before[0])
     assert all(torch.equal(a, b) for a, b in zip(labels, before[1], strict=True))
@@ -151,12 +152,12 @@ def test_the_forward_pass_is_in_the_precision_that_was_asked_for(name: str) -> N
     local = lent(autocast=partial(torch.autocast, "cpu", torch.bfloat16))
     local.network.conv.register_forward_hook(lambda *a: seen.append(a[2].dtype))
 
-    def watched(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+    def watched(logits: Sequence[Tensor], drawn: Batch) -> Tensor:
         seen.extend(x.dtype for x in logits)
         assert not torch.is_autocast_enabled("cpu"), "the loss computes in full"
-        return objective([x.float() for x in logits], labels)
+        return objective([x.float() for x in logits], drawn)
 
-    loss = step_of(name)(Local(**{**vars(local), "objective": watched}), *batch())
+    loss = step_of(name)(Local(**{**vars(local), "objective": watched}), batch())
     assert set(seen) == {torch.bfloat16}
     assert len(seen) >= 3
     assert loss.dtype == torch.float32
@@ -187,7 +188,7 @@ def test_the_loss_is_computed_in_float32_at_least(
     job: Any = SimpleNamespace(
         training=training, plan=SimpleNamespace(batch_dice=True), labels={"background": 0, "organ": 1}
     )
-    value = make_objective(job)([torch.ones(2, 3, dtype=given)], [torch.zeros(2, 1)])
+    value = make_objective(job)([torch.ones(2, 3, dtype=given)], Batch(torch.ones(2, 3), (torch.zeros(2, 1),)))
     assert (seen, value.dtype) == ([computed], computed)
 
 
@@ -198,11 +199,11 @@ def test_plain_is_a_step_of_gradient_descent() -> None:
     """w - rate * gradient, worked out with a second copy of the network."""
     local = lent(clip_norm=1e9)
     network = copy.deepcopy(local.network)
-    image, labels = batch()
-    expected_loss = objective(network(image), labels)
+    drawn = batch()
+    expected_loss = objective(network(drawn.image), drawn)
     used = {n: p for n, p in network.named_parameters() if n != "unused"}
     gradients = torch.autograd.grad(expected_loss, list(used.values()))
-    loss = step_of("plain")(local, image, labels)
+    loss = step_of("plain")(local, drawn)
     assert torch.equal(loss, expected_loss.detach()), "the loss is that before the step"
     after = dict(local.network.named_parameters())
     for (name, parameter), gradient in zip(used.items(), gradients, strict=True):
@@ -214,12 +215,12 @@ def test_a_loss_scale_is_taken_out_again() -> None:
     plain, scaled = lent(), lent()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     scaled = Local(**{**vars(scaled), "scaler": scaler})
-    image, labels = batch()
-    a, b = step_of("plain")(plain, image, labels), step_of("plain")(scaled, image, labels)
+    drawn = batch()
+    a, b = step_of("plain")(plain, drawn), step_of("plain")(scaled, drawn)
     assert torch.equal(a, b), "the loss is not scaled"
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(weights(scaled)[name], tensor, rtol=1e-5, atol=1e-6)
     before = weights(scaled)["conv.weight"]
-    step_of("plain")(scaled, image * math.inf, labels)
+    step_of("plain")(scaled, drawn._replace(image=drawn.image * math.inf))
     assert torch.equal(weights(scaled)["conv.weight"], before)
     assert scaler.get_scale() == 2.0**7

@@ -18,6 +18,9 @@ LABELS = 3
 NEED_ALL_LABELS = {"dice_ce"}
 """Losses that refuse cases of which only some labels are annotated."""
 
+OWN_LABELS = {"own_labels"}
+"""Losses to which all that is not annotated does not exist."""
+
 every_loss = pytest.mark.parametrize("name", catalog.names("losses"))
 in_2d_and_3d = pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
 per_batch_and_per_patch = pytest.mark.parametrize("batch_dice", [True, False], ids=["batch", "patch"])
@@ -116,17 +119,136 @@ def test_what_it_is_given_stays_as_it_is(name: str) -> None:
     assert torch.equal(labels, before[1])
 
 
+def mask(*rows: tuple[int, ...]) -> Tensor:
+    """What is annotated in each patch: ids, the background among them."""
+    return torch.tensor([[i in row for i in range(LABELS)] for row in rows])
+
+
 @every_loss
-def test_labels_that_are_not_annotated_do_not_count_or_are_refused(name: str) -> None:
-    """With labels 0 and 1 annotated, a voxel of 0 may truly be 2: which of the two is predicted there must not matter."""
+@per_batch_and_per_patch
+def test_labels_that_are_not_annotated_do_not_count_or_are_refused(name: str, batch_dice: bool) -> None:
+    """With label 1 annotated, a voxel of 0 may truly be 2: which of the two is predicted there must not matter."""
     logits, labels = drawn(2)
     labels[labels == 2] = 0
-    loss = partial(loss_of(name, True), annotated=[0, 1])
+    loss = partial(loss_of(name, batch_dice), annotated=mask((0, 1), (0, 1)))
     if name in NEED_ALL_LABELS:
-        with pytest.raises(ContractError, match=r"\[0, 1\]"):
+        with pytest.raises(ContractError, match="only some labels"):
             loss(logits, labels)
+    elif name in OWN_LABELS:
+        other = logits.clone()
+        other[:, 2] = 100.0
+        torch.testing.assert_close(loss(other, labels), loss(logits, labels))
     else:
         torch.testing.assert_close(loss(logits[:, [2, 1, 0]], labels), loss(logits, labels))
+
+
+partly = pytest.mark.parametrize("name", [n for n in catalog.names("losses") if n not in NEED_ALL_LABELS])
+
+
+@partly
+@in_2d_and_3d
+@per_batch_and_per_patch
+def test_where_all_is_annotated_it_is_nnunets_loss(name: str, dims: int, batch_dice: bool) -> None:
+    logits, labels = drawn(dims)
+    expected = loss_of("dice_ce", batch_dice)(logits, labels)
+    loss = loss_of(name, batch_dice)
+    assert torch.equal(loss(logits, labels), expected)
+    torch.testing.assert_close(loss(logits, labels, mask((0, 1, 2), (0, 1, 2))), expected)
+
+
+@partly
+@per_batch_and_per_patch
+def test_a_mixed_batch_has_the_mean_loss_of_batches_of_one_kind(name: str, batch_dice: bool) -> None:
+    """Not that of what is annotated in its first patch only."""
+    logits, labels = drawn(3)
+    first, second = labels.clone(), labels.clone()
+    first[labels == 2], second[labels == 1] = 0, 0
+    loss = loss_of(name, batch_dice)
+    alone = [loss(logits, y, mask(row, row)) for y, row in ((first, (0, 1)), (second, (0, 2)))]
+    rows = mask((0, 1), (0, 1), (0, 2), (0, 2))
+    together = loss(torch.cat([logits, logits]), torch.cat([first, second]), rows)
+    torch.testing.assert_close(together, (alone[0] + alone[1]) / 2)
+    shuffled = [2, 0, 3, 1]
+    again = loss(torch.cat([logits, logits])[shuffled], torch.cat([first, second])[shuffled], rows[shuffled])
+    torch.testing.assert_close(again, together)
+
+
+@partly
+@per_batch_and_per_patch
+def test_a_patch_in_which_nothing_is_annotated_changes_nothing(name: str, batch_dice: bool) -> None:
+    logits, labels = drawn(2)
+    labels[1] = 0
+    loss = loss_of(name, batch_dice)
+    logits.requires_grad_()
+    value = loss(logits, labels, mask((0, 1, 2), ()))
+    torch.testing.assert_close(value, loss(logits[:1], labels[:1], mask((0, 1, 2))))
+    value.backward()
+    assert logits.grad is not None
+    assert logits.grad[0].ne(0).any()
+    assert logits.grad[1].eq(0).all()
+    nothing = loss(logits, labels * 0, mask((), ()))
+    assert float(nothing.detach()) == 0
+    (gradient,) = torch.autograd.grad(nothing, logits)
+    assert gradient.eq(0).all()
+
+
+@partly
+@per_batch_and_per_patch
+def test_regions_that_are_not_annotated_do_not_count(name: str, batch_dice: bool) -> None:
+    logits, labels = drawn(2)
+    regions = torch.cat([labels > 0, labels == 2, labels == 1], 1)
+    loss = partial(loss_of(name, batch_dice), regions=True)
+    torch.testing.assert_close(
+        loss(logits, regions, torch.ones(2, 3, dtype=torch.bool)),
+        partial(loss_of("dice_ce", batch_dice), regions=True)(logits, regions),
+    )
+    some = torch.tensor([[True, False, True]] * 2)
+    flipped = regions.clone()
+    flipped[:, 1] = ~flipped[:, 1]
+    torch.testing.assert_close(loss(logits, flipped, some), loss(logits, regions, some))
+    reduced = partial(loss_of("dice_ce", batch_dice), regions=True)(logits[:, [0, 2]], regions[:, [0, 2]])
+    torch.testing.assert_close(loss(logits, regions, some), reduced)
+
+
+@partly
+@per_batch_and_per_patch
+@pytest.mark.parametrize("regions", [False, True], ids=["labels", "regions"])
+def test_ignored_voxels_do_not_count_in_partly_annotated_patches(name: str, batch_dice: bool, regions: bool) -> None:
+    logits, labels = drawn(2)
+    ignored = labels.clone()
+    ignored[..., :2] = 3
+    target = torch.cat([labels > 0, labels == 2, labels == 1, ignored == 3], 1) if regions else ignored
+    every = torch.ones(2, LABELS, dtype=torch.bool)
+    loss = partial(loss_of(name, batch_dice), regions=regions, ignore=3)
+    expected = partial(loss_of("dice_ce", batch_dice), regions=regions, ignore=3)(logits, target)
+    torch.testing.assert_close(loss(logits, target, every), expected)
+    other = logits.clone()
+    other[..., :2] += torch.randn(2, LABELS, 6, 2)
+    torch.testing.assert_close(loss(other, target, every), loss(logits, target, every))
+
+
+def test_unknown_labels_are_background_to_the_naive_baseline() -> None:
+    logits, labels = drawn(2)
+    naive = partial(catalog.load("losses", "dice_ce"), batch_dice=False, unannotated="background")
+    assert torch.equal(naive(logits, labels, mask((0, 1), (0, 1))), naive(logits, labels))
+
+
+def test_marginal_worked_out_by_hand() -> None:
+    """Uniform over 3 labels, label 1 annotated in 2 of 4 voxels: CE is ln 3 there and ln 3/2 elsewhere; Dice 0.4."""
+    labels = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]]])
+    got = loss_of("marginal", False)(torch.zeros(1, 3, 2, 2), labels, mask((0, 1)))
+    assert float(got) == pytest.approx((np.log(3) + np.log(1.5)) / 2 - 0.4, abs=1e-5)
+
+
+def test_exclusion_keeps_unknown_labels_out_of_annotated_ones() -> None:
+    """Uniform over 3 labels: the unknown one has 1/3 everywhere, half of it where label 1 is: Dice 2 (2/3) / (4/3 + 2) = 0.4."""
+    labels = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]]])
+    logits = torch.zeros(1, 3, 2, 2)
+    function = partial(catalog.load("losses", "marginal"), batch_dice=False)
+    plain, more = (float(function(logits, labels, mask((0, 1)), exclusion=x)) for x in (0.0, 0.5))
+    assert more - plain == pytest.approx(0.5 * 0.4, abs=1e-5)
+    every = mask((0, 1, 2))
+    torch.testing.assert_close(function(logits, labels, every, exclusion=0.5), function(logits, labels, every))
 
 
 # ----------------------------------------------------------------------------------------------- dice_ce, term by term

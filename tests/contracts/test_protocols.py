@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from concilium import catalog, wire
+from concilium.aggregation import weight_of
 from concilium.aggregation.mean import rule as mean
 from concilium.collect.plain import collect as plain
 from concilium.engines import SiteInfo, Traffic
@@ -38,7 +39,8 @@ from concilium.messages import (
     Training,
 )  # fmt: skip
 from concilium.networks import Stage, Stages
-from concilium.protocols import WEIGHTS, Round, part, require, start_with
+from concilium.protocols import WEIGHTS, Round, require, start_with
+from concilium.wire import part
 
 # ------------------------------------------------------------------------------------------- an engine without a network
 
@@ -165,9 +167,11 @@ def pool() -> ToyEngine:
 def running(name: str, engine: ToyEngine, start: Round | None = None, **changes: Any) -> Iterator[Round]:
     """The rounds of a protocol with everything that `line.py` supplies, and what a study must give."""
     sites = [s for s, info in engine.sites.items() if (info.role == "pooled") == (name == "centralized")]
+    weigh = weight_of("mean")
     supplied: dict[str, Any] = {
-        "model": "m", "collect": plain, "rule": mean, "rounds": 3, "steps": dict.fromkeys(sites, 1), "min_sites": 1,
-        "deadline_s": 60.0, "network": scales, "training": TRAINING, "seed": 7, "device": torch.device("cpu"),
+        "model": "m", "collect": partial(plain, weigh=weigh), "rule": mean, "rounds": 3, "steps": dict.fromkeys(sites, 1),
+        "min_sites": 1, "deadline_s": 60.0, "network": scales, "training": TRAINING, "seed": 7,
+        "device": torch.device("cpu"), "weigh": weigh, "cases": {n: m.n_cases for n, m in engine.members.items()},
     }  # fmt: skip
     given = {"cut": ("down0", "down1")} if name == "splitfed" else {}
     function: Callable[..., Iterator[Round]] = catalog.load("protocols", name)
@@ -355,7 +359,7 @@ def test_require_counts_the_sites() -> None:
 def test_federated_hands_the_rules_state_from_round_to_round() -> None:
     """A rule that counts its rounds; the count is a tensor of the round."""
 
-    def counting(total: Any, state: Tensors) -> tuple[Tensors, Tensors]:
+    def counting(total: Any, state: Tensors, **_: Any) -> tuple[Tensors, Tensors]:
         return total.mean(), {"count": state.get("count", torch.tensor(0)) + 1}
 
     engine = north_and_south()
@@ -369,9 +373,9 @@ def test_federated_hands_the_rules_state_from_round_to_round() -> None:
 def test_federated_uses_the_collect_and_the_options_it_is_given() -> None:
     seen: list[tuple[set[str], set[str]]] = []
 
-    def collect(ask: Any, requests: Mapping[str, Train], *, like: Tensors) -> Any:
-        seen.append((set(requests), set(like)))
-        return plain(ask, requests, like=like)
+    def collect(ask: Any, requests: Mapping[str, Train], *, blocks: Any, asked: Any) -> Any:
+        seen.append((set(requests), {name for block in blocks for name in block.like}))
+        return plain(ask, requests, blocks=blocks, asked=asked, weigh=weight_of("mean"))
 
     list(running("federated", north_and_south(), collect=partial(collect)))
     assert seen == [({"north", "south"}, {"conv", "norm"})] * 3

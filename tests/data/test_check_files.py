@@ -23,9 +23,9 @@ def test_a_clean_site_has_nothing_wrong(tmp_path: Path) -> None:
     ("change", "code", "case", "words"),
     [
         # nnU-Net #729, #1644: images without the channel's number
-        (lambda s: rename(s, "imagesTr/c0_0000", "imagesTr/c0"), "unknown_file", "c0", r"rename it to c0_0000\.nii\.gz"),
+        (lambda s: rename(s, "imagesTr/c0_0000", "imagesTr/c0"), "unknown_file", "c0", r"Expected c0_0000\.nii\.gz"),
         # nnU-Net #820, #448, #231: label maps with one
-        (lambda s: rename(s, "labelsTr/c1", "labelsTr/c1_0000"), "unknown_file", "c1", r"Rename it to c1\.nii\.gz"),
+        (lambda s: rename(s, "labelsTr/c1", "labelsTr/c1_0000"), "unknown_file", "c1", r"Expected c1\.nii\.gz\. Rename it"),
         # nnU-Net #2937: a number twice over
         (lambda s: rename(s, "imagesTr/c0_0000", "imagesTr/c0_0001_0000"), "missing_channel", "c0", "label map and no image"),
         (lambda s: rename(s, "imagesTr/c2_0000", "imagesTr/c2_0003"), "extra_channel", "c2", "channel 3.*names 1: 0 MRI"),
@@ -35,7 +35,7 @@ def test_a_clean_site_has_nothing_wrong(tmp_path: Path) -> None:
         (lambda s: rewrite(s, numTraining=17), "case_count", None, "numTraining = 17; there are 6"),
         (lambda s: rewrite(s, patient=None), "no_patients", None, "no table patient"),
         (lambda s: rewrite(s, patient={"c0": "p"}), "patient_table", None, "lacks 5 cases"),
-        (lambda s: rewrite(s, patient={f"c{i}": f"p{i}" for i in range(7)}), "patient_table", None, r"not there \(c6\)"),
+        (lambda s: rewrite(s, patient={f"c{i}": f"p{i}" for i in range(7)}), "patient_table", None, r"1 case without any .*c6"),
         (lambda s: rewrite(s, labels={"background": 0, "tumour": 5}), "dataset_json", None, "numbered from 0"),
         # nnU-Net #1602: the keys of its first version
         (lambda s: rewrite(s, channel_names=None, modality={"0": "CT"}), "dataset_json", None, "older data sets"),
@@ -84,7 +84,55 @@ def test_a_wrong_name_is_one_finding(tmp_path: Path) -> None:
     folder = site(tmp_path / "a")
     rename(folder, "imagesTr/c0_0000", "imagesTr/c0")
     rename(folder, "labelsTr/c1", "labelsTr/c1_0000")
-    assert found(folder) == {"unknown_file": ["c0", "c1"], "case_count": [None]}
+    assert found(folder) == {"unknown_file": ["c0", "c1"]}
+    write(folder, "c0", label=np.full((4, 5, 6), 9, np.uint8))
+    rename(folder, "imagesTr/c0_0000", "imagesTr/c0")
+    assert found(folder) == {"unknown_file": ["c0", "c1"], "unknown_label": ["c0"]}  # it is read all the same
+
+
+def test_a_number_that_is_the_cases_and_not_a_channels(tmp_path: Path) -> None:
+    """nnU-Net #729: case_0012.nii.gz, beside a label map of that name, is no channel 12."""
+    folder = site(tmp_path / "a")
+    rename(folder, "imagesTr/c0_0000", "imagesTr/c_0012")
+    rename(folder, "labelsTr/c0", "labelsTr/c_0012")
+    (finding,) = (f for f in check({"a": folder}).findings if f.code != "patient_table")
+    assert (finding.code, finding.case, finding.safe) == ("unknown_file", "c_0012", True)
+    assert "Expected c_0012_0000.nii.gz" in finding.text
+    rename(folder, "labelsTr/c_0012", "labelsTr/c")
+    assert set(found(folder)) == {"patient_table", "extra_channel", "missing_channel", "case_count"}
+
+
+def test_a_name_that_could_be_another_is_not_safe(tmp_path: Path) -> None:
+    two = site(tmp_path / "a", channel_names={"0": "T1", "1": "T2"})
+    for i in range(6):
+        write(two, f"c{i}", seed=20 + i)
+        rename(two, f"imagesTr/c{i}_0000", f"imagesTr/c{i}_0001")
+        write(two, f"c{i}", seed=i)
+    assert found(two) == {}
+    rename(two, "imagesTr/c0_0000", "imagesTr/c0")  # which channel?
+    (two / "imagesTr/c0_0001.nii.gz").unlink()
+    one = site(tmp_path / "b")
+    rename(one, "labelsTr/c1", "labelsTr/x")
+    rename(one, "imagesTr/c1_0000", "imagesTr/c1")  # of which case?
+    write(one, "c2_0000")  # a label map with a number, beside the one without
+    (one / "imagesTr/c2_0000_0000.nii.gz").unlink()
+    findings = [f for x in (two, one) for f in check({"a": x}).findings if f.code == "unknown_file"]
+    assert [(f.case, f.safe) for f in findings] == [("c0", False), ("c1", False), ("c2", False)]
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    folder = site(tmp_path / "a")
+    (folder / "imagesTr/c0_0000.nii.gz").rename(folder / "imagesTr/c0_0000.NII.GZ")
+    (folder / "labelsTr/c1.nii.gz").rename(folder / "labelsTr/c1.nii.GZ")
+    write(folder, "c2", seed=2)
+    (folder / "labelsTr/c2.Nii.gz").write_bytes(b"another")
+    findings = check({"a": folder}).findings
+    assert [(f.code, f.case, f.safe) for f in findings] == [
+        ("ignored_file", "c0", True),
+        ("ignored_file", "c1", True),
+        ("ignored_file", None, False),
+        ("case_count", None, True),
+    ]
 
 
 def test_several_data_sets_and_none_that_is_there(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 from check_sites import SHAPE, found, rewrite, save, site, write
 
 from concilium.data.check import Finding, check
@@ -71,12 +72,16 @@ def test_constant_images_are_no_duplicates(tmp_path: Path) -> None:
 
 
 def test_a_patient_on_both_sides(tmp_path: Path) -> None:
-    """By the tables an error; by names alone a warning; at two sites a note."""
+    """In the test set: by the tables an error, by names alone a warning. At two sites: a warning, and a note."""
     a, b, test = (site(tmp_path / n, seed=i, prefix=n) for i, n in enumerate("abt"))
     for folder, case in ((a, "a4"), (b, "b5"), (test, "t3")):
         rewrite(folder, patient={f"{case[0]}{i}": f"{case[0]}-{i}" for i in range(6)} | {case: "17"})
     findings = check({"a": a, "b": b}, test=test).findings
     assert of(findings, "patient_in_test_set") == [("error", "a", "a4"), ("error", "b", "b5")]
+    assert of(findings, "patient_at_two_sites") == [("warning", "a", None)]
+    rewrite(b, patient={f"b{i}": f"b-{i}" for i in range(5)})
+    write(b, "17", seed=70)
+    findings = check({"a": a, "b": b}).findings
     assert of(findings, "patient_at_two_sites") == [("note", "a", None)]
     rewrite(test, patient=None)
     rewrite(a, patient={"a4": "t0"})
@@ -139,6 +144,11 @@ def test_a_spacing_of_one_may_be_unknown(tmp_path: Path) -> None:
     for i in range(6):
         write(folder, f"c{i}", place={"spacing": (1, 1, 1)}, seed=i)
     assert of(check({"a": folder}).findings, "unit_spacing") == [("note", "a", None)]
+    write(folder, "c0", place={"spacing": (1, 1, 2)}, seed=50)  # where most have it, they are not listed
+    (finding,) = check({"a": folder}).findings
+    assert (finding.severity, finding.code, finding.case) == ("warning", "unit_spacing", None)
+    assert "5 of 6 cases" in finding.text
+    assert "the others have not (c0)" in finding.text
 
 
 def test_a_spacing_in_another_unit(tmp_path: Path) -> None:
@@ -199,9 +209,28 @@ def test_the_names_of_a_study_are_known_to_the_command(tmp_path: Path) -> None:
         "[protocol]\nrounds = 1\nsteps = 1\n",
         encoding="utf-8",
     )
-    sites, held_out, folds, names = data_sets([study])
-    assert names == {"b": Names({"lesion": "tumour"})}
-    assert not [f for f in check(sites, test=held_out, folds=folds, names=names).findings if f.code == "sites_differ"]
+    data = data_sets([study])
+    assert data.names == {"b": Names({"lesion": "tumour"})}
+    assert not [f for f in check(data.sites, names=data.names).findings if f.code == "sites_differ"]
+
+
+def test_a_site_whose_voxels_have_another_unit_or_none(tmp_path: Path) -> None:
+    """Each is the same within itself, so that only the other site shows it."""
+    a, b, c = (site(tmp_path / n, seed=i, prefix=n) for i, n in enumerate("abc"))
+    for i in range(6):
+        write(b, f"b{i}", place={"spacing": (0.07, 0.08, 0.2)}, seed=80 + i)
+        for path in list(c.glob(f"*/c{i}*.nii.gz")):
+            slices = np.repeat(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), 2, 0)
+            tifffile.imwrite(str(path).replace(".nii.gz", ".tif"), slices)
+            path.unlink()
+    rewrite(c, file_ending=".tif")
+    findings = check({"a": a, "b": b, "c": c}).findings
+    assert of(findings, "sites_spacing") == [("warning", "b", None), ("warning", "c", None)]
+    texts = [f.text for f in findings if f.code == "sites_spacing"]
+    assert "edges of 0.104 mm" in texts[0]
+    assert "at a 1.04 mm" in texts[0]
+    assert "No case says its spacing, where those of a do" in texts[1]
+    assert not of(check({"c": c}).findings, "sites_spacing")
 
 
 # ---------------------------------------------------------------------------------------------------------- real data

@@ -76,8 +76,8 @@ def test_the_first_site_decides() -> None:
         (space(ant=1, posterior=2), r'south has labels background, ant, posterior. Expected background, anterior, posterior, as '
          r'in north. Perhaps labels = \{ "ant" = "anterior" \} in the site'),
         (space(Posterior=1, ANTERIOR=2), r'"Posterior" = "posterior", "ANTERIOR" = "anterior"'),
-        (space(anterior=1), r"south lacks posterior: sites that annotate only some of the labels are not supported yet"),
-        (space(anterior=1, posterior=2, tumour=3), r"north lacks tumour: sites that annotate only some"),
+        (space(anterior=1), r"south lacks posterior. If nobody looked for it there, list what was looked for"),
+        (space(anterior=1, posterior=2, tumour=3), r"north lacks tumour. If nobody looked for it there"),
         (space("T1 FLAIR"), r'south has channels T1, FLAIR. Expected T1, T2.*channels = \{ "FLAIR" = "T2" \}'),
         (space("T1"), r"south has channels T1\. Expected T1, T2"),
         (space("T1 T1"), r"south has channels T1, T1\. Expected T1, T2"),

@@ -97,6 +97,16 @@ def test_the_way_back_ends_at_the_original_size(site: Site) -> None:
         assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.85
 
 
+@pytest.mark.parametrize(("n", "kind"), [(256, np.uint8), (300, np.uint16)])
+def test_ids_above_255_do_not_wrap(site: Site, n: int, kind: type) -> None:
+    _, make = site
+    labels = {"background": 0} | {f"part {i}": i for i in range(1, n)}
+    highest = one_hot(torch.full((1, 2, 3), n - 1), n).movedim(-1, 0).float()
+    back = restore(highest, make(), labels, {"shape_before_cropping": [1, 4, 6]})
+    assert back.dtype == kind
+    assert (back == n - 1).all()
+
+
 def test_at_the_original_size_nothing_is_lost(site: Site, tmp_path: Path) -> None:
     dataset, make = site
     case = dataset.cases[0]

@@ -25,7 +25,7 @@ from concilium.answers.statistics import examine, prepare
 from concilium.answers.train import Learner
 from concilium.data.augment import mirror_axes
 from concilium.data.draws import drawn_from, seed_all
-from concilium.data.patches import predict_logits
+from concilium.data.patches import Batch, predict_logits
 from concilium.data.plan import make_plans
 from concilium.errors import ContractError, StudyError
 from concilium.exports.nnunet import export
@@ -299,7 +299,7 @@ def test_what_a_snapshot_does_not_hold_is_refused(name: str, text: str, job: Mak
 def test_a_step_without_its_trainer_is_refused() -> None:
     local: Any = SimpleNamespace(brought=None)
     with pytest.raises(ContractError, match="not at hand"):
-        step(cast(Local, local), torch.zeros(1), [], trainer=PLAIN)
+        step(cast(Local, local), Batch(torch.zeros(1), ()), trainer=PLAIN)
 
 
 def test_a_distributed_process_is_refused(job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:

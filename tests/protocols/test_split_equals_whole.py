@@ -6,7 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,23 +17,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from concilium import wire
+from concilium.aggregation import weight_of
 from concilium.aggregation.mean import rule as mean
 from concilium.answers import Job, Settings, split
-from concilium.answers.train import Learner, make_objective
+from concilium.answers.objective import make_objective
+from concilium.answers.train import Learner
 from concilium.collect.plain import collect as plain
 from concilium.data.draws import digest
+from concilium.data.patches import Batch
 from concilium.engines import SiteInfo, Traffic
 from concilium.errors import EngineError
 from concilium.messages import Failure, Gradients, Maps, PlugIn, Reply, Request, Tail, Tensors, Train, Training
 from concilium.networks import Stack, Stage, Stages, cut_apart
 from concilium.networks.nnunet import build as nnunet
 from concilium.networks.unet import build as unet
-from concilium.protocols import WEIGHTS, Round, part, start_with
+from concilium.protocols import WEIGHTS, Round, start_with
 from concilium.protocols._body import Body
 from concilium.protocols.federated import federated
 from concilium.protocols.splitfed import splitfed
 from concilium.site import Site
-from concilium.wire import Envelope
+from concilium.wire import Envelope, part
 
 CPU = torch.device("cpu")
 SEED, STEPS, EQUAL = 7, 20, 1e-9
@@ -93,13 +96,13 @@ class Noise:
     def __init__(self, dims: int) -> None:
         self.dims = dims
 
-    def draw(self, *key: str | int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def draw(self, *key: str | int) -> Batch:
         generator = torch.Generator().manual_seed(digest(*key))
         image = torch.randn(1, CHANNELS, *PATCH[self.dims], generator=generator, dtype=torch.float64)
         labels = [torch.randint(0, LABELS, (1, 1, *PATCH[self.dims]), generator=generator).short()]
         for stride in STRIDES[self.dims][1:-1]:
             labels.append(labels[-1][(..., *(slice(None, None, s) for s in stride))])
-        return image, tuple(labels)
+        return Batch(image, tuple(labels))
 
 
 def job_of(
@@ -160,14 +163,17 @@ def first_weights(job: Job) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in job.network().state_dict().items()}
 
 
+WEIGH = weight_of("mean")
+
+
 def running(protocol: Any, engine: Engine, jobs: Mapping[str, Job], **changes: Any) -> Iterator[Round]:
     """The rounds of a protocol with what `line.py` supplies."""
     job = next(iter(jobs.values()))
     supplied: dict[str, Any] = {
-        "model": "m", "collect": plain, "rule": mean, "rounds": 1, "steps": dict.fromkeys(jobs, STEPS),
-        "min_sites": len(jobs), "deadline_s": None, "network": job.network, "training": job.training, "seed": SEED,
-        "reveal_labels": True,
-        "device": CPU,
+        "model": "m", "collect": partial(plain, weigh=WEIGH), "rule": mean, "rounds": 1,
+        "steps": dict.fromkeys(jobs, STEPS), "min_sites": len(jobs), "deadline_s": None, "network": job.network,
+        "training": job.training, "seed": SEED, "reveal_labels": True, "device": CPU, "weigh": WEIGH,
+        "cases": {n: len(j.entries["training"]) for n, j in jobs.items()},
     }  # fmt: skip
     rounds: Iterator[Round] = protocol(engine, start_with(first_weights(job)), **supplied | changes)
     return rounds
@@ -434,8 +440,8 @@ def test_site_and_server_each_clip_their_own_gradient(tmp_path: Path) -> None:
     net = job.network()
     start = first_weights(job)
     net.load_state_dict(start)
-    image, labels = job.batches.draw(SEED, "a", 1, 0)
-    make_objective(job)(net(image), labels).backward()
+    drawn = job.batches.draw(SEED, "a", 1, 0)
+    make_objective(job)(net(drawn.image), drawn).backward()
     body = set(cut_apart(net, ("deep",), reveal_labels=True).body.state_dict())
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
 
@@ -487,8 +493,8 @@ def one_body_by_hand(jobs: Mapping[str, Job], orders: Sequence[Sequence[str]], c
                 for optimizer in both:
                     optimizer.param_groups[0]["lr"] = 0.01 * (1 - ((number - 1) * n + step) / (len(orders) * n)) ** 0.9
                     optimizer.zero_grad()
-                image, labels = jobs[site].batches.draw(SEED, site, number, step)
-                make_objective(jobs[site])(nets[site](image), labels).backward()
+                drawn = jobs[site].batches.draw(SEED, site, number, step)
+                make_objective(jobs[site])(nets[site](drawn.image), drawn).backward()
                 for optimizer in both:
                     optimizer.step()
         states = {site: module.state_dict() for site, module in mine.items()}

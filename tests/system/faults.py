@@ -6,7 +6,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from concilium.aggregation import Sum
+from concilium.data.patches import Batch
 from concilium.local_updates import Local
 from concilium.local_updates.plain import step as plain
 from concilium.losses.dice_ce import loss as dice_ce
@@ -31,47 +32,47 @@ def burns(fuse: str) -> bool:
     return True
 
 
-def raises(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -> Tensor:
+def raises(local: Local, batch: Batch, *, fuse: str) -> Tensor:
     """A step that fails once."""
-    loss = plain(local, image, labels)
+    loss = plain(local, batch)
     if burns(fuse):
         raise RuntimeError(SECRET)
     return loss
 
 
-def never(local: Local, image: Tensor, labels: Sequence[Tensor]) -> Tensor:
+def never(local: Local, batch: Batch) -> Tensor:
     """A step that always fails."""
     raise RuntimeError(SECRET)
 
 
-def diverges(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -> Tensor:
+def diverges(local: Local, batch: Batch, *, fuse: str) -> Tensor:
     """A step whose loss is once not finite."""
-    loss = plain(local, image, labels)
+    loss = plain(local, batch)
     return loss * float("nan") if burns(fuse) else loss
 
 
-def dies(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -> Tensor:
+def dies(local: Local, batch: Batch, *, fuse: str) -> Tensor:
     """A step in which the process is once killed."""
-    loss = plain(local, image, labels)
+    loss = plain(local, batch)
     if burns(fuse):
         os.kill(os.getpid(), signal.SIGKILL)
     return loss
 
 
-def sleeps(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str, seconds: float) -> Tensor:
+def sleeps(local: Local, batch: Batch, *, fuse: str, seconds: float) -> Tensor:
     """A step that once takes long."""
-    loss = plain(local, image, labels)
+    loss = plain(local, batch)
     if burns(fuse):
         time.sleep(seconds)
     return loss
 
 
-def nothing(total: Sum, state: Tensors) -> tuple[Tensors, Tensors]:
+def nothing(total: Sum, state: Tensors, *, before: Tensors) -> tuple[Tensors, Tensors]:
     """An aggregation that does nothing: it gives back zeros of what it was given."""
     return {name: tensor * 0 for name, tensor in total.mean().items()}, state
 
 
-def swapped(total: Sum, state: Tensors) -> tuple[Tensors, Tensors]:
+def swapped(total: Sum, state: Tensors, *, before: Tensors) -> tuple[Tensors, Tensors]:
     """An aggregation that mixes up two tensors of equal shape."""
     mean = total.mean()
     pairs = itertools.combinations(mean, 2)
@@ -86,9 +87,9 @@ def blob(*, n_channels: int, n_labels: int, plan: Mapping[str, Any], deep_superv
     return nn.Sequential(*layers)
 
 
-def ruins(local: Local, image: Tensor, labels: Sequence[Tensor], *, fuse: str) -> Tensor:
+def ruins(local: Local, batch: Batch, *, fuse: str) -> Tensor:
     """A step that once leaves a weight that is no number, after a loss that is one."""
-    loss = plain(local, image, labels)
+    loss = plain(local, batch)
     if burns(fuse):
         next(local.network.parameters()).data.view(-1)[0] = float("nan")
     return loss

@@ -1,16 +1,28 @@
 """Aggregation rules: how the server makes new weights of the sites' updates. One file here: one rule.
 
-    rule(total: Sum, state: Tensors, *, ...options) -> tuple[Tensors, Tensors]
+    rule(total: Sum, state: Tensors, *, before: Tensors, ...options) -> tuple[Tensors, Tensors]
+    rule(updates: Sequence[Update], state: Tensors, *, before: Tensors, ...options) -> tuple[Tensors, Tensors]
 
 `total` is the sum over the sites that answered, each with its weight; `state` is what the rule keeps from round to round (empty
-at first). The sum is enough, so that sites' single updates need not be visible to the server.
+at first); `before` are the weights that the round began with. For the first kind the sum is enough, so that sites' single updates
+need not be visible to the server. The second kind must see each, and is refused where only the sum is visible; the updates come
+sorted by site, and their tensors are read when they are asked for.
+
+A file may also have `weight(n_cases: int, share: float) -> float`: what an update counts in the sum, for a site of so many
+training cases that took this share of the steps that were asked of it. Without it that is their product.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
+from concilium import catalog
 from concilium.errors import ContractError
 from concilium.messages import Tensors
 
@@ -18,13 +30,62 @@ CHUNK = 1 << 15
 """Elements added at a time: so many that the working values stay in the processor's cache."""
 LARGEST_WEIGHT = 2**29 - 1
 """Times a float32, it is exact in float64."""
+UNITS = 1024
+"""Weights are whole numbers of a case's such part: a power of two, so that whole numbers of cases give the same bits."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tensors that the same sites have, by a name that only the server knows, and what each site calls them."""
+
+    like: Tensors
+    """Key -> a tensor of its shape and type."""
+    names: Mapping[str, Mapping[str, str]]
+    """Site -> key -> its own name."""
+
+    @property
+    def sites(self) -> frozenset[str]:
+        """Who has them."""
+        return frozenset(self.names)
+
+
+def one_block(like: Tensors, sites: Iterable[str]) -> Block:
+    """The tensors of sites that all have them, under the same names."""
+    same = {name: name for name in like}
+    return Block(like, dict.fromkeys(sites, same))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one site made of the weights in a round."""
+
+    weights: Tensors
+    """Read from disk when a tensor is asked for, by name."""
+    n_cases: int
+    n_steps: int
+    loss: float
+    """Mean over its steps, on its own data: of the weights on their way from those of the server to these."""
+    quality: float | None = None
+    """What others found it to be worth, where they were asked (`collect`); higher is better."""
+
+
+def must_see_updates(rule: str) -> bool:
+    """Whether a rule needs each site's update, not only their sum."""
+    return next(iter(inspect.signature(catalog.load("aggregation", rule)).parameters)) == "updates"
+
+
+def weight_of(rule: str) -> Callable[[int, float], int]:
+    """What an update counts in the sum, in whole units of a thousandth of a case; at least 1."""
+    weigh = getattr(inspect.getmodule(catalog.load("aggregation", rule)), "weight", None)
+    count = cast(Callable[[int, float], Any], weigh or (lambda n_cases, share: n_cases * share))
+    return lambda n_cases, share: max(1, round(UNITS * count(n_cases, share)))
 
 
 class Sum:
     """A weighted sum of named tensors that comes out the same, to the bit, in whatever order they are added.
 
     Each element is kept as an unevaluated pair of float64 (Knuth's two-sum: the rounding error of every addition is kept as
-    well). The pair is exact, whatever cancels, while the largest float32 of an element is less than about 2**60 times the
+    well). The pair is exact, whatever cancels, while the largest float32 of an element is less than about 2**50 times the
     smallest and at most 2**20 cases are counted over all sites; only then is the order without effect for certain.
     """
 

@@ -6,6 +6,6 @@ from concilium.aggregation import Sum
 from concilium.messages import Tensors
 
 
-def rule(total: Sum, state: Tensors) -> tuple[Tensors, Tensors]:
+def rule(total: Sum, state: Tensors, *, before: Tensors) -> tuple[Tensors, Tensors]:
     """The weighted mean of the updates."""
     return total.mean(), state

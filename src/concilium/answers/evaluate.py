@@ -24,7 +24,7 @@ from concilium.data.plan import Plan
 from concilium.data.preprocess import preprocess, restore
 from concilium.errors import DataError
 from concilium.messages import Average, Evaluate, Evaluated, PlugIn, Score, Tensors
-from concilium.metrics import status
+from concilium.metrics import NOT_ANNOTATED, status
 from concilium.metrics._lesions import count_lesions
 from concilium.metrics._pairs import pairs
 
@@ -74,9 +74,15 @@ def evaluate(
     return Evaluated(tuple(scores), count(excluded), seconds), excluded
 
 
+def _not_annotated(label: str, unit: str, metrics: Sequence[PlugIn], case: int, patient: int) -> Score:
+    """What is said of a label that nobody looked for."""
+    return Score(case, patient, label, NOT_ANNOTATED, unit, {m.name: None for m in metrics}, 0.0, 0.0, 0, 0, 0)
+
+
 def average(scores: Sequence[Score]) -> tuple[Average, ...]:
     """The scores over patients, by label and metric; no value that describes fewer than `MIN_CASES` of them."""
     found = []
+    scores = [s for s in scores if s.status != NOT_ANNOTATED]
     labels = list(dict.fromkeys(s.label for s in scores))
     metrics = list(dict.fromkeys(name for s in scores for name in s.values))
     for label in [*labels, *([""] if len(labels) > 1 else [])]:
@@ -140,8 +146,9 @@ def _score_case(
         precision=t.precision,
     )
     spacing = pixel_size(entry.case, entry.dataset, properties)
+    numbers = {"case": entry.number, "patient": entry.patient}
     scores = score_labels(
-        prediction, reference[0], spacing, job.labels, metrics, case=entry.number, patient=entry.patient
+        prediction, reference[0], spacing, job.labels, metrics, **numbers, annotated=entry.case.annotated
     )
     return scores, (image, reference[0], prediction), spacing
 
@@ -180,10 +187,11 @@ def score_labels(
     *,
     case: int,
     patient: int,
+    annotated: Sequence[str] | None = None,
 ) -> list[Score]:
     """Scores of every foreground label or region of one case; both label maps (X, Y, Z) in original geometry.
 
-    Voxels that the reference says to `ignore` are left out.
+    Voxels that the reference says to `ignore` are left out; labels that were not looked for have no scores (`not_annotated`).
 
     Raises:
         ContractError: the label maps differ in shape, or hold something else than ids.
@@ -194,6 +202,9 @@ def score_labels(
     ignore = ignored(labels)
     counted = None if ignore is None else reference != ignore
     for label, pair in pairs(prediction, reference, foreground(labels), spacing, counted=counted):
+        if annotated is not None and label not in annotated:
+            scores.append(_not_annotated(label, pair.unit, metrics, case, patient))
+            continue
         values = {name: function(pair) for name, function in functions.items()}
         volumes = [float(np.count_nonzero(mask)) * voxel for mask in (pair.reference, pair.prediction)]
         lesions = count_lesions(pair)

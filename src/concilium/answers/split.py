@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from concilium.answers import Cancelled, Check
-from concilium.answers.train import Learner, make_objective
+from concilium.answers.objective import make_objective
+from concilium.answers.train import Learner
 from concilium.data.draws import seed_all
-from concilium.data.patches import stream
+from concilium.data.patches import Batch, stream
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import Finish, Front, Gradients, Maps, Tail, Trained
 from concilium.networks import Parts, Stack
@@ -36,9 +38,7 @@ class Session:
         training = learner.job.training
         batches = learner.begin(request.weights, site=site, model=request.model)
         self._keys = [(learner.job.seed, site, request.round, step) for step in range(request.steps)]
-        self._batches: Iterator[tuple[Tensor, Sequence[Tensor]]] = stream(
-            batches, self._keys, workers=training.loader_workers
-        )
+        self._batches: Iterator[Batch] = stream(batches, self._keys, workers=training.loader_workers)
         self._objective = make_objective(learner.job)
         self._next = ("front", 0)
         """What must be asked for next, and of which step."""
@@ -47,7 +47,7 @@ class Session:
         self._stack: Stack = ()
         """What the front left in the step at hand; its top `_reach` maps were sent."""
         self._reach = self.parts.body.reach()
-        self._labels: Sequence[Tensor] = ()
+        self._batch: Batch | None = None
         self._own: dict[int, Tensor] = {}
         """Gradients that the tail gave maps of the stack which never left."""
 
@@ -67,8 +67,8 @@ class Session:
         if cancelled():
             raise Cancelled
         training, device = self.learner.job.training, self.learner.device
-        image, labels = next(self._batches)
-        image, self._labels = image.to(device), [x.to(device) for x in labels]
+        self._batch = next(self._batches).to(device)
+        image = self._batch.image
         set_rate(
             self.learner.optimizer, training, step=request.first_step + request.step, total_steps=request.total_steps
         )
@@ -108,7 +108,7 @@ class Session:
         seed_all(*self._keys[request.step], "tail")
         with autocast(device, self.learner.job.training.precision):
             logits = self.parts.tail.run((*(own[i] for i in range(home)), *left))[::-1]
-        loss = self._objective(logits, self._labels)
+        loss = self._objective(logits, cast(Batch, self._batch))
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -117,7 +117,7 @@ class Session:
         loss.backward()  # type: ignore[no-untyped-call]
         self._own = {i: m.grad for i, m in own.items() if m.grad is not None}
         self._losses.append(value)
-        self._labels = ()
+        self._batch = None
         self._next = ("front", request.step + 1) if request.step + 1 < self.steps else ("finish", self.steps)
         self._seconds += time.monotonic() - began
         return Gradients(tuple(gradient_of(m) for m in came if m.requires_grad))

@@ -13,7 +13,7 @@ import torch
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
 from concilium.data.fingerprint import fingerprint_of_case, merge
-from concilium.data.labels import flaw, n_heads
+from concilium.data.labels import annotation_mask, flaw, n_heads
 from concilium.data.matching import Names, Space
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
@@ -69,7 +69,12 @@ def examine(settings: Settings, request: Examine, cancelled: Check) -> tuple[Exa
     _limit(excluded, len(made), request.max_excluded)
     dataset = found[0].dataset
     reply = Examined(
-        merge(list(made.values())), dataset.channels, dict(dataset.labels), dataset.file_ending, count(excluded)
+        merge(list(made.values())),
+        dataset.channels,
+        dict(dataset.labels),
+        dataset.file_ending,
+        count(excluded),
+        dataset.space.annotated,
     )
     return reply, excluded
 
@@ -107,7 +112,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         request.training,
         request.seed,
         parts,
-        _batches(own, request.training, plan, dataset) if own else None,
+        _batches(own, request.training, plan, dataset, _partly(parts["training"])) if own else None,
         dataset.channels,
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
@@ -116,12 +121,23 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     return reply, job, excluded
 
 
-def _batches(files: Mapping[str, PreparedCase], training: Training, plan: Plan, dataset: Dataset) -> Batches:
-    """Where the batches of these cases come from."""
+def _batches(
+    files: Mapping[str, PreparedCase],
+    training: Training,
+    plan: Plan,
+    dataset: Dataset,
+    annotated: Mapping[str, tuple[str, ...]],
+) -> Batches:
+    """Where the batches of these cases come from. `annotated`: what was looked for, in cases where that is not all."""
     brought = brought_by(
         training.local_update, plan=plan, labels=dataset.labels, channels=dataset.channels, device=torch.device("cpu")
     )
     if brought is not None:
+        if annotated:
+            raise ContractError(
+                f"{training.local_update.name} trains on cases of which every label is annotated. Here {len(annotated)} are "
+                "annotated in part. Choose another [local_update]."
+            )
         return brought.batches(files)
     return Batches(
         files,
@@ -132,7 +148,13 @@ def _batches(files: Mapping[str, PreparedCase], training: Training, plan: Plan, 
         mirror=training.mirror,
         augmentation=training.augmentation,
         deep_supervision=training.deep_supervision,
+        annotated={case: annotation_mask(dataset.labels, names) for case, names in annotated.items()},
     )
+
+
+def _partly(entries: Sequence[Entry]) -> dict[str, tuple[str, ...]]:
+    """What was looked for, by case, where that is not all."""
+    return {e.key: e.case.annotated for e in entries if e.case.annotated is not None}
 
 
 def _agreed(request: Prepare) -> Space | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,16 +17,15 @@ from torch import Tensor
 from concilium import catalog
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job
-from concilium.data.augment import deep_supervision_weights
+from concilium.answers.objective import Teacher, make_objective
 from concilium.data.draws import seed_all
-from concilium.data.labels import has_regions, ignored
 from concilium.data.patches import Batches, stream
 from concilium.errors import ContractError, DataError
-from concilium.local_updates import Brought, Local, brought_by
+from concilium.local_updates import Brought, Local, brought_by, finish_of, has_personal
 from concilium.messages import Tensors, Train, Trained
 from concilium.networks import Parts, cut_apart
 from concilium.optimization import autocast, make_optimizer, restore_state, set_rate, state_of
-from concilium.wire import read_tensors, write_tensors
+from concilium.wire import part, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Learner:
     With a cut it is the front and the tail only; the body between them is the server's.
     """
 
-    def __init__(self, job: Job, device: torch.device, cut: Cut | None = None) -> None:
+    def __init__(self, job: Job, device: torch.device, cut: Cut | None = None, *, personal: bool = False) -> None:
         self.job = job
         self.device = device
         self.cut = cut
@@ -64,6 +62,12 @@ class Learner:
             self.scaler = torch.amp.GradScaler(device.type) if job.training.precision == "float16" else None
         self._optimizer = None if self.brought else make_optimizer(self.network, job.training)
         self.trained = False
+        self.memory: dict[str, Tensor] = {}
+        """The local update's own tensors."""
+        self.personal: Learner | None = None
+        """The site's own second network, where the local update trains one."""
+        if cut is None and has_personal(job.training.local_update.name) and not personal:
+            self.personal = Learner(job, device, personal=True)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -97,21 +101,34 @@ class Learner:
         return self.weights()
 
     def save(self, path: Path) -> None:
-        """Write weights and optimiser, at once or not at all."""
-        moments, numbers = state_of(self.optimizer)
-        tensors = {f"weights/{n}": t for n, t in self.weights().items()}
-        tensors |= {f"optimizer/{n}": t for n, t in moments.items()}
-        scale = self.scaler.state_dict() if self.scaler else {}
-        write_tensors(path, tensors, {"optimizer": numbers, "scaler": json.dumps(scale)})
+        """Write weights, optimiser and what the local update keeps, at once or not at all."""
+        write_tensors(path, *self._state())
 
     def load(self, path: Path) -> None:
         """Go back to what `save` wrote."""
-        tensors, about = read_tensors(path)
-        self.load_weights({n.removeprefix("weights/"): t for n, t in tensors.items() if n.startswith("weights/")})
-        moments = {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
-        restore_state(self.optimizer, moments, about["optimizer"])
+        self._restore(*read_tensors(path))
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        moments, numbers = state_of(self.optimizer)
+        tensors = {f"weights/{n}": t for n, t in self.weights().items()}
+        tensors |= {f"optimizer/{n}": t for n, t in moments.items()}
+        tensors |= {f"memory/{n}": t for n, t in self.memory.items()}
+        scale = self.scaler.state_dict() if self.scaler else {}
+        about = {"optimizer": numbers, "scaler": json.dumps(scale)}
+        if self.personal is not None and self.personal.trained:
+            own, more = self.personal._state()
+            tensors |= {f"personal/{n}": t for n, t in own.items()}
+            about |= {f"personal/{n}": text for n, text in more.items()}
+        return tensors, about
+
+    def _restore(self, tensors: Tensors, about: Mapping[str, str]) -> None:
+        self.load_weights(part(tensors, "weights/"))
+        restore_state(self.optimizer, part(tensors, "optimizer/"), about["optimizer"])
+        self.memory = part(tensors, "memory/")
         if self.scaler:
             self.scaler.load_state_dict(json.loads(about["scaler"]))
+        if self.personal is not None and (own := part(tensors, "personal/")):
+            self.personal._restore(own, part(about, "personal/"))
 
     def begin(self, weights: Tensors, *, site: str, model: str) -> Batches:
         """Take over the weights, where there are any, and get ready to take steps; where the batches come from.
@@ -132,9 +149,22 @@ class Learner:
                 f"{site} has no weights of {model}. The first round must send them. Start the run again."
             )
         self.network.train()
+        if self.personal is not None:
+            if not self.personal.trained:  # it begins where the shared one does
+                self.personal.load_weights(self.weights())
+            self.personal.network.train()
         return self.job.batches
 
-    def finish(self, losses: Sequence[float], *, model: str, round: int, send: bool, seconds: float) -> Trained:
+    def finish(
+        self,
+        losses: Sequence[float],
+        *,
+        model: str,
+        round: int,
+        send: bool,
+        seconds: float,
+        control: Tensors | None = None,
+    ) -> Trained:
         """What the site answers after the steps with these losses.
 
         Raises:
@@ -144,7 +174,8 @@ class Learner:
         if not all(bool(torch.isfinite(t).all()) for t in self.network.parameters()):
             raise FloatingPointError(f"Weights of {model} are not finite after round {round}.")
         n_cases = len(self.job.entries["training"])
-        return Trained(self.weights() if send else {}, n_cases, len(losses), sum(losses) / len(losses), seconds)
+        mean = sum(losses) / len(losses)
+        return Trained(self.weights() if send else {}, n_cases, len(losses), mean, seconds, control or {})
 
     def train(self, request: Train, *, site: str, cancelled: Check) -> Trained:
         """Take the steps that were asked for.
@@ -159,67 +190,69 @@ class Learner:
         batches = self.begin(request.weights, site=site, model=request.model)
         if self.brought is not None:
             self.brought.begin(total_steps=request.total_steps)
-        losses = self._steps(batches, request, site, cancelled)
+        local = self._lend(request)
+        losses = self._steps(batches, local, request, site, cancelled)
         if self.brought is not None:
             self.brought.end()
-        seconds = time.monotonic() - started
-        return self.finish(losses, model=request.model, round=request.round, send=request.send_weights, seconds=seconds)
+        return self.finish(
+            losses,
+            model=request.model,
+            round=request.round,
+            send=request.send_weights,
+            seconds=time.monotonic() - started,
+            control=finish_of(self.job.training.local_update, local, steps=len(losses)),
+        )
 
-    def _steps(self, batches: Batches, request: Train, site: str, cancelled: Check) -> list[float]:
+    def _lend(self, request: Train) -> Local:
+        """What the steps of this round work on."""
         training = self.job.training
-        take = partial(catalog.load("local_updates", training.local_update.name), **training.local_update.options)
-        local = Local(
+        received = self.weights()
+        precision = partial(autocast, self.device, training.precision)
+        own = None
+        if self.personal is not None:
+            own = Local(
+                self.personal.network,
+                self.personal.optimizer,
+                make_objective(self.job),
+                precision,
+                received,
+                training.clip_norm,
+                self.personal.scaler,
+            )
+        return Local(
             self.network,
             self.optimizer,
             make_objective(self.job),
-            partial(autocast, self.device, training.precision),
-            request.weights,
+            precision,
+            received,
             training.clip_norm,
             self.scaler,
             self.brought,
+            Teacher(self.job.network, received, self.device, precision),
+            request.control,
+            self.memory,
+            own,
         )
+
+    def _steps(self, batches: Batches, local: Local, request: Train, site: str, cancelled: Check) -> list[float]:
+        training = self.job.training
+        take = partial(catalog.load("local_updates", training.local_update.name), **training.local_update.options)
         keys = [(self.job.seed, site, request.round, step) for step in range(request.steps)]
         losses: list[float] = []
-        for step, (image, labels) in enumerate(stream(batches, keys, workers=training.loader_workers)):
+        for step, batch in enumerate(stream(batches, keys, workers=training.loader_workers)):
             if cancelled():
                 raise Cancelled
             if self.brought is not None:
                 self.brought.set_rate(request.first_step + step)
-            else:
-                set_rate(self.optimizer, training, step=request.first_step + step, total_steps=request.total_steps)
+            for learner in (self, self.personal) if self.brought is None else ():
+                if learner is not None:
+                    rate = {"step": request.first_step + step, "total_steps": request.total_steps}
+                    set_rate(learner.optimizer, training, **rate)
             seed_all(*keys[step], "step")  # whatever drew the batch, dropout and the like draw from here
-            loss = float(take(local, image.to(self.device), [x.to(self.device) for x in labels]))
+            loss = float(take(local, batch.to(self.device)))
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"The loss of {request.model} is {loss} at step {step} of round {request.round}."
                 )
             losses.append(loss)
         return losses
-
-
-def make_objective(job: Job) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
-    """Loss over the scales of deep supervision: each weighs half of the finer one, the coarsest nothing (Isensee et al. 2021)."""
-    plug_in = job.training.loss
-    function = catalog.load("losses", plug_in.name)
-    labels = {"regions": has_regions(job.labels), "ignore": ignored(job.labels)}
-    needed = {key: value for key, value in labels.items() if value not in (False, None)}
-    known = inspect.signature(function).parameters
-    if missing := [key for key in needed if key not in known]:
-        raise ContractError(
-            f"Loss {plug_in.name} takes no {' and no '.join(missing)}, which these labels have. Allowed is one that does, "
-            "such as dice_ce. Choose another [loss]."
-        )
-    loss = partial(function, batch_dice=job.plan.batch_dice, **needed, **plug_in.options)
-    weights = deep_supervision_weights(job.plan) if job.training.deep_supervision else (1.0,)
-
-    def objective(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-        scales = weights if len(logits) > 1 else (1.0,)  # a network without deep supervision has one scale
-        terms = [w * loss(_full(x), y, None) for w, x, y in zip(scales, logits, labels, strict=False) if w]
-        return cast(Tensor, sum(terms[1:], terms[0]))
-
-    return objective
-
-
-def _full(logits: Tensor) -> Tensor:
-    """Logits in float32 at least: a loss sums over more voxels than the digits of half precision can tell."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

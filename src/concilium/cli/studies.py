@@ -38,20 +38,25 @@ def check(
     ],
     test: Annotated[Path | None, typer.Option("--test", help="Held-out set, beside raw folders.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="File for all findings. It names cases: keep it.")] = None,
+    fix: Annotated[
+        Path | None, typer.Option("--fix", help="Folder for copies in which what can be mended safely is.")
+    ] = None,
     show: Annotated[int, typer.Option("--show", min=1, help="Cases to list for each kind of finding.")] = 20,
 ) -> None:
     """Say everything that is wrong with the data, before anything runs. Runs where they lie, sends nothing, changes nothing."""
     from concilium import api
-    from concilium.reports.findings import lines
+    from concilium.reports.findings import fixed, lines
 
     with progress_bar() as progress:
         task = progress.add_task("Checking", total=None, note="")
         checked = api.check(
-            what, test=test,
+            what, test=test, fix=fix,
             watch=lambda n, total, case: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
     for style, line in lines(checked.found, most=show):
         shown.print(line, style=style, markup=False, soft_wrap=not shown.is_terminal)
+    if fix:
+        shown.print(fixed(fix, len(checked.found.changes)), markup=False, soft_wrap=True)
     if json:
         checked.write(json)
     if checked.exit_code:

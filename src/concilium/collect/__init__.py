@@ -1,18 +1,23 @@
 """What the server sees of a round's updates: each one, or only their sum. One file here: one way.
 
-    collect(ask, requests: Mapping[str, Train | Finish], *, like: Tensors, ...options) -> Collected
+    collect(
+        ask, requests: Mapping[str, Train | Finish], *,
+        blocks: Sequence[Block], weigh: Callable[[int, float], int], asked: Mapping[str, int], see_updates: bool, ...options,
+    ) -> Collected
 
-`ask` sends requests and yields the replies as they arrive; a way may ask several times. `like` are tensors with the names,
-shapes and types that an update must have.
+`ask` sends requests and yields the replies as they arrive; a way may ask several times. An update must hold exactly the tensors
+of the `blocks` that its site has, by name, shape and type. It counts `weigh(n_cases, share)`, where `share` is the part of the
+steps `asked` that the site took. `see_updates`: the rule must see each update; a way that shows only
+sums then raises a `StudyError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from concilium.aggregation import Sum
+from concilium.aggregation import Sum, Update
 from concilium.messages import Failure, Reply, Request
 
 Ask: TypeAlias = Callable[[Mapping[str, Request]], Iterator[tuple[str, Reply | Failure]]]
@@ -30,8 +35,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Collected:
-    """A round's outcome: the sum over the sites that answered, what they told, and how the others failed."""
+    """A round's outcome: for each block the sum over its sites that answered, what they told, and how the others failed."""
 
-    total: Sum
+    totals: tuple[Sum, ...]
     answers: Mapping[str, Answer]
     failures: Mapping[str, Failure]
+    updates: tuple[Sequence[Update], ...] = ()
+    """The single updates of each block, sorted by site, where the rule must see them."""
+    control: Sum = field(default_factory=Sum)
+    """The sum of what local updates sent beside the weights, weighted by cases."""

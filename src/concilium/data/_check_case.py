@@ -4,62 +4,107 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from concilium.data._check_reading import Picture, read_file
+from concilium.data._check_label import check_label
+from concilium.data._check_reading import read_file
 from concilium.data._check_space import compare
-from concilium.data._check_types import About, Files, Finding, Seen, Space, count, some
+from concilium.data._check_types import REPLACE, About, Files, Finding, Mend, Picture, Seen, count, some
 
 Add = Callable[..., None]
-REPLACE = "Export it again from its source, or move the case away."
+TURNED = {
+    2: "mirrored left to right",
+    3: "turned by 180°",
+    4: "mirrored top to bottom",
+    5: "turned and mirrored",
+    6: "turned by 90° clockwise",
+    7: "turned and mirrored",
+    8: "turned by 90° anticlockwise",
+}
+"""Value of the orientation tag -> what viewers do to the stored pixels."""
 
 
 def check_case(site: str, files: Files, about: About, ending: str) -> tuple[Seen, list[Finding]]:
     """What is remembered of a case, and what is wrong with it."""
     found: list[Finding] = []
-
-    def add(severity: Any, code: str, text: str, fix: str) -> None:
-        found.append(Finding(severity, code, site, files.name, text, fix))
-
-    first, shape, digest = _images(files, about, ending, add)
+    case = _Case(site, files, about, ending, found)
+    first, shape, digest = _images(case)
     patient, named = about.patients.get(files.name, files.name), files.name in about.patients
     values, label_digest = None, None
-    label = None if files.label is None else _read(files.label, ending, add)
+    label = None if files.label is None else case.read(files.label, label_of_stack=first is None or first.stack)
     if label is not None:
-        values = _label(label, about, add)
+        values = check_label(label, about, case.add)
         label_digest = _hashed([label.voxels])
+        if label.stack and label.no_spacing:  # of no use to anyone, but the reader refuses it
+            case.add("error", "no_spacing", *label.no_spacing)
         if shape is not None and len(label.voxels) == 1:
-            _fits(label, shape, first, add)
-    space = first.space if first else None
-    return Seen(site, files.name, patient, named, shape or (), space, digest, label_digest, values), found
+            _fits(label, shape, first, case)
+    _tags({name: picture.tag for name, picture in case.kept.items()}, case.add)
+    space, lacks = (first.space, first.lacks) if first else (None, "")
+    headers = tuple((p.space and p.space.numbers, p.no_spacing, p.lacks != "", p.tag) for p in case.kept.values())
+    seen = Seen(
+        site, files.name, files.paths, patient, named, shape or (), space, lacks, digest, label_digest, headers, values
+    )
+    return seen, found
 
 
-def _read(path: Path, ending: str, add: Add) -> Picture | None:
-    read = read_file(path, ending)
-    if isinstance(read, Picture):
-        return read
-    colours = "Save it with one value per voxel (in 3D Slicer: as a label map)."
-    fix = colours if read.code == "channel_mismatch" else REPLACE
-    add("error", read.code, f"{path.parent.name}/{path.name} {read.why}", fix)
-    return None
+@dataclass(frozen=True)
+class _Case:
+    """A case on its way through the check."""
+
+    site: str
+    files: Files
+    about: About
+    ending: str
+    found: list[Finding]
+    kept: dict[Path, Picture] = field(default_factory=dict)
+    """What has been read, without its voxels."""
+
+    def add(self, severity: Any, code: str, text: str, fix: str, mend: Mend | None = None) -> None:
+        self.found.append(Finding(severity, code, self.site, self.files.name, text, fix, mend))
+
+    def read(self, path: Path, *, label_of_stack: bool = False) -> Picture | None:
+        """The file, unless it cannot be used."""
+        read = read_file(path, self.ending, self.files.name, label_of_stack=label_of_stack)
+        if isinstance(read, Picture):
+            self.kept[path] = replace(read, voxels=np.empty((0, 0, 0, 0)))
+            return read
+        colours = "Save it with one value per voxel (in 3D Slicer: as a label map)."
+        fix = colours if read.code == "channel_mismatch" else REPLACE
+        self.add("error", read.code, f"{_name(path)} {read.why}", fix)
+        return None
+
+
+def _tags(tags: Mapping[Path, int], add: Add) -> None:
+    """Files that viewers show otherwise than nnU-Net's readers, which do not look at the tag, give them."""
+    shown = [f"{_name(path)} {TURNED[tag]}" for path, tag in tags.items() if tag in TURNED]
+    if not shown:
+        return
+    text = f"By its orientation tag, viewers show {some(shown)}. Training sees pixels as they are stored."
+    if len({*tags.values()}) > 1:
+        text += " The case's other files are tagged otherwise: what was drawn on one as shown does not fit the other."
+    fix = (
+        "Look at image and label map without the tag. Turn the pixels of what lies wrong, and remove the tag from all."
+    )
+    add("warning", "orientation_tag", text, fix)
 
 
 # ------------------------------------------------------------------------------------------------------------- images
 
 
-def _images(
-    files: Files, about: About, ending: str, add: Add
-) -> tuple[Picture | None, tuple[int, ...] | None, bytes | None]:
+def _images(case: _Case) -> tuple[Picture | None, tuple[int, ...] | None, bytes | None]:
     """The first channel (without its voxels), the shape of all, and the digest of all voxels unless they say nothing."""
+    files, about, add = case.files, case.about, case.add
     first: Picture | None = None
     shape: tuple[int, ...] | None = None
     whole, n_channels, constant, readable = hashlib.blake2b(digest_size=16), 0, [], True
     for path in (files.images[i] for i in sorted(files.images)):
-        picture = _read(path, ending, add)
+        picture = case.read(path)
         if picture is None:
             readable = False
             continue
@@ -70,10 +115,10 @@ def _images(
         n_channels += len(voxels)
         whole.update(_hashed([voxels]))
         if first is None or shape is None:
-            first, shape = _without_voxels(picture), voxels.shape[1:]
+            first, shape = case.kept[path], voxels.shape[1:]
             _spacing(picture, path.name, add)
         else:
-            _channels_fit(first, shape, picture, path.name, add)
+            _channels_fit(first, shape, picture, path, case)
     if shape is None:
         return None, None, None
     _constant(constant, about, add)
@@ -83,10 +128,6 @@ def _images(
         text = f"The image has {count(n_channels, 'channel')}. {named}."
         add("error", "channel_mismatch", text, "Correct channel_names, or save the image with these channels.")
     return first, shape, None if all(constant) or not whole_case else whole.digest()
-
-
-def _without_voxels(picture: Picture) -> Picture:
-    return Picture(np.empty((0, 0, 0, 0)), picture.space, picture.n_not_finite, picture.no_spacing, picture.flat)
 
 
 def _finite(picture: Picture, name: str, add: Add) -> None:
@@ -117,16 +158,7 @@ def _constant(constant: Sequence[bool], about: About, add: Add) -> None:
 
 def _spacing(picture: Picture, name: str, add: Add) -> None:
     if picture.no_spacing is not None:
-        spacing = " x ".join(f"{s:g}" for s in picture.no_spacing)
-        text = (
-            f"The header of {name} gives a spacing of {spacing}. It must be above 0; the reader would take 0 for 1 mm."
-        )
-        add(
-            "error",
-            "no_spacing",
-            text,
-            "Write the spacing of the acquisition [mm] into the header (pixdim), label map included.",
-        )
+        add("error", "no_spacing", *picture.no_spacing)
     if picture.flat:
         text = f"{name} is a 2D file. nnU-Net's reader makes it a slice 999 times as thick as its pixels: volumes [ml] are wrong."
         add(
@@ -137,18 +169,18 @@ def _spacing(picture: Picture, name: str, add: Add) -> None:
         )
 
 
-def _channels_fit(first: Picture, shape: tuple[int, ...], picture: Picture, name: str, add: Add) -> None:
+def _channels_fit(first: Picture, shape: tuple[int, ...], picture: Picture, path: Path, case: _Case) -> None:
     """Compare a channel with the first."""
     other = picture.voxels.shape[1:]
     if other != shape:
-        text = f"{name} has {_size(other)} voxels, the first channel {_size(shape)}. All channels must be equal."
-        add("error", "shape_mismatch", text, "Resample the channels to one grid.")
+        text = f"{path.name} has {_size(other)} voxels, the first channel {_size(shape)}. All channels must be equal."
+        case.add("error", "shape_mismatch", text, "Resample the channels to one grid.")
     elif first.space and picture.space:
         same = np.allclose(first.space.spacing, picture.space.spacing)  # as nnU-Net's reader asks
-        _compared(first.space, picture.space, f"{name} and the first channel", add, tolerant=same)
+        _compared(first, picture, path, f"{path.name} and the first channel", case, tolerant=same)
 
 
-def _fits(label: Picture, shape: tuple[int, ...], first: Picture | None, add: Add) -> None:
+def _fits(label: Picture, shape: tuple[int, ...], first: Picture | None, case: _Case) -> None:
     """Compare the label map with the image."""
     own = label.voxels.shape[1:]
     if own != shape:
@@ -160,84 +192,22 @@ def _fits(label: Picture, shape: tuple[int, ...], first: Picture | None, add: Ad
             if turned
             else "Resample the label map to the image."
         )
-        add("error", "shape_mismatch", text, fix)
-    elif first and first.space and label.space:
-        _compared(first.space, label.space, "Label map and image", add)
+        case.add("error", "shape_mismatch", text, fix)
+    elif first and case.files.label:
+        _compared(first, label, case.files.label, "Label map and image", case)
 
 
-def _compared(one: Space, other: Space, what: str, add: Add, *, tolerant: bool = True) -> None:
-    difference = compare(one, other, tolerant=tolerant)
+def _compared(first: Picture, other: Picture, path: Path, what: str, case: _Case, *, tolerant: bool = True) -> None:
+    """Compare where another file's voxels lie with where those of the first channel lie."""
+    if not first.space or not other.space:
+        return
+    difference = compare(first.space, other.space, tolerant=tolerant)
     if difference is not None:
-        severity, code, text, fix = difference
-        add(severity, code, f"{what} {text}", fix)
-
-
-# ------------------------------------------------------------------------------------------------------------- labels
-
-
-def _label(label: Picture, about: About, add: Add) -> frozenset[int] | None:
-    """The ids in a label map; None where it holds none that can be used."""
-    if len(label.voxels) != 1:
-        text = f"The label map has {len(label.voxels)} channels. Allowed is 1."
-        add("error", "channel_mismatch", text, "Save ids (0, 1, 2, ...), not colours.")
-        return None
-    if label.n_not_finite:
-        text = f"{label.n_not_finite:,} of {label.voxels.size:,} voxels of the label map are NaN or infinite. It must hold ids."
-        add("error", "not_finite", text, REPLACE)
-    counted = _counted(label.voxels)
-    broken = {v: n for v, n in counted.items() if v != int(v)}
-    whole = {int(v): n for v, n in counted.items() if v == int(v)}
-    size = label.voxels.size
-    if broken:
-        values = some([f"{v:g}" for v in broken])
-        text = f"{_share(sum(broken.values()), size)} of the label map hold no whole numbers ({values})."
-        add(
-            "error",
-            "fractional_label",
-            text,
-            "It was resampled by interpolation: resample it by nearest neighbour instead.",
-        )
-    known = {i for ids in (about.labels or {}).values() for i in ids}
-    unknown = {v: n for v, n in whole.items() if v not in known} if about.labels else {}
-    if unknown:
-        hold = f"{_share(sum(unknown.values()), size)} of the label map hold {some(list(unknown))}"
-        text = f"{hold}. Allowed: {_ids(about.labels or {})}."
-        add("error", "unknown_label", text, _remedy(unknown, known))
-    if set(whole) <= {0} and not broken:
-        text = "The label map is empty: background only."
-        add(
-            "warning",
-            "empty_label",
-            text,
-            "Right where the case shows none of the structures; otherwise the annotation is missing.",
-        )
-    return frozenset(whole)
-
-
-def _counted(voxels: NDArray[Any]) -> dict[float, int]:
-    """Value -> number of voxels, of those that are finite."""
-    flat = voxels.ravel()
-    if np.issubdtype(flat.dtype, np.floating):
-        flat = flat[np.isfinite(flat)]
-        whole = flat.astype(np.int64)
-        if (whole != flat).any():
-            values, n = np.unique(flat, return_counts=True)
-            return {float(v): int(k) for v, k in zip(values, n, strict=True)}
-        flat = whole
-    if not flat.size:
-        return {}
-    low, high = int(flat.min()), int(flat.max())
-    if high - low < 1 << 16:  # much quicker than sorting the voxels
-        n = np.bincount((flat - low if low else flat).astype(np.int64, copy=False))
-        return {float(low + v): int(n[v]) for v in np.flatnonzero(n)}
-    values, n = np.unique(flat, return_counts=True)
-    return {float(v): int(k) for v, k in zip(values, n, strict=True)}
-
-
-def _remedy(unknown: Mapping[int, int], known: set[int]) -> str:
-    if set(unknown) == {255} and 1 in known:
-        return "If 255 means 1 (a mask saved for viewing), write 1 instead."
-    return "Correct the label map, or add the label to dataset.json."
+        severity, code, text, fix, harmless = difference
+        # NaN would be written as the 0 that it is read as, and a header that says nothing is none to copy.
+        safe = harmless and not other.n_not_finite and not first.no_spacing
+        mend = Mend("header", (path,), next(iter(case.kept))) if safe else None
+        case.add(severity, code, f"{what} {text}", fix, mend)
 
 
 # -------------------------------------------------------------------------------------------------------------- words
@@ -253,15 +223,11 @@ def _hashed(arrays: Sequence[NDArray[Any]]) -> bytes:
     return whole.digest()
 
 
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
 def _size(shape: Sequence[int]) -> str:
     """Along the file's axes: x first, as viewers show it."""
     sizes = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     return " x ".join(str(n) for n in reversed(sizes))
-
-
-def _share(n: int, of: int) -> str:
-    return f"{n:,} voxels ({100 * n / of:.2g} %)"
-
-
-def _ids(labels: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"{name} = {' + '.join(map(str, ids))}" for name, ids in labels.items())

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from concilium.data._check_types import About, Files, Finding, Listing, count, some
+from concilium.data._check_types import About, Files, Finding, Listing, Mend, count, some
 from concilium.data._description import READERS, read_description
 from concilium.errors import DataError
 
 Add = Callable[..., None]
+RENAME = "Rename it so."
 SIDECARS = {"desktop.ini", "thumbs.db"}
 
 
@@ -21,8 +22,8 @@ def list_files(site: str, folder: Path) -> Listing:
     """The cases of a data set by its files' names, and what is wrong with these and with `dataset.json`."""
     found: list[Finding] = []
 
-    def add(severity: Any, code: str, text: str, fix: str, case: str | None = None) -> None:
-        found.append(Finding(severity, code, site, case, text, fix))
+    def add(severity: Any, code: str, text: str, fix: str, case: str | None = None, mend: Mend | None = None) -> None:
+        found.append(Finding(severity, code, site, case, text, fix, mend))
 
     if not folder.is_dir():
         add("error", "no_data_set", f"{folder} is no folder. Expected an nnU-Net raw folder.", "Correct the path.")
@@ -32,18 +33,18 @@ def list_files(site: str, folder: Path) -> Listing:
     ending = about.ending or _likely_ending(folders["imagesTr"])
     if ending is None:
         return Listing(site, folder, about, (), tuple(found))
-    images = _sorted_images(folders["imagesTr"], ending, about, add)
+    images = _sorted_images(folders["imagesTr"], ending, _stems(folders["labelsTr"], ending), about, add)
     labels = _sorted_labels(folders["labelsTr"], ending, images, add)
-    n_channels = _n_files(images, about, ending)
-    cases = [Files(name, images.get(name, {}), labels.get(name), n_channels) for name in sorted({*images, *labels})]
-    told = {f.case for f in found if f.code == "unknown_file"}  # what such a case lacks is that file
-    for case in (c for c in cases if c.name not in told):
+    n_files = _n_files(images, about, ending)
+    cases = [Files(name, images.get(name, {}), labels.get(name), n_files) for name in sorted({*images, *labels})]
+    told = {f.case for f in found if f.code == "ignored_file" or (f.code == "unknown_file" and not f.safe)}
+    for case in (c for c in cases if c.name not in told):  # what the others lack is that file
         _complete(case, ending, about, add)
-    whole = [c for c in cases if c.images and c.label]
+    whole = [c for c in cases if c.whole]
     if not whole and not any(f.code == "no_data_set" for f in found):
         text = f"{folder} has no complete case. Expected imagesTr/CASE_0000{ending} with labelsTr/CASE{ending}."
         add("error", "no_training_cases", text, "Check the files' names, and file_ending in dataset.json.")
-    _counts(about, cases, len(whole), add)
+    _counts(folder, about, cases, len(whole), add)
     return Listing(site, folder, about, tuple(cases), tuple(found))
 
 
@@ -105,42 +106,86 @@ def _likely_ending(paths: Iterable[Path]) -> str | None:
     return endings.most_common(1)[0][0] if endings else None
 
 
-def _belonging(paths: Iterable[Path], ending: str, add: Add) -> Iterable[tuple[Path, str]]:
-    """Files with the right ending, and their names without it; the others would not be read."""
-    other = [
-        p for p in paths if not p.name.endswith(ending) and not (p.suffix == ".json" and ending.startswith(".tif"))
-    ]
-    for path in other:
-        text = f"{path.parent.name}/{path.name} is never read: file_ending in dataset.json is {ending}."
-        add("warning", "ignored_file", text, f"Convert it to {ending}, or move it away.")
-    return [(p, p.name[: -len(ending)]) for p in paths if p.name.endswith(ending)]
+def _stems(paths: Iterable[Path], ending: str) -> set[str]:
+    return {p.name[: -len(ending)] for p in paths if p.name.lower().endswith(ending)}
 
 
-def _sorted_images(paths: list[Path], ending: str, about: About, add: Add) -> dict[str, dict[int, Path]]:
+def _belonging(paths: Sequence[Path], ending: str, add: Add) -> Iterator[tuple[Path, str]]:
+    """Files with the right ending, in capitals too, and their names without it; the others are never read."""
+    names = {p.name for p in paths}
+    for path in paths:
+        stem = path.name[: -len(ending)]
+        if path.name.endswith(ending):
+            yield path, stem
+        elif path.name.lower().endswith(ending) and stem + ending not in names:
+            names.add(stem + ending)
+            yield path, stem
+        elif not (path.suffix == ".json" and ending.startswith(".tif")):
+            text = f"{path.parent.name}/{path.name} is never read: file_ending in dataset.json is {ending}."
+            add("warning", "ignored_file", text, f"Convert it to {ending}, or move it away.")
+
+
+def _spelt(path: Path, right: str, case: str, add: Add) -> bool:
+    """Whether the ending is right; if it is in capitals, the libraries that read by it do not read it."""
+    if path.name != right:
+        text = f"{path.parent.name}/{path.name} is never read: capitals count. Expected {right}."
+        add("warning", "ignored_file", text, RENAME, case, Mend("rename", (path,), path.with_name(right)))
+    return path.name == right
+
+
+def _sorted_images(
+    paths: Sequence[Path], ending: str, labelled: Collection[str], about: About, add: Add
+) -> dict[str, dict[int, Path]]:
+    """Case -> channel -> file. `labelled`: the names of label maps, by which a channel's number is told from a case's."""
     images: dict[str, dict[int, Path]] = {}
+    bare = []
     n = len(about.channels) if about.channels else 10_000
     for path, stem in _belonging(paths, ending, add):
         match = re.fullmatch(r"(.+)_(\d{4})", stem)
-        if match is None:
-            text = f"imagesTr/{path.name} does not say which channel it is. Allowed are CASE_0000{ending}, CASE_0001{ending}, ..."
-            add("error", "unknown_file", text, f"If it is the first channel, rename it to {stem}_0000{ending}.", stem)
+        if match is None or (int(match[2]) >= n and stem in labelled and match[1] not in labelled):
+            bare.append((path, stem))
         elif int(match[2]) >= n:
             text = f"imagesTr/{path.name} is channel {int(match[2])}. dataset.json names {n}: {_numbered(about)}."
             add("error", "extra_channel", text, "Add the channel to channel_names, or move the file away.", match[1])
-        else:
+        elif _spelt(path, f"{stem}{ending}", match[1], add):
             images.setdefault(match[1], {})[int(match[2])] = path
+    single = about.channels is not None and _n_files(images, about, ending) == 1
+    for path, stem in bare:
+        sure = single and path.name.endswith(ending) and stem in labelled and stem not in images
+        _bare(path, stem, ending, add, sure=sure)
+        if sure:
+            images[stem] = {0: path}
     return images
 
 
-def _sorted_labels(paths: list[Path], ending: str, images: Mapping[str, Any], add: Add) -> dict[str, Path]:
+def _bare(path: Path, stem: str, ending: str, add: Add, *, sure: bool) -> None:
+    """Say that an image has no channel number. `sure`: it is the only image of a label map, and a case has one."""
+    right = f"{stem}_0000{ending}"
+    what = f"imagesTr/{path.name} does not say which channel it is"
+    if sure:
+        text = f"{what}. It is the only image to labelsTr/{stem}{ending}. Expected {right}."
+        add("error", "unknown_file", text, RENAME, stem, Mend("rename", (path,), path.with_name(right)))
+    else:
+        text = f"{what}. Allowed are CASE_0000{ending}, CASE_0001{ending}, ...; as the first channel it is {right}."
+        add("error", "unknown_file", text, "Give it the number of its channel.", stem)
+
+
+def _sorted_labels(paths: Sequence[Path], ending: str, images: Mapping[str, Any], add: Add) -> dict[str, Path]:
     labels: dict[str, Path] = {}
+    stems = _stems(paths, ending)
     for path, stem in _belonging(paths, ending, add):
         case = stem.removesuffix("_0000")
-        if stem not in images and case in images:
-            text = f"labelsTr/{path.name} carries a channel number. A label map has none: labelsTr/{case}{ending}."
-            add("error", "unknown_file", text, f"Rename it to {case}{ending}.", case)
+        if stem in images or case not in images:
+            if _spelt(path, f"{stem}{ending}", stem, add):
+                labels[stem] = path
+            continue
+        text = f"labelsTr/{path.name} carries a channel number. A label map has none. Expected {case}{ending}"
+        if case in stems:
+            add("error", "unknown_file", f"{text}, which is there too.", "Keep one of them.", case)
         else:
-            labels[stem] = path
+            right = Mend("rename", (path,), path.with_name(f"{case}{ending}"))
+            add("error", "unknown_file", f"{text}.", RENAME, case, right)
+            labels[case] = path
     return labels
 
 
@@ -149,7 +194,7 @@ def _n_files(images: Mapping[str, Mapping[int, Path]], about: About, ending: str
     indices = {i for files in images.values() for i in files}
     if about.channels is None:
         return max(indices, default=0) + 1
-    coloured = READERS[ending] != "SimpleITKIO" and len(about.channels) > 1 and indices == {0}
+    coloured = READERS[ending] == "NaturalImage2DIO" and len(about.channels) in (3, 4) and indices <= {0}
     return 1 if coloured else len(about.channels)
 
 
@@ -173,11 +218,12 @@ def _complete(case: Files, ending: str, about: About, add: Add) -> None:
         )
 
 
-def _counts(about: About, cases: list[Files], n_whole: int, add: Add) -> None:
+def _counts(folder: Path, about: About, cases: list[Files], n_whole: int, add: Add) -> None:
     """What `dataset.json` says of the cases, beside the files."""
     if about.n_stated is not None and about.n_stated != n_whole:
         text = f"dataset.json says numTraining = {about.n_stated}; there are {count(n_whole, 'complete case')}. The files decide."
-        add("note", "case_count", text, f"Look for lost files, then set numTraining to {n_whole}.")
+        number = Mend("count", (folder / "dataset.json",))
+        add("note", "case_count", text, f"Set numTraining to {n_whole}, if no file is lost.", None, number)
     if not about.patients:
         return
     names = {c.name for c in cases}
@@ -187,7 +233,7 @@ def _counts(about: About, cases: list[Files], n_whole: int, add: Add) -> None:
         text = f"{lacking}: each counts as a patient of its own."
         add("warning", "patient_table", text, "Add them, or two images of one patient may be on both sides of a fold.")
     if gone:
-        text = f"The table patient of dataset.json names {count(len(gone), 'case')} that are not there ({some(gone)})."
+        text = f"The table patient of dataset.json names {count(len(gone), 'case')} without any file ({some(gone)})."
         add("note", "patient_table", text, "Look for lost files, or remove the entries.")
 
 

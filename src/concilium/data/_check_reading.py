@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from concilium.data._check_types import Space
+from concilium.data._check_pictures import read_picture
+from concilium.data._check_types import Picture, Space, Unusable, n_not_finite
 from concilium.data._description import READERS
 from concilium.data._nifti import Payload, is_nifti, scan
-from concilium.data.dataset import reader
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One file. `voxels`: (C, X, Y, Z) in the order of nnU-Net's readers (the file's last axis first), of the file's own type."""
-
-    voxels: NDArray[Any]
-    space: Space | None
-    """None where the format has none."""
-    n_not_finite: int
-    no_spacing: tuple[float, ...] | None = None
-    """The header's, where it is none that can be used."""
-    flat: bool = False
-    """A 2D file in a format for volumes."""
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """Why a file cannot be used: `code`, and the end of a sentence that begins with its name."""
-
-    code: str
-    why: str
-
-
-def read_file(path: Path, ending: str) -> Picture | Unusable:
-    """The file's voxels and geometry, or why there are none."""
+def read_file(path: Path, ending: str, case: str, *, label_of_stack: bool = False) -> Picture | Unusable:
+    """The file's voxels and geometry, or why there are none; the arguments are those of `read_picture`."""
     try:
-        return _read_volume(path) if READERS.get(ending) == "SimpleITKIO" else _read_picture(path, ending)
+        if path.stat().st_size == 0:
+            return Unusable("unreadable", "is empty.")
+        if READERS.get(ending) == "SimpleITKIO":
+            return _read_volume(path)
+        return read_picture(path, ending, case, label_of_stack=label_of_stack)
     except Exception as e:  # readers of other people raise what they like
         return Unusable("unreadable", f"cannot be read ({_short(e)}).")
-
-
-def _read_picture(path: Path, ending: str) -> Picture:
-    with contextlib.redirect_stdout(io.StringIO()):
-        voxels, _ = reader(ending)().read_images([str(path)])
-    return Picture(voxels, None, _n_not_finite(voxels))
 
 
 def _read_volume(path: Path) -> Picture | Unusable:
@@ -81,9 +52,16 @@ def _read_volume(path: Path) -> Picture | Unusable:
     if path.suffix == ".gipl" and path.stat().st_size < 256 + voxels.nbytes:  # ITK reads it without a word
         return Unusable("unreadable", "is cut off.")
     if payload is None:
-        return Picture(voxels, space, _n_not_finite(voxels), None, n == 2)
-    bad = not all(np.isfinite(s) and s > 0 for s in payload.spacing[:d])
-    return Picture(voxels, space, payload.n_not_finite, payload.spacing if bad else None, n == 2)
+        return Picture(voxels, space, n_not_finite(voxels), None, n == 2)
+    return Picture(voxels, space, payload.n_not_finite, _no_spacing(path, payload.spacing[:d]), n == 2)
+
+
+def _no_spacing(path: Path, spacing: tuple[float, ...]) -> tuple[str, str] | None:
+    if all(np.isfinite(s) and s > 0 for s in spacing):
+        return None
+    given = f"The header of {path.name} gives a spacing of {' x '.join(f'{s:g}' for s in spacing)}"
+    text = f"{given}. It must be above 0; the reader would take 0 for 1 mm."
+    return text, "Write the spacing of the acquisition [mm] into the header (pixdim), label map included."
 
 
 def _whole(path: Path) -> Payload | Unusable | None:
@@ -102,11 +80,9 @@ def _whole(path: Path) -> Payload | Unusable | None:
     return payload
 
 
-def _n_not_finite(voxels: NDArray[Any]) -> int:
-    return int(np.count_nonzero(~np.isfinite(voxels))) if np.issubdtype(voxels.dtype, np.inexact) else 0
-
-
 def _short(e: Exception) -> str:
     """The last line of an error of a library that has something to say."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    if any("Unable to determine ImageIO reader" in line for line in lines):
+        return "it is not what its name says"
     return lines[-1] if lines else type(e).__name__

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from concilium.data._check_space import orientation, turned
-from concilium.data._check_types import Finding, Listing, Seen, count, some
+from concilium.data._check_space import has_orientation, orientation, turned
+from concilium.data._check_types import Finding, Listing, Seen, Space, count, some
 
 Add = Callable[..., None]
 LENGTHY = 1.15
@@ -64,7 +64,7 @@ def _labels(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
 
 def _orientations(seen: Sequence[Seen], add: Add) -> None:
     """Volumes stored along other axes than most: nnU-Net reads voxels as stored, and does not look at the direction."""
-    stored = {s.case: orientation(s.space) for s in seen if s.space is not None and len(s.space.size) == 3}
+    stored = {s.case: orientation(s.space) for s in seen if has_orientation(s.space)}
     most = majority(stored.values())
     for case, letters in stored.items():
         if letters != most:
@@ -94,37 +94,63 @@ def _sideways(seen: Sequence[Seen], add: Add) -> None:
 
 def _spacings(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
     spaced = [(s, s.space) for s in seen if s.space is not None]
+    _unspaced(listing, seen, len(spaced), add)
     if not spaced:
-        if seen:
-            text = f"{listing.about.ending or 'This'} files have no spacing: distances and areas are counted in pixels."
-            add("note", "pixels", text, "Nothing, if the pictures have about one scale.")
         return
-    ones = [s for s, space in spaced if (space.spacing == 1).all()]
-    blank = [s for s, space in spaced if (space.spacing == 1).all() and not space.placed]
-    fix = "Compare with the acquisition. If it is wrong, write the true spacing [mm] into the headers."
-    if len(ones) == len(spaced) and not blank:
-        what = "Every case has a spacing of exactly 1 mm along all axes"
-        text = f"{what}: right after resampling, and also what is written where none is known."
-        add("note", "unit_spacing", text, fix)
-    for s in ones if len(ones) < len(spaced) else blank:
-        why = (
-            "the header gives no position either"
-            if s in blank
-            else f"{len(spaced) - len(ones)} other cases have another"
-        )
-        add(
-            "warning",
-            "unit_spacing",
-            f"The spacing is exactly 1 mm along all axes, and {why}: it may be unknown.",
-            fix,
-            s.case,
-        )
-    edges = {s.case: float(np.exp(np.log(np.maximum(space.spacing, 1e-9)).mean())) for s, space in spaced}
+    _ones(spaced, add)
+    edges = {s.case: space.edge for s, space in spaced}
     usual = float(np.median(list(edges.values())))
     for case, edge in edges.items():
         if max(edge / usual, usual / edge) > ODD:
             text = f"Voxels have edges of {edge:.3g} mm (geometric mean), usually {usual:.3g} mm at this site."
-            add("warning", "odd_spacing", text, "Check the unit of the header: it should be mm.", case)
+            add("warning", "odd_spacing", text, "Check the unit in the file: it should be mm.", case)
+
+
+def _ones(spaced: Sequence[tuple[Seen, Space]], add: Add) -> None:
+    """Cases with a spacing of exactly 1 mm, which may be unknown."""
+    ones = [s for s, space in spaced if (space.spacing == 1).all()]
+    blank = {s.case for s, space in spaced if (space.spacing == 1).all() and not space.placed}
+    others = [s.case for s, space in spaced if not (space.spacing == 1).all()]
+    fix = "Compare with the acquisition. If it is wrong, write the true one [mm] into the files."
+    exact = "a spacing of exactly 1 mm along all axes"
+    if len(ones) > len(others) and not blank:
+        meant = "right after resampling, and also what is written where none is known"
+        if others:
+            text = (
+                f"{len(ones)} of {len(spaced)} cases have {exact} ({meant}), and the others have not ({some(others)})."
+            )
+        else:
+            text = f"Every case has {exact}: {meant}."
+        add("warning" if others else "note", "unit_spacing", text, fix)
+        return
+    for s in ones if others else [s for s in ones if s.case in blank]:
+        unlike = f"unlike that of {count(len(others), 'other case')}"
+        why = "and the header gives no position either" if s.case in blank else unlike
+        add(
+            "warning",
+            "unit_spacing",
+            f"The spacing is exactly 1 mm along all axes, {why}: it may be unknown.",
+            fix,
+            s.case,
+        )
+
+
+def _unspaced(listing: Listing, seen: Sequence[Seen], n_spaced: int, add: Add) -> None:
+    """Cases whose format has no spacing, or keeps it in a file beside it that is not there."""
+    lacking = [s for s in seen if s.lacks]
+    write = 'Write the file where the spacing is known: {"spacing": [z, y, x]} in mm.'
+    if n_spaced:
+        for s in lacking:
+            others = count(n_spaced, "other case")
+            text = f"There is no {s.lacks}, so its voxels count as 1 x 1 x 1 mm, unlike those of {others}."
+            add("error", "no_spacing", text, write, s.case)
+    elif lacking:
+        name = f"{lacking[0].lacks.split('/')[0]}/CASE.json"
+        text = f"No case has its spacing beside it ({name}): voxels count as cubes, distances and volumes in voxels."
+        add("note", "pixels", text, write)
+    elif seen and all(s.shape[0] == 1 for s in seen):
+        text = f"{listing.about.ending or 'This'} files have no spacing: distances and areas are counted in pixels."
+        add("note", "pixels", text, "Nothing, if the pictures have about one scale.")
 
 
 def _patients(listing: Listing, seen: Sequence[Seen], folds: int, test: bool, add: Add) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +13,22 @@ from concilium.data._check_types import Severity, Space
 ROUNDING = 0.02
 """Voxels by which corners may lie apart because headers hold rounded numbers (float32, or text with a few digits)."""
 COPY = "Copy spacing, origin and direction of the image into the other file's header (SimpleITK: other.CopyInformation(image))"
-Difference = tuple[Severity, str, str, str]
+Difference = tuple[Severity, str, str, str, bool]
 
 
 def compare(one: Space, other: Space, *, tolerant: bool = True) -> Difference | None:
-    """How two files of equal shape differ in place, or None where they differ by rounding only: severity, code, text, fix.
+    """How two files of equal shape differ in place, or None where they differ by rounding only: severity, code, text, fix,
+    and whether copying the header is right beyond doubt.
 
     What counts is how far apart [mm] the same voxel lies in both: the largest distance is at a corner. Training pairs voxels by
     their index and never looks at the headers, so a difference is harmless exactly where the indices belong together.
     With `tolerant` false the reader refuses the pair whatever the distance.
     """
+    if not other.directed:
+        return _compare_spacing(one, other)
     if len(one.size) != len(other.size):
         text = f"are stored with {len(other.size)} and {len(one.size)} dimensions. Both must have the same."
-        return "error", "geometry_mismatch", text, f"{COPY}, after saving both in the same way."
+        return "error", "geometry_mismatch", text, f"{COPY}, after saving both in the same way.", False
     distance = float(np.linalg.norm(one.corners() - other.corners(), axis=1).max())
     voxel = float(np.min(one.spacing))
     if distance <= ROUNDING * voxel and tolerant:
@@ -41,12 +45,12 @@ def compare(one: Space, other: Space, *, tolerant: bool = True) -> Difference | 
         refused = (
             "" if tolerant else " nnU-Net's reader refuses channels whose spacings differ by more than 1 in 100,000."
         )
-        return severity, "geometry_mismatch", f"{text}{spacings}{refused}", f"{COPY}: safe below one voxel."
+        return severity, "geometry_mismatch", f"{text}{spacings}{refused}", f"{COPY}: safe below one voxel.", True
     mirrored = _mirrored(one, other, tolerance=0.1 * voxel)
     if mirrored:
         text = f"fill the same place but are stored along other axes ({mirrored}): voxels of one index do not belong together."
         fix = "Resample the file onto the image's grid (nearest neighbour for label maps), so that its voxels move too."
-        return "error", "mirrored", text, fix
+        return "error", "mirrored", text, fix, False
     if not other.placed or (_is_blank(other) and not _is_blank(one)):
         blank = (
             "The first has a header without a place (origin 0, axes straight), as if saved without that of the image."
@@ -56,9 +60,19 @@ def compare(one: Space, other: Space, *, tolerant: bool = True) -> Difference | 
             "geometry_mismatch",
             f"{text}{spacings} {blank}",
             f"Look at one, voxel by voxel. Where they match: {COPY}.",
+            False,
         )
     fix = f"Look at one in a viewer. Where voxels match: {COPY}. Where places match: resample onto the image's grid."
-    return "error", "geometry_mismatch", f"{text}{spacings}", fix
+    return "error", "geometry_mismatch", f"{text}{spacings}", fix, False
+
+
+def _compare_spacing(one: Space, other: Space) -> Difference | None:
+    """The same of files that say how large voxels are and not where they lie."""
+    if np.allclose(one.spacing, other.spacing, rtol=1e-3):
+        return None
+    text = f"have spacings of {_mm(other.spacing)} and {_mm(one.spacing)} mm. Training takes the image's."
+    fix = "Find out which is right, and write it into the files beside both."
+    return "warning", "geometry_mismatch", text, fix, False
 
 
 def _mirrored(one: Space, other: Space, *, tolerance: float) -> str:
@@ -86,6 +100,11 @@ def _is_blank(space: Space) -> bool:
         and not space.origin.any()
         and bool((np.abs(np.abs(space.direction) - np.eye(len(space.size))) < 1e-6).all())
     )
+
+
+def has_orientation(space: Space | None) -> TypeGuard[Space]:
+    """Whether the file says where the axes of a volume lead."""
+    return space is not None and space.directed and len(space.size) == 3
 
 
 def orientation(space: Space) -> str:

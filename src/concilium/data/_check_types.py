@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Severity = Literal["error", "warning", "note"]
+REPLACE = "Export it again from its source, or move the case away."
+"""What to do about a file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Mend:
+    """A change of files that is right beyond doubt: it decides nothing that only a person can know."""
+
+    how: Literal["rename", "header", "remove", "count"]
+    """`count`: `numTraining` becomes the number of complete cases."""
+    files: tuple[Path, ...]
+    """Those that change."""
+    to: Path | None = None
+    """`rename`: the right name. `header`: the file whose spacing, origin and direction it gets."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,13 @@ class Finding:
     """What is wrong, by how much, what is allowed."""
     fix: str
     """What to do."""
+    mend: Mend | None = None
+    """The same as a change of files, where that is right beyond doubt."""
+
+    @property
+    def safe(self) -> bool:
+        """Whether `--fix` mends it in a copy."""
+        return self.mend is not None
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,16 @@ class Files:
     n_images: int
     """Files of images that there should be."""
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All that are there, the label map last."""
+        return (*(self.images[i] for i in sorted(self.images)), *([self.label] if self.label else []))
+
+    @property
+    def whole(self) -> bool:
+        """Whether none is missing."""
+        return len(self.images) >= self.n_images and self.label is not None
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -74,6 +105,18 @@ class Space:
     origin: NDArray[np.float64]
     direction: NDArray[np.float64]
     placed: bool = True
+    directed: bool = True
+    """Whether the format can say where voxels lie at all, and not how large they are only."""
+
+    @property
+    def edge(self) -> float:
+        """Of a voxel [mm]: the geometric mean of its sides."""
+        return float(np.exp(np.log(np.maximum(self.spacing, 1e-9)).mean()))
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """All that it says, to compare with another's."""
+        return (*self.size, *self.spacing, *self.origin, *self.direction.ravel())
 
     def corners(self) -> NDArray[np.float64]:
         """Places [mm] of the centres of the corner voxels, (2**d, d), the first axis quickest."""
@@ -84,23 +127,61 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One file. `voxels`: (C, X, Y, Z) in the order of nnU-Net's readers (the file's last axis first), of the file's own type."""
+
+    voxels: NDArray[Any]
+    space: Space | None
+    """None where the format has none, or the file says nothing."""
+    n_not_finite: int
+    no_spacing: tuple[str, str] | None = None
+    """What is wrong with a spacing that cannot be used, and what to do."""
+    flat: bool = False
+    """A 2D file in a format for volumes."""
+    stack: bool = False
+    """A volume in TIFF, whose spacing lies in a file beside it."""
+    lacks: str = ""
+    """That file, where it is not there."""
+    tag: int = 1
+    """How viewers are told to turn it (EXIF); 1: not at all."""
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Why a file cannot be used: `code`, and the end of a sentence that begins with its name."""
+
+    code: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Seen:
     """What is remembered of a case once it has been read; never its voxels."""
 
     site: str
     case: str
+    files: tuple[Path, ...]
     patient: str
     named: bool
     """Whether the patient is from the table."""
     shape: tuple[int, ...] = ()
     """Axes as in the array, without channels."""
     space: Space | None = None
-    """None where the format has none."""
+    """None where the format has none, or the file says nothing."""
+    lacks: str = ""
+    """The file beside it that should say the spacing, where it is not there."""
     digest: bytes | None = None
     """Of the voxels of all channels, whatever the files' names, types and compression; None where they say nothing."""
     label_digest: bytes | None = None
+    headers: tuple[object, ...] = ()
+    """What the files say besides voxels: equal where those say the same."""
     values: frozenset[int] | None = None
     """Ids in the label map; None where there is none that can be read."""
+
+
+def n_not_finite(voxels: NDArray[Any]) -> int:
+    """How many of them are NaN or infinite."""
+    return int(np.count_nonzero(~np.isfinite(voxels))) if np.issubdtype(voxels.dtype, np.inexact) else 0
 
 
 def some(names: Sequence[object], most: int = 5) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from concilium.data.labels import Labels, from_nnunet
+from concilium.data.labels import Labels, foreground, from_nnunet
 from concilium.errors import DataError
 
 READERS: Mapping[str, str] = {
@@ -31,12 +31,20 @@ FLAT = (999, 1, 1)
 
 @dataclass(frozen=True)
 class Description:
-    """What `dataset.json` says. `patients`: case -> patient, for the cases that it names."""
+    """What `dataset.json` says. `patients`: case -> patient, for the cases that it names.
+
+    `annotated`: the labels that were looked for, in all cases, or by case for those that it names; `None`: all, in all.
+    """
 
     channels: tuple[str, ...]
     labels: Labels
     file_ending: str
     patients: Mapping[str, str]
+    annotated: tuple[str, ...] | Mapping[str, tuple[str, ...]] | None = None
+
+    def annotated_in(self, case: str) -> tuple[str, ...] | None:
+        """The labels that were looked for in this case; `None`: all."""
+        return self.annotated.get(case) if isinstance(self.annotated, Mapping) else self.annotated
 
 
 def read_description(folder: Path) -> Description:
@@ -49,11 +57,13 @@ def read_description(folder: Path) -> Description:
     patients = settings.get("patient", {})
     if not isinstance(patients, dict):
         raise _wrong(folder, "patient", patients, "a table from case to patient", "Write it so, or remove it")
+    labels = _labels(settings, folder)
     return Description(
         _channels(settings, folder),
-        _labels(settings, folder),
+        labels,
         _file_ending(settings, folder),
         {case: str(patient) for case, patient in patients.items()},
+        _annotated(settings, labels, folder),
     )
 
 
@@ -114,6 +124,22 @@ def _labels(settings: dict[str, Any], folder: Path) -> Labels:
         return from_nnunet(settings)
     except ValueError as e:
         raise _wrong(folder, "labels", settings.get("labels"), allowed, str(e)) from e
+
+
+def _annotated(
+    settings: dict[str, Any], labels: Labels, folder: Path
+) -> tuple[str, ...] | Mapping[str, tuple[str, ...]] | None:
+    given = settings.get("annotated")
+    if given is None:
+        return None
+    known = tuple(foreground(labels))
+    lists = given.values() if isinstance(given, dict) else [given]
+    if not all(isinstance(names, list) and all(name in known for name in names) for names in lists):
+        allowed = f"a list of labels ({', '.join(known)}), or a table from case to such a list"
+        raise _wrong(folder, "annotated", given, allowed, "Correct it, or remove it where every label was looked for")
+    if isinstance(given, dict):
+        return {case: tuple(names) for case, names in given.items()}
+    return tuple(given)
 
 
 def _file_ending(settings: dict[str, Any], folder: Path) -> str:

@@ -60,11 +60,15 @@ def write_raw_folder(
             _write_changed(whole[name], source, links, change, (*key, name))
         for path, link in links.items():
             if not link.exists():
-                _link(path, link)
+                link_file(path, link)
     about = json.loads((source.folder / "dataset.json").read_text(encoding="utf-8"))
     about["numTraining"] = len(patients)
     if "patient" in about:
         about["patient"] = {case: about["patient"][case] for case in sorted(patients) if case in about["patient"]}
+    if annotated is not None:
+        about["annotated"] = [name for name in source.labels if name in annotated]
+    elif isinstance(about.get("annotated"), dict):
+        about["annotated"] = {case: names for case, names in about["annotated"].items() if case in patients}
     (target / "dataset.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -113,7 +117,7 @@ def _reduce(path: Path, target: Path, ids: frozenset[int]) -> None:
     write_file(reduced, target)
 
 
-def _link(path: Path, link: Path) -> None:
+def link_file(path: Path, link: Path) -> None:
     """A second name for a file: a hard link, else a symbolic one, else a copy."""
     path = path.resolve()
     for way in (os.link, os.symlink, shutil.copyfile):

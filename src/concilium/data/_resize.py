@@ -71,7 +71,8 @@ def restore_label(logits: Tensor, properties: Mapping[str, Any], rules: Any) -> 
     """Label map (X, Y, Z) at the original size, from logits (L, X, Y, Z): resized linearly, then decided."""
     restored = _linear(logits.detach().cpu().float(), properties["shape_before_cropping"])
     found = rules.convert_logits_to_segmentation(restored)
-    label: Array = (found.numpy() if isinstance(found, Tensor) else found).astype(np.uint8)
+    holds = np.min_scalar_type(max(rules.all_labels))  # uint8 up to id 255, then uint16
+    label: Array = (found.numpy() if isinstance(found, Tensor) else found).astype(holds)
     return label
 
 

@@ -7,16 +7,19 @@ leaves a hospital tells whoever has that image that the patient was there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from concilium.data._check_case import check_case
 from concilium.data._check_files import list_files
+from concilium.data._check_parts import into_parts
 from concilium.data._check_site import check_site
 from concilium.data._check_sites import check_together
 from concilium.data._check_types import Finding, Listing, Seen, Severity
 from concilium.data.matching import Names
+from concilium.data.mend import Change
+from concilium.data.partition import Layout
 
 __all__ = ["Checked", "Finding", "check"]
 
@@ -29,6 +32,8 @@ class Checked:
 
     cases: Mapping[str, int]
     findings: tuple[Finding, ...]
+    changes: tuple[Change, ...] = ()
+    """What is mended in copies, if any were asked for."""
 
     def n(self, severity: Severity) -> int:
         """How many findings are of this severity."""
@@ -41,34 +46,49 @@ def check(
     test: Path | None = None,
     folds: int = 5,
     names: Mapping[str, Names] | None = None,
+    divide: Callable[[], Layout] | None = None,
     watch: Callable[[int, int, str], None] = lambda done, total, case: None,
 ) -> Checked:
     """All findings in the nnU-Net raw folders of these sites and of a held-out `test` set, whatever state they are in.
 
     Cases are read one after the other, one file in memory at a time; `watch` is told the number done, of how many, and the case.
-    `names`: what a data set calls otherwise than the study.
+    `names`: what a data set calls otherwise than the study. `divide`: how a study divides the one of `sites` into its sites.
     Nothing is changed and nothing raised: a file that cannot be read is a finding.
     """
     members = {**sites, **({} if test is None else {"test": test})}
     listings = [list_files(name, folder) for name, folder in members.items()]
     total, done = sum(len(x.cases) for x in listings), 0
-    found: list[Finding] = [f for x in listings for f in x.findings]
-    seen: list[Seen] = []
+    found: list[Finding] = []
+    data_sets: list[tuple[Listing, list[Seen]]] = []
     for listing in listings:
-        own: list[Seen] = []
+        seen: list[Seen] = []
+        own = list(listing.findings)
         for files in listing.cases:
             watch(done, total, f"{listing.site}: {files.name}")
             one, wrong = check_case(listing.site, files, listing.about, _ending(listing))
-            own.append(one)
-            found += wrong
+            seen.append(one)
+            own += wrong
             done += 1
-        found += check_site(listing, own, folds=folds, test=listing.site == "test" and test is not None)
-        seen += own
+        parts = [(listing, seen)]
+        if divide is not None and listing.site in sites:
+            parts, own = into_parts(listing, seen, own, divide)
+        data_sets += parts
+        found += own
     watch(done, total, "")
-    found += check_together(listings, seen, test=None if test is None else "test", names=names or {})
-    order = {name: i for i, name in enumerate(members)}
+    held_out = None if test is None and divide is None else "test"
+    found += _beside_each_other(data_sets, held_out, folds, names or {})
+    order = {name: i for i, name in enumerate(dict.fromkeys([*sites, *(x.site for x, _ in data_sets)]))}
     found.sort(key=lambda f: (order[f.site], SEVERITIES.index(f.severity), f.code))
-    return Checked({x.site: len(x.cases) for x in listings}, tuple(found))
+    return Checked({x.site: len(x.cases) for x, _ in data_sets}, tuple(found))
+
+
+def _beside_each_other(
+    data_sets: Sequence[tuple[Listing, list[Seen]]], test: str | None, folds: int, names: Mapping[str, Names]
+) -> list[Finding]:
+    """What shows only when a data set, or several, have been read; `test` is the name of the held-out one."""
+    found = [f for x, seen in data_sets for f in check_site(x, seen, folds=folds, test=x.site == test)]
+    listings, everyone = [x for x, _ in data_sets], [s for _, seen in data_sets for s in seen]
+    return found + check_together(listings, everyone, test=test, names=names)
 
 
 def _ending(listing: Listing) -> str:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from concilium.data._description import FLAT, read_description, spacing_file
 from concilium.data._names import files_in, images_in, stem
 from concilium.data._reading import check_label, read_files, read_label, reader, unreadable
-from concilium.data.labels import Labels, has_regions
+from concilium.data.labels import Labels, foreground, has_regions, unknown_ids
 from concilium.data.matching import Names, Space, Translation, renamed, translate
 from concilium.errors import DataError, StudyError
 
@@ -46,6 +46,8 @@ class Case:
     images: tuple[Path, ...]
     label: Path | None
     patient: str
+    annotated: tuple[str, ...] | None = None
+    """The labels that were looked for; `None`: all. To the others every voxel is unknown, whatever the label map says."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ class Dataset:
 
     @property
     def space(self) -> Space:
-        """Channels and labels."""
-        return Space(self.channels, self.labels)
+        """Channels, labels, and what was looked for in some case."""
+        each = [case.annotated for case in self.cases]
+        known = None if None in each else tuple(dict.fromkeys(n for names in each if names is not None for n in names))
+        return Space(self.channels, self.labels, known)
 
 
 def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
@@ -95,15 +99,25 @@ def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
         elif label is None:
             missing.append((name, "missing_label"))
         else:
-            cases.append(Case(name, files, label, about.patients.get(name, name)))
+            cases.append(Case(name, files, label, about.patients.get(name, name), about.annotated_in(name)))
     if not cases:
         raise DataError(
             f"{folder} has no complete case ({len(missing)} lack a file). Expected imagesTr/<case>_0000{ending} for each of "
             f"{len(channels)} channels and labelsTr/<case>{ending}. Check the names and file_ending in dataset.json."
         )
-    space = renamed(Space(channels, about.labels), names or Names(), str(folder))
+    names = names or Names()
+    space = renamed(Space(channels, about.labels), names, str(folder))
+    every = set(foreground(space.labels))
+    cases = [replace(case, annotated=_annotated(case, names, every)) for case in cases]
     known = all(case.name in about.patients for case in cases)
     return Dataset(folder, space.channels, space.labels, ending, tuple(cases), tuple(missing), known)
+
+
+def _annotated(case: Case, names: Names, every: set[str]) -> tuple[str, ...] | None:
+    """What was looked for in the case, in the study's words; `None` where that is all there is."""
+    own = None if case.annotated is None else tuple(names.labels.get(name, name) for name in case.annotated)
+    given = own if names.annotated is None else names.annotated
+    return None if given is None or every <= set(given) else given
 
 
 def translated(dataset: Dataset, study: Space) -> Dataset:
@@ -144,7 +158,10 @@ def read_case(case: Case, dataset: Dataset) -> tuple[NDArray[np.float32], NDArra
         return image, None, properties
     label = read_label(case.label, dataset.file_ending, case.name)
     check_label(case.name, image, label, dataset.labels if how is None else how.own)
-    return image, _moved(label, how), properties
+    moved = _moved(label, how)
+    if case.annotated is not None and (unknown := unknown_ids(dataset.labels, case.annotated)):
+        moved = np.where(np.isin(moved, unknown), np.float32(0), moved)
+    return image, moved, properties
 
 
 def _moved(label: NDArray[np.float32], how: Translation | None) -> NDArray[np.float32]:
@@ -209,6 +226,8 @@ def content_key(case: Case, dataset: Dataset) -> str:
     how = dataset.translation
     if has_regions(dataset.labels):  # where patches are drawn depends on the order of the regions
         definition["regions"] = list(dataset.labels)
+    if case.annotated is not None:
+        definition["annotated"] = sorted(case.annotated)
     if how is not None and how.notes:
         definition |= {"order": list(how.channels), "ids": list(how.ids.items())}
     whole = hashlib.blake2b(json.dumps(definition, sort_keys=True).encode(), digest_size=32)

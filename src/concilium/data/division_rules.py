@@ -40,7 +40,7 @@ PARTITIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Way to divide -> the keys of [partition] and of a site that it reads, beside those that every way does."""
 
-DEALT = ("values", "share", "annotated")
+DEALT = ("values", "share")
 """Keys of a site that only a partition reads."""
 
 

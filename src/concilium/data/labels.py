@@ -8,7 +8,7 @@ its ids is the one that a predicted label map holds where this region, and none 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from concilium.messages import Labels
@@ -16,6 +16,7 @@ from concilium.messages import Labels
 __all__ = [
     "Labels",
     "all_ids",
+    "annotation_mask",
     "flaw",
     "foreground",
     "from_nnunet",
@@ -24,6 +25,7 @@ __all__ = [
     "ignored",
     "n_heads",
     "to_nnunet",
+    "unknown_ids",
 ]
 BACKGROUND, IGNORE = "background", "ignore"
 
@@ -42,6 +44,18 @@ def ignored(labels: Labels) -> int | None:
     """The id of voxels that take no part, or None."""
     value = labels.get(IGNORE)
     return value if isinstance(value, int) else None
+
+
+def annotation_mask(labels: Labels, annotated: Sequence[str]) -> tuple[bool, ...]:
+    """For each channel of the logits whether its label or region was looked for; the background where anything was."""
+    mask = tuple(name in annotated for name in foreground(labels))
+    return mask if has_regions(labels) else (any(mask), *mask)
+
+
+def unknown_ids(labels: Labels, annotated: Sequence[str]) -> tuple[int, ...]:
+    """The ids that stand for nothing that was looked for: voxels with them may be anything."""
+    known = {i for name, ids in foreground(labels).items() if name in annotated for i in ids}
+    return tuple(i for ids in foreground(labels).values() for i in ids if i not in known)
 
 
 def all_ids(labels: Labels) -> tuple[int, ...]:

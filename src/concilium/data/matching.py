@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from concilium.data.labels import BACKGROUND, IGNORE, all_ids, flaw, ids_of
+from concilium.data.labels import BACKGROUND, IGNORE, all_ids, flaw, foreground, ids_of
 from concilium.errors import ContractError, DataError
 from concilium.messages import Fingerprint, Labels
 
@@ -17,6 +18,8 @@ class Names:
 
     labels: Mapping[str, str] = field(default_factory=dict)
     channels: Mapping[str, str] = field(default_factory=dict)
+    annotated: tuple[str, ...] | None = None
+    """The labels that were looked for in its cases, in the study's words, in place of what its dataset.json says."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Space:
 
     channels: tuple[str, ...]
     labels: Labels
+    annotated: tuple[str, ...] | None = None
+    """The labels that were looked for in some case; `None`: all. A site need not know the others."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,11 @@ def renamed(space: Space, names: Names, where: str) -> Space:
                 f"Correct the table of {kind}.",
                 code="sites_differ",
             )
+    annotated = None if space.annotated is None else tuple(names.labels.get(n, n) for n in space.annotated)
     return Space(
         tuple(names.channels.get(c, c) for c in channels),
         {names.labels.get(n, n): value for n, value in space.labels.items()},
+        annotated if names.annotated is None else names.annotated,
     )
 
 
@@ -100,6 +107,8 @@ def translate(own: Space, study: Space, *, where: str, other: str = "the study")
     """
     _match("channels", own.channels, study.channels, where, other)
     optional = {IGNORE} if IGNORE in study.labels else set()  # a site may know all its voxels
+    if own.annotated is not None:
+        optional |= {n for n in foreground(study.labels) if n not in own.annotated and n not in own.labels}
     _match(
         "labels",
         [n for n in own.labels if n not in optional],
@@ -127,6 +136,8 @@ def translate(own: Space, study: Space, *, where: str, other: str = "the study")
 def agree(told: Mapping[str, Space]) -> tuple[Space, dict[str, Translation]]:
     """The space of a study, and how each site gets there: the first site's, with `ignore` if any site has it.
 
+    Where sites looked for some labels only, those that others know besides are added.
+
     Raises:
         DataError: labels that cannot be, or names that differ between sites.
     """
@@ -134,10 +145,59 @@ def agree(told: Mapping[str, Space]) -> tuple[Space, dict[str, Translation]]:
         if problem := flaw(space.labels):
             raise DataError(f"{site} has labels {dict(space.labels)}. {problem}, in its dataset.json.")
     first = next(iter(told))
-    study = told[first]
+    study = replace(told[first], labels=united(told.values()), annotated=None)
+    for site, space in told.items():
+        require_known(space, study.labels, where=site)
     if IGNORE not in study.labels and any(IGNORE in space.labels for space in told.values()):
         study = replace(study, labels={**study.labels, IGNORE: all_ids(study.labels)[-1] + 1})
     return study, {site: translate(space, study, where=site, other=first) for site, space in told.items()}
+
+
+def united(told: Iterable[Space]) -> Labels:
+    """The first site's labels and those that others know besides, where the sites that lack them did not look for them."""
+    spaces = list(told)
+    first = spaces[0]
+    labels: dict[str, Any] = {n: v for n, v in first.labels.items() if n != IGNORE}
+    for space in spaces:
+        for name in foreground(space.labels):
+            lack = [s for s in spaces if name not in s.labels]
+            if name not in labels and all(s.annotated is not None and name not in s.annotated for s in lack):
+                labels[name] = max(all_ids(labels)) + 1
+    if IGNORE in first.labels:
+        labels[IGNORE] = max(all_ids(labels)) + 1
+    return labels
+
+
+def require_known(space: Space, labels: Labels, *, where: str) -> None:
+    """Check that what a site looked for are labels of the study.
+
+    Raises:
+        DataError: one is not (`sites_differ`).
+    """
+    if unknown := [name for name in space.annotated or () if name not in labels]:
+        raise DataError(
+            f"{where} says that {', '.join(unknown)} is annotated there. Labels are {', '.join(foreground(labels))}. Correct "
+            "annotated, in the study or in its dataset.json.",
+            code="sites_differ",
+        )
+
+
+def annotation_notes(labels: Labels, told: Mapping[str, tuple[str, ...] | None]) -> list[str]:
+    """What a report must say of the sites that annotate some labels only; every label must be annotated somewhere.
+
+    Raises:
+        DataError: one is not.
+    """
+    nowhere = [n for n in foreground(labels) if all(names is not None and n not in names for names in told.values())]
+    if nowhere:
+        raise DataError(
+            f"No site annotates {', '.join(nowhere)}. Every label needs one that does. Correct annotated, or take it out."
+        )
+    return [
+        f"{site} annotates {', '.join(names) or 'nothing'} only: other labels are unknown there, not background."
+        for site, names in told.items()
+        if names is not None
+    ]
 
 
 def reorder(fingerprint: Fingerprint, translation: Translation) -> Fingerprint:
@@ -181,8 +241,8 @@ def _match(kind: str, own: Sequence[str], study: Sequence[str], where: str, othe
 
 def _partial(who: str, lacks: Sequence[str]) -> str:
     return (
-        f"{who} lacks {', '.join(lacks)}: sites that annotate only some of the labels are not supported yet. Annotate the others "
-        "there too, or leave the site out."
+        f'{who} lacks {", ".join(lacks)}. If nobody looked for it there, list what was looked for: "annotated" in its '
+        "dataset.json, or annotated = [...] in the site's table of the study."
     )
 
 

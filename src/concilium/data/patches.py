@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,10 +23,30 @@ from concilium.data.preprocess import Array, Prepared, label_rules, open_prepare
 from concilium.errors import ContractError, DataError
 from concilium.nnunet_parts import nnUNetDataLoader, nnUNetPredictor
 
-Batch: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
-"""Images float32 (B, C, *patch) and label maps int16 (B, 1, *patch), one per supervised scale, finest first.
 
-With regions the label maps are bool (B, R, *patch), one channel per region, and a last one where voxels are to be ignored."""
+class Batch(NamedTuple):
+    """Patches to train on."""
+
+    image: Tensor
+    """float32 (B, C, *patch)."""
+    labels: tuple[Tensor, ...]
+    """int16 (B, 1, *patch), one per supervised scale, finest first. With regions bool (B, R, *patch), one channel per region, and
+    a last one where voxels are to be ignored."""
+    annotated: Tensor | None = None
+    """bool (B, L), by channel of the logits: which labels (background among them) or regions somebody looked for in each patch's
+    case. `None`: all of them, in all cases."""
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nothing is annotated in any patch."""
+        return self.annotated is not None and not bool(self.annotated.any())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        annotated = None if self.annotated is None else self.annotated.to(device)
+        return Batch(self.image.to(device), tuple(x.to(device) for x in self.labels), annotated)
+
+
 Key: TypeAlias = tuple[str | int, ...]
 
 Augment: TypeAlias = tuple[Transforms, tuple[int, ...]]
@@ -46,6 +66,7 @@ class Batches:
         mirror, augmentation, deep_supervision: as in `augment.training_transforms`.
         augment: in place of these three.
         probabilistic: `foreground` is the chance of every patch, in place of a share of the batch.
+        annotated: by channel of the logits what was looked for, of cases where that is not everything.
     """
 
     def __init__(  # noqa: PLR0913  (options of the study)
@@ -61,6 +82,7 @@ class Batches:
         deep_supervision: bool = True,
         augment: Augment | None = None,
         probabilistic: bool = False,
+        annotated: Mapping[str, tuple[bool, ...]] | None = None,
     ) -> None:
         if not prepared:
             raise DataError("There are 0 cases to train on. At least one is needed. Add cases, or use fewer folds.")
@@ -70,6 +92,7 @@ class Batches:
                 plan, mirror=mirror, augmentation=augmentation, deep_supervision=deep_supervision, labels=labels
             )[:2]
         )
+        self._annotated = dict(annotated or {})
         files = {name: p.path if isinstance(p, Prepared) else p for name, p in prepared.items()}
         self._loader = nnUNetDataLoader(
             _Cases(sorted(files), files),
@@ -87,7 +110,15 @@ class Batches:
         with drawn_from(*key), _one_thread():
             drawn = self._loader.generate_train_batch()
         target = drawn["target"]
-        return drawn["data"], tuple(target) if isinstance(target, list) else (target,)
+        labels = tuple(target) if isinstance(target, list) else (target,)
+        return Batch(drawn["data"], labels, self._mask([str(case) for case in drawn["keys"]]))
+
+    def _mask(self, cases: Sequence[str]) -> Tensor | None:
+        """What was looked for in each of these cases; `None` where that is everything in all that there are."""
+        if not self._annotated:
+            return None
+        every = (True,) * len(next(iter(self._annotated.values())))
+        return torch.tensor([self._annotated.get(case, every) for case in cases])
 
 
 def stream(batches: Batches, keys: Sequence[Key], *, workers: int) -> Iterator[Batch]:

@@ -69,6 +69,8 @@ class SiteSettings:
     """What this site calls its labels, where the study calls them otherwise -> the study's names."""
     channel_names: Mapping[str, str] | None = None
     """The same of channels."""
+    annotated: tuple[str, ...] | None = None
+    """The labels that were looked for at this site, in the study's words; omitted: as its dataset.json says, or all."""
     case_scores: bool = False
     """Whether the scores of single cases may leave, under numbers. Otherwise averages do, over 5 patients or more."""
     pictures: bool = True
@@ -141,7 +143,8 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "device": str,
         "split": bool,
     }
-    hints |= dict.fromkeys(("labels", "pictures", "case_scores"), bool) | {"plug_ins": tuple[str, ...]}
+    hints |= dict.fromkeys(("labels", "pictures", "case_scores"), bool)
+    hints |= dict.fromkeys(("plug_ins", "annotated"), tuple[str, ...])
     hints |= dict.fromkeys(("label_names", "channel_names"), Mapping[str, str])
     values: dict[str, Any] = {}
     for key, value in raw.items():
@@ -192,6 +195,6 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         s.threads,
         s.device,
         Policy(s.plug_ins, s.split, s.labels, s.case_scores),
-        names={about.name: Names(s.label_names or {}, s.channel_names or {})},
+        names={about.name: Names(s.label_names or {}, s.channel_names or {}, s.annotated)},
         pictures=s.pictures,
     )

@@ -79,12 +79,15 @@ def _check(kit: Path, about: About, study: Study, sites: tuple[str, ...]) -> Non
             "site's own data, as they are. Take it out, or run it in a simulation."
         )
     renamed = [
-        f"[{name}] {key}" for name, table in tables.items() for key in ("labels", "channels") if getattr(table, key)
+        f"[{name}] {key}"
+        for name, table in tables.items()
+        for key in ("labels", "channels", "annotated")
+        if getattr(table, key)
     ]
     if renamed:
         raise StudyError(
-            f"{', '.join(renamed)} is not read between hospitals: a site names its own labels and channels. Allowed: "
-            "`label_names` and `channel_names` in that site's site.toml. Write it there, and take it out here."
+            f"{', '.join(renamed)} is not read between hospitals: a site says so itself. Allowed: `label_names`, `channel_names` "
+            "and `annotated` in that site's site.toml. Write it there, and take it out here."
         )
 
 

@@ -1,9 +1,19 @@
 """Local updates: one optimisation step at a site. One file here: one way to take it.
 
-    step(local: Local, image: Tensor, labels: Sequence[Tensor], *, ...options) -> Tensor
+    step(local: Local, batch: Batch, *, ...options) -> Tensor
 
-`image` is (B, C, *patch), `labels` holds (B, 1, *patch) at each scale of deep supervision, finest first. The result is the
-loss as a tensor of one element. `Local` lends what a step needs.
+The result is the loss as a tensor of one element. `Local` lends what a step needs.
+
+A file may have besides
+
+    finish(local: Local, *, steps: int, ...options) -> Tensors
+
+called after the steps of a round: tensors that go to the server beside the weights. It adds the sites' up, weighted by their
+share of all training cases, to what it has; every site gets the total with the next round (`Local.control`), at first nothing.
+
+    PERSONAL = True
+
+A second network of the site's own, with an optimiser, that stays there and is evaluated beside the shared one (`Local.personal`).
 
 Where more than the step is its own, a file also has
 
@@ -17,16 +27,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from concilium import catalog
 from concilium.data.labels import Labels
-from concilium.data.patches import Batches
+from concilium.data.patches import Batch, Batches
 from concilium.data.plan import Plan
 from concilium.data.preprocess import Prepared
 from concilium.messages import PlugIn, Tensors
@@ -63,36 +73,56 @@ class Local:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    objective: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-    """Loss of the network's logits against the labels, over all scales."""
+    objective: Callable[[Sequence[Tensor], Batch], Tensor]
+    """Loss of the network's logits against the batch's labels, over all scales."""
     autocast: Callable[[], AbstractContextManager[object]]
     """The precision that the forward pass computes in."""
     received: Tensors
-    """The weights that this round started from."""
+    """The weights that this round started from: what was sent, and what stays here."""
     clip_norm: float
     scaler: torch.amp.GradScaler | None = None
     """Scales the loss in float16 only."""
     brought: Brought | None = None
     """What the local update's own `bring` gave."""
+    teacher: Callable[[Tensor], Sequence[Tensor]] | None = None
+    """Logits, without gradient, of the network as this round began."""
+    control: Tensors = field(default_factory=dict)
+    """What the server made of all that `finish` sent."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """The local update's own, kept from step to step and from round to round."""
+    personal: Local | None = None
+    """The same of the site's own second network."""
 
 
 def brought_by(
     local_update: PlugIn, *, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.device
 ) -> Brought | None:
     """What a local update brings, with new weights; `None` where it is a step and no more."""
-    bring = _bring_of(local_update.name)
+    bring = _part_of(local_update.name, "bring")
     if bring is None:
         return None
     return cast(Brought, bring(plan=plan, labels=labels, channels=channels, device=device, **local_update.options))
 
 
+def finish_of(local_update: PlugIn, local: Local, *, steps: int) -> Tensors:
+    """What the local update sends beside the weights after the steps of a round."""
+    finish = _part_of(local_update.name, "finish")
+    return {} if finish is None else cast(Tensors, finish(local, steps=steps, **local_update.options))
+
+
+def has_personal(name: str) -> bool:
+    """Whether a local update trains a second network that stays at its site."""
+    return _part_of(name, "PERSONAL") is not None
+
+
 def is_more_than_a_step(name: str) -> bool:
     """Whether a local update brings network, optimiser and batches."""
-    return _bring_of(name) is not None
+    return _part_of(name, "bring") is not None
 
 
-def _bring_of(name: str) -> Callable[..., object] | None:
-    return getattr(inspect.getmodule(catalog.load("local_updates", name)), "bring", None)
+def _part_of(name: str, part: str) -> Any:
+    """What else a local update's module has; `None` where it has not."""
+    return getattr(inspect.getmodule(catalog.load("local_updates", name)), part, None)
 
 
 def descend(local: Local, loss: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from concilium.data.augment import repeatable
 from concilium.data.labels import Labels, to_nnunet
-from concilium.data.patches import Batches
+from concilium.data.patches import Batch, Batches
 from concilium.data.plan import Plan
 from concilium.data.preprocess import Prepared
 from concilium.errors import ContractError, StudyError
@@ -33,7 +33,7 @@ _KNOWN = {"network", "optimizer", "lr_scheduler", "grad_scaler", "current_epoch"
 """What changes in a trainer with every step, or is its plan."""
 
 
-def step(local: Local, image: Tensor, labels: Sequence[Tensor], *, trainer: str) -> Tensor:
+def step(local: Local, batch: Batch, *, trainer: str) -> Tensor:
     """Take one step of the trainer's own; the loss before it.
 
     Raises:
@@ -41,7 +41,7 @@ def step(local: Local, image: Tensor, labels: Sequence[Tensor], *, trainer: str)
     """
     if not isinstance(local.brought, Trainer):
         raise ContractError(f"{trainer} is not at hand. Expected in a step of its own model. Ask for `Train`.")
-    return local.brought.step(image, labels)
+    return local.brought.step(batch.image, batch.labels)
 
 
 def bring(*, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.device, trainer: str) -> Trainer:

@@ -5,45 +5,40 @@ Isensee et al. 2021, doi:10.1038/s41592-020-01008-z.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import cast
+from typing import Literal
 
 from torch import Tensor
 
 from concilium.errors import ContractError
-from concilium.nnunet_parts import DC_and_BCE_loss, DC_and_CE_loss, MemoryEfficientSoftDiceLoss
+from concilium.losses._nnunet import of_all
 
 
-def loss(
+def loss(  # noqa: PLR0913  (options of the study)
     logits: Tensor,
     labels: Tensor,
-    annotated: Sequence[int] | None = None,
+    annotated: Tensor | None = None,
     *,
     batch_dice: bool,
     regions: bool = False,
     ignore: int | None = None,
     dice_weight: float = 1.0,
     ce_weight: float = 1.0,
+    unannotated: Literal["refuse", "background"] = "refuse",
 ) -> Tensor:
     """`dice_weight` * Dice loss + `ce_weight` * cross-entropy; of voxels that are not to be ignored.
 
+    Args:
+        unannotated: what labels are that nobody looked for. `background` teaches the network that they are not there: a
+            baseline to measure others against.
+
     Raises:
-        ContractError: only some labels are annotated, which this loss cannot take into account.
+        ContractError: only some labels are annotated, and `unannotated` says to refuse.
     """
-    if annotated is not None:
+    if annotated is not None and unannotated == "refuse":
         raise ContractError(
-            f"dice_ce was given labels {list(annotated)} as the only annotated ones. It needs all. Choose another [loss]."
+            f"dice_ce was given {int((~annotated).any(1).sum())} patches of which only some labels are annotated. It needs all, "
+            "since to it the others are background. Choose marginal."
         )
-    return cast(Tensor, _nnunet(batch_dice, regions, ignore, dice_weight, ce_weight)(logits, labels))
-
-
-@functools.cache
-def _nnunet(
-    batch_dice: bool, regions: bool, ignore: int | None, dice_weight: float, ce_weight: float
-) -> DC_and_CE_loss | DC_and_BCE_loss:
-    dice = {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": regions, "ddp": False}
-    weights = {"weight_ce": ce_weight, "weight_dice": dice_weight, "dice_class": MemoryEfficientSoftDiceLoss}
-    if regions:
-        return DC_and_BCE_loss({}, dice, use_ignore_label=ignore is not None, **weights)
-    return DC_and_CE_loss(dice, {}, ignore_label=ignore, **weights)
+    return of_all(
+        logits, labels, batch_dice=batch_dice, regions=regions, ignore=ignore, weights=(dice_weight, ce_weight)
+    )

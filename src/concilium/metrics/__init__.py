@@ -14,6 +14,7 @@ Keyword-only parameters are options of the study file. `None` means undefined: c
 | `empty_reference`  | 0.0            | undefined |
 | `empty_prediction` | 0.0            | undefined |
 | `both_empty`       | undefined      | undefined |
+| `not_annotated`    | no score       | no score  |
 
 Two empty masks agree, but a score of 1 for them would let the share of empty cases decide a ranking. A label that was
 missed or made up altogether scores 0 overlap; its distance has no finite value, and any number in its place would be
@@ -32,6 +33,9 @@ from numpy.typing import NDArray
 from concilium.errors import ContractError
 from concilium.metrics._boxes import bounding_box, union
 from concilium.metrics._surfaces import Surfaces, measure
+
+NOT_ANNOTATED = "not_annotated"
+"""The status of a label that nobody looked for in a case: it has no scores."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,12 @@
 """Protocols: who talks when. One file here: one protocol, a function of the file's name that is a plain loop over rounds.
 
     def NAME(engine, start: Round, *, model, collect, rule, rounds, steps, min_sites, deadline_s, network, training, seed, device,
-             ...options) -> Iterator[Round]
+             cases, weigh, ...options) -> Iterator[Round]
 
 A protocol that does not need all of these takes the rest as `**_`. It starts again from any complete round: a `Round` holds
 every value that the next one needs, as named tensors and JSON numbers. At a yield nothing is outstanding. `steps` says who takes
-part, and with how many optimiser steps a round.
+part, and with how many optimiser steps a round; `cases`, how many training cases each has; `weigh`, what an
+update counts in a sum (`aggregation.weight_of`).
 
 A file may also have `check(network: Stages, **options) -> None`, called for every variant before anything trains: it raises a
 `StudyError` where this protocol cannot train that network.
@@ -16,8 +17,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from concilium.collect import Answer
 from concilium.engines import Engine, Traffic
 from concilium.errors import EngineError
@@ -25,7 +24,8 @@ from concilium.messages import Failure, Json, Tensors, Train, describe
 
 WEIGHTS = "weights/"
 STATE = "rule/"
-"""Prefixes of a round's tensors: the shared model, and what the aggregation rule keeps."""
+CONTROL = "control/"
+"""Prefixes of a round's tensors: the shared model, what the aggregation rule keeps, and what local updates exchange besides."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,20 @@ def start_with(weights: Tensors) -> Round:
     return Round(0, {WEIGHTS + name: tensor for name, tensor in weights.items()})
 
 
-def part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
 def train_requests(
-    model: str, number: int, rounds: int, steps: Mapping[str, int], weights: Tensors, *, send_weights: bool
+    model: str,
+    number: int,
+    rounds: int,
+    steps: Mapping[str, int],
+    weights: Tensors,
+    *,
+    send_weights: bool,
+    control: Tensors | None = None,
 ) -> dict[str, Train]:
     """Round `number`'s request for each site; sites with equally many steps share one, which is packed once."""
     shared = {
-        n: Train(model, number, (number - 1) * n, n, rounds * n, weights, send_weights) for n in set(steps.values())
+        n: Train(model, number, (number - 1) * n, n, rounds * n, weights, send_weights, control or {})
+        for n in set(steps.values())
     }
     return {site: shared[n] for site, n in steps.items()}
 

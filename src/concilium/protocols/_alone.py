@@ -10,7 +10,8 @@ from torch import Tensor
 from concilium.collect import Answer
 from concilium.engines import Engine, ask
 from concilium.messages import Failure, Json, Tensors, Trained, as_failure
-from concilium.protocols import WEIGHTS, Round, copy_traffic, part, traffic_since, train_requests
+from concilium.protocols import WEIGHTS, Round, copy_traffic, traffic_since, train_requests
+from concilium.wire import part
 
 
 def train_alone(

@@ -17,16 +17,17 @@ from typing import Any, Literal
 
 import torch
 
-from concilium.aggregation import Sum
+from concilium.aggregation import Sum, one_block
 from concilium.collect import Collected
 from concilium.data.draws import digest
 from concilium.engines import Engine, ask
 from concilium.errors import EngineError
 from concilium.messages import Finish, Front, Tensors, Training
 from concilium.networks import Parts, Stages, cut_apart
-from concilium.protocols import STATE, WEIGHTS, Round, copy_traffic, part, require, traffic_since
+from concilium.protocols import STATE, WEIGHTS, Round, copy_traffic, require, traffic_since
 from concilium.protocols._body import Body
 from concilium.protocols._exchange import Exchange
+from concilium.wire import part
 
 MOMENTS = "body/"
 """Prefix of a round's tensors: the state of the bodies' optimisers, `body/OWNER/...`."""
@@ -49,10 +50,12 @@ def splitfed(
     training: Training,
     seed: int,
     device: torch.device,
+    weigh: Callable[[int, float], int],
     variant: Literal["v1", "v2"] = "v1",
     cut: Literal["shallow", "deep"] | tuple[str, ...] = "deep",
     reveal_labels: bool = False,
     exchange_seconds: float | None = None,
+    **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: the whole network's weights, the rule's tensors and the bodies' optimisers.
 
@@ -92,7 +95,9 @@ def splitfed(
         exchange = Exchange(engine, queues, _first(request, steps, rounds), seed=seed)
         exchange.run(deadline_s=deadline)
         requests = {site: Finish(model, number, gradients) for site, gradients in exchange.last.items()}
-        got = collect(partial(ask, engine, deadline_s=deadline), requests, like=ours)
+        got = collect(
+            partial(ask, engine, deadline_s=deadline), requests, blocks=(one_block(ours, steps),), asked=steps
+        )
         failures = {**exchange.failures, **got.failures}
         require(got.answers, failures, min_sites=min_sites, model=model, number=number)
         if variant == "v2" and not bodies[ALL].is_finite():
@@ -100,10 +105,10 @@ def splitfed(
                 f"{model}, round {number}: the body is not finite any more. Expected finite weights. Go on from the round before "
                 "with --resume, or start again with a lower learning rate."
             )
-        total = got.total
+        (total,) = got.totals
         if variant == "v1":
-            total.join(_sum_of({site: (bodies[site], a.n_cases) for site, a in got.answers.items()}))
-        new, state = rule(total, state)
+            total.join(_sum_of({site: (bodies[site], weigh(a.n_cases, 1.0)) for site, a in got.answers.items()}))
+        new, state = rule(total, state, before={n: weights[n] for n in total.names})
         weights = {**weights, **new, **({} if variant == "v1" else bodies[ALL].weights())}
         moments |= {owner: body.state() for owner, body in bodies.items() if owner == ALL or owner in got.answers}
         tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
@@ -143,8 +148,8 @@ def _first(request: Front, steps: Mapping[str, int], rounds: int) -> dict[str, F
 
 
 def _sum_of(bodies: Mapping[str, tuple[Body, int]]) -> Sum:
-    """The bodies' weights, each times its site's number of cases."""
+    """The bodies' weights, each times what its site counts."""
     total = Sum()
-    for body, n_cases in bodies.values():
-        total.add(body.weights(), n_cases)
+    for body, weight in bodies.values():
+        total.add(body.weights(), weight)
     return total

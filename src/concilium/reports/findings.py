@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from concilium.data.check import Checked, Finding
 
@@ -16,31 +16,53 @@ Line = tuple[str, str]
 def lines(checked: Checked, *, most: int = 20) -> Iterator[Line]:
     """A paragraph per data set; of each kind of finding at most `most` cases are named, and the others counted.
 
-    What is said of every data set in the same words stands once, in a paragraph of its own.
+    What is said of all, or of more than two of them, in the same words stands once, in a paragraph of its own.
     """
-    said: dict[tuple[str, str, str], set[str]] = {}
-    for f in checked.findings:
-        if f.case is None:
-            said.setdefault((f.code, f.text, f.fix), set()).add(f.site)
-    everywhere = {key for key, sites in said.items() if len(sites) == len(checked.cases) > 1}
-    for site, n in checked.cases.items():
+    together = _together(checked)
+    divided = [f.site for f in checked.findings if f.site not in checked.cases]  # cases are listed at the parts
+    for site in dict.fromkeys([*divided, *checked.cases]):
         own = [f for f in checked.findings if f.site == site]
-        yield "bold", f"{site}: {_count(n, 'case')}. {_totals(own)}"
-        yield from _groups([f for f in own if (f.code, f.text, f.fix) not in everywhere], most)
+        n_cases = f"{_count(checked.cases[site], 'case')}. " if site in checked.cases else ""
+        yield "bold", f"{site}: {n_cases}{_totals(own)}"
+        yield from _groups([f for f in own if _said(f) not in together], most)
         yield "", ""
-    first = next(iter(checked.cases))
-    shared = [f for f in checked.findings if f.site == first and (f.code, f.text, f.fix) in everywhere]
-    if shared:
-        yield "bold", "All of them:"
-        yield from _groups(shared, most)
+    for sites in dict.fromkeys(together.values()):
+        yield "bold", "All of them:" if len(sites) == len(checked.cases) else f"{', '.join(sites)}:"
+        first = [f for f in checked.findings if f.site == sites[0] and together.get(_said(f)) == sites]
+        yield from _groups(first, most)
         yield "", ""
     whole = f"{_count(len(checked.cases), 'data set')}, {_count(sum(checked.cases.values()), 'case')}"
     yield "bold", f"{whole}. {_totals(checked.findings)}"
+    n_safe = sum(f.safe for f in checked.findings)
+    if n_safe and not checked.changes:
+        yield "", f"--fix OUT mends {n_safe:,} of them, in copies of the data."
+
+
+def _said(f: Finding) -> tuple[str, str, str]:
+    return f.code, f.text, f.fix
+
+
+def _together(checked: Checked) -> dict[tuple[str, str, str], tuple[str, ...]]:
+    """What is said of all data sets, or of more than two, and of which."""
+    said: dict[tuple[str, str, str], list[str]] = {}
+    for f in checked.findings:
+        if f.case is None and f.site in checked.cases:
+            said.setdefault(_said(f), []).append(f.site)
+    enough = min(3, max(2, len(checked.cases)))
+    return {key: tuple(sites) for key, sites in said.items() if len(sites) >= enough}
+
+
+def fixed(out: Path, n: int) -> str:
+    """What became of `--fix`."""
+    if not n:
+        return f"Nothing can be mended safely: {out} is not written."
+    return f"{_count(n, 'change')} in copies: {out}. {out / 'FIXES.txt'} lists them. What was checked is as it was."
 
 
 def to_json(checked: Checked) -> str:
     """All findings; the cases' names are in it, so it stays at the site."""
-    found = [dataclasses.asdict(f) for f in checked.findings]
+    told = ("severity", "code", "site", "case", "text", "fix", "safe")
+    found = [{key: getattr(f, key) for key in told} for f in checked.findings]
     return json.dumps({"cases": dict(checked.cases), "findings": found}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -53,7 +75,12 @@ def _groups(findings: Sequence[Finding], most: int) -> Iterator[Line]:
         n_cases = len({f.case for f in group if f.case is not None})
         yield STYLES[severity], f"  {severity}: {code}" + (f", {_count(n_cases, 'case')}" if n_cases else "")
         yield from (("", f"    {text}") for text in _texts(group, most))
-        yield "", f"    → {fix}"
+        yield "", f"    → {fix}{_safe(group)}"
+
+
+def _safe(group: Sequence[Finding]) -> str:
+    n = sum(f.safe for f in group)
+    return "" if not n else " (--fix does it.)" if n == len(group) else f" (--fix does it for {n:,} of {len(group):,}.)"
 
 
 def _texts(group: Sequence[Finding], most: int) -> Iterator[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from concilium.study.data_sets import data_sets, names_of
+from concilium.study.data_sets import DataSets, data_sets, divide, names_of
 from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
 from concilium.study.tables import SiteTable, StartTable, Study, training_of, with_seeds
 
 __all__ = [
     "RESERVED",
+    "DataSets",
     "SiteTable",
     "StartTable",
     "Study",
     "data_sets",
+    "divide",
     "names_of",
     "parse_study",
     "read_study",

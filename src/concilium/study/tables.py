@@ -34,7 +34,8 @@ class SiteTable:
     share: float | None = None
     """In a partition by size: its part of the patients, relative to the others'; omitted by all: equal parts."""
     annotated: tuple[str, ...] | None = None
-    """In a partition by labels: the labels that its label maps keep."""
+    """The labels that were looked for at this site; the others are unknown there, not background. Omitted: as its dataset.json
+    says, or all. Between hospitals `annotated` in `site.toml`. In a partition by labels its label maps keep only these."""
     shift: Shift | None = None
     """What is done to its images, in a simulation."""
     labels: Mapping[str, str] | None = None

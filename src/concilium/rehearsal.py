@@ -1,0 +1,55 @@
+"""What a study asks for, tried once before anything trains: an error after a night of training would have been one before it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from concilium import catalog
+from concilium.data.draws import drawn_from
+from concilium.data.labels import Labels, has_regions, ignored, n_heads
+from concilium.errors import ContractError, StudyError
+from concilium.messages import PlugIn
+from concilium.networks import Stages
+from concilium.study import Study
+
+
+def try_network(study: Study, network: Callable[..., Stages]) -> None:
+    """Build the network once, and let the protocol say whether it can train it.
+
+    Raises:
+        StudyError: it cannot be built by this plan, or not trained so.
+    """
+    p = study.protocol
+    check = getattr(inspect.getmodule(catalog.load("protocols", p.name)), "check", None)
+    with drawn_from("check"):  # the weights are thrown away, and nothing else is to draw from here
+        built = network()
+    if check is not None:
+        check(built, **p.options)
+
+
+def try_loss(loss: PlugIn, labels: Labels) -> None:
+    """Ask the loss once for that of a patch of which only some labels are annotated.
+
+    Raises:
+        StudyError: it says that it needs all.
+    """
+    n, ignore = n_heads(labels), ignored(labels)
+    told: dict[str, Any] = {} if ignore is None else {"ignore": ignore}
+    target = torch.zeros(1, 1, 4, 4)
+    if has_regions(labels):
+        told["regions"] = True
+        target = torch.zeros(1, n + (ignore is not None), 4, 4, dtype=torch.bool)
+    mask = torch.tensor([[True] * (n - 1) + [False]])
+    try:
+        catalog.load("losses", loss.name)(
+            torch.zeros(1, n, 4, 4), target, mask, batch_dice=False, **told, **loss.options
+        )
+    except ContractError as e:
+        raise StudyError(
+            f"[loss] name = {loss.name!r} is not allowed where sites annotate some labels only ({e}). Choose one that "
+            "is, such as marginal."
+        ) from e
