@@ -141,35 +141,84 @@ def test_scores_are_tables(phantom: Path, tmp_path: Path) -> None:
         cc.evaluate(tmp_path / "none", reference)
 
 
+# ----------------------------------------------------------------------------------------------------------- run folders
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "study.toml").write_text("")
+    (tmp_path / "results.json").write_text(json.dumps({"complete": True, "problems": []}))
+    return tmp_path
+
+
+def test_what_is_no_run_folder_is_refused_at_once(tmp_path: Path) -> None:
+    for make in (cc.Run, cc.open_run):
+        with pytest.raises(StudyError, match=r"is no run folder: it has no study\.toml"):
+            make(tmp_path)
+
+
+def test_a_run_without_results_says_how_to_go_on(folder: Path) -> None:
+    (folder / "results.json").unlink()
+    assert cc.Run(folder).report_file.name == "report.html"  # what needs no results works
+    for read in (lambda: cc.Run(folder).complete, lambda: cc.open_run(folder)):
+        with pytest.raises(StudyError, match=r"no results\.json.*--resume"):
+            read()
+
+
+def test_results_are_read_once_until_they_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    loads = json.loads
+
+    def counted(text: str, **options: Any) -> Any:
+        read.append(text)
+        return loads(text, **options)
+
+    monkeypatch.setattr(json, "loads", counted)
+    run = cc.open_run(folder)
+    assert (run.complete, run.exit_code, run.problems, run.results is run.results) == (True, 0, (), True)
+    assert len(read) == 1
+    (folder / "results.json").write_text(json.dumps({"complete": False, "problems": ["north: lost"]}))
+    assert (run.exit_code, run.problems) == (4, ("north: lost",))
+    assert len(read) == 2
+    assert run == cc.open_run(folder)
+
+
 # ---------------------------------------------------------------------------------------------------------- the commands
 
 
 @pytest.mark.parametrize(
     ("of", "name", "arguments"),
     [
-        (api, "run", ["run", "{study}"]),
-        (api, "check", ["check", "{study}"]),
+        (api, "run", ["run", "study.toml"]),
+        (api, "check", ["check", "study.toml"]),
         (api, "evaluate", ["evaluate", "-p", "p", "-r", "r"]),
-        (api, "table", ["table", "runs/a"]),
-        (cc.Run, "predict", ["predict", "runs/a", "-i", "i", "-o", "o"]),
-        (cc.Run, "export", ["export", "runs/a", "-o", "o", "--format", "onnx"]),
-        (cc.Run, "report", ["report", "runs/a"]),
-        (cc.Run, "tensorboard", ["report", "runs/a", "--tensorboard"]),
+        (api, "table", ["table", "."]),
+        (cc.Run, "predict", ["predict", ".", "-i", "i", "-o", "o"]),
+        (cc.Run, "export", ["export", ".", "-o", "o", "--format", "onnx"]),
+        (api, "report", ["report", "."]),
+        (api, "tensorboard", ["report", ".", "--tensorboard"]),
     ],
 )
 def test_a_command_calls_its_function(
-    of: Any, name: str, arguments: list[str], phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of: Any,
+    name: str,
+    arguments: list[str],
+    phantom: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What the function raises ends the command: nothing goes round it."""
 
     def refuse(*_: object, **__: object) -> None:
         raise StudyError("by design")
 
-    study = tmp_path / "study.toml"
-    study.write_text(
+    (tmp_path / "study.toml").write_text(
         f'[study]\nname = "small"\n[sites.north]\ndata = "{phantom / "north"}"\n[protocol]\nrounds = 1\nsteps = 1\n'
     )
     if name == "tensorboard":
-        monkeypatch.setattr(cc.Run, "report", lambda *_: tmp_path)
+        monkeypatch.setattr(api, "report", lambda *_: tmp_path)
     monkeypatch.setattr(of, name, refuse)
-    assert command(*(a.format(study=study) for a in arguments)) == 2
+    monkeypatch.chdir(tmp_path)
+    assert command(*arguments) == 2
+    assert "by design" in capsys.readouterr().err

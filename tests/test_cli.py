@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import concilium.api
+import concilium.deployment
 import concilium.line
 from concilium import cli
 from concilium.errors import ContractError, DataError, EngineError, PrivacyError, StudyError
@@ -164,7 +165,7 @@ def test_a_folder_that_holds_a_run_ends_with_2(command: Command, study: Path, tm
 def test_predicting_without_a_run_folder_ends_with_2(command: Command, tmp_path: Path) -> None:
     code, out, err = command("predict", str(tmp_path / "none"), "-i", str(tmp_path), "-o", str(tmp_path / "out"))
     assert code == 2
-    assert "none is no run folder: it has no plans.json" in err
+    assert "none is no run folder: it has no study.toml" in err
     assert out == ""
     assert not (tmp_path / "out").exists()
 
@@ -262,6 +263,60 @@ def test_a_run_shows_its_table_and_ends_as_the_run_did(
     assert "Note: No test set." in err
     assert "Warning: federated, round 1: [north] lost" in err
     assert ("Not as asked: south: lost" in err) == (code == 4)
+
+
+def test_between_hospitals_the_table_shows_no_figure_of_few(
+    command: Command, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = {"subset": "validation", "label": "liver", "metric": "dice", "model": "federated"}
+    rows = [("north", 0.8, 8), ("tiny", 0.4242, 3), ("all", 0.6975, 11)]
+    results = {
+        "models": [
+            {"name": "federated", "updates": 1, "patches": 1, "seconds": 1.0, "sites": {"north": {"bytes_up": 1}}}
+        ],
+        "summary": [
+            about | {"site": site, "mean": mean, "n": n, "ci_low": None, "ci_high": None} for site, mean, n in rows
+        ],
+        "comparisons": [],
+        "excluded": [{"site": "tiny", "case": None, "reason": "unreadable", "text": None, "count": 2}],
+        "warnings": ["tiny: 2 cases set aside (unreadable)."],
+        "problems": [],
+    }
+    (tmp_path / "study.toml").write_text(STUDY + '[engine]\nname = "flare"\n')
+    outcome = SimpleNamespace(folder=tmp_path, results=results, exit_code=0, report_file=tmp_path / "report.html")
+    monkeypatch.setattr(concilium.api, "run", lambda *_, **__: outcome)
+    code, out, err = command("run", str(study))
+    assert code == 0
+    assert "0.800" in out
+    assert "0.424" not in out
+    assert "0.69" not in out
+    assert "n < 5" in out
+    assert "not shown" in out
+    assert "Excluded: tiny, 2 × unreadable" in err
+
+
+@pytest.mark.parametrize("seeds", [None, 3])
+def test_a_study_between_hospitals_takes_seeds_too(
+    seeds: int | None, command: Command, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `run`; and what goes on after a stop asks for them again."""
+    given: list[int] = []
+
+    def serve(kit: Path, read: Any, out: Path, **_: Any) -> Any:
+        given.append(read.study.seeds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "concilium.deployment.serve", SimpleNamespace(serve=serve))
+    monkeypatch.setattr(concilium.deployment, "require_flare", lambda: None)
+    code, _, err = command("serve", "kit", str(study), *(["--seeds", str(seeds)] if seeds else []))
+    assert (code, given) == (130, [seeds or 1])
+    assert f"--out runs/small{' --seeds 3' if seeds else ''} --resume" in err
+
+
+def test_a_folder_that_is_no_run_ends_with_2(command: Command, tmp_path: Path) -> None:
+    code, _, err = command("export", str(tmp_path), "-o", str(tmp_path / "out"), "--format", "onnx")
+    assert code == 2
+    assert f"{tmp_path} is no run folder: it has no study.toml" in err
 
 
 def test_a_run_goes_to_a_folder_of_its_name(command: Command, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from concilium.reports.matrix import Matrix, matrix, to_markdown
+import pytest
+
+from concilium.reports.matrix import Matrix, matrix, matrix_of_run, to_markdown
 from concilium.statistics import FOREGROUND_MEAN
 
 
@@ -123,6 +126,37 @@ def test_intervals_give_way_where_the_table_grows_too_wide() -> None:
 def test_seeds_and_folds_do_not_repeat_a_column() -> None:
     got = table(row("federated", "north", 0.5), row("local:north", "north", 0.4), models=("federated", "local") * 3)
     assert got.header == ("site", "federated", "local")
+
+
+def test_undefined_scores_are_counted_below() -> None:
+    got = table(
+        row("federated", "north", 0.8, n_undefined=3),
+        row("local:north", "north", 0.7),
+        row("federated", "test", None, n_undefined=2),
+        row("federated", "south", 0.7, n_undefined=0),
+        row("federated", "all", 0.7, n_undefined=3),
+    )
+    assert got.notes[-1] == "Undefined, and in no mean: north (federated 3); test set (federated 2)."
+    assert got.rows[-1] == ("test set", "–", "–")
+
+
+@pytest.mark.parametrize("engine", ["flare", None])
+def test_between_hospitals_few_patients_are_not_shown(engine: str | None, tmp_path: Path) -> None:
+    """Nor the mean over all, from which theirs would follow."""
+    summary = [
+        row("federated", "north", 0.8, n=8),
+        row("federated", "tiny", 0.4242, n=3),
+        row("federated", "all", 0.7, n=11),
+    ]
+    results = {"summary": summary, "models": [{"name": "federated"}]}
+    if engine:
+        (tmp_path / "study.toml").write_text(f'[engine]\nname = "{engine}"\n')
+    got = matrix_of_run(tmp_path, results)
+    assert got.rows == (("north, n = 8", "0.800"), ("tiny", "n < 5"), ("all sites", "not shown"))
+    assert "fewer than 5 patients" in got.notes[-1]
+    (tmp_path / "study.toml").write_text('[engine]\nname = "simulation"\n')
+    assert matrix_of_run(tmp_path, results) == matrix(results)
+    assert ("tiny, n = 3", "0.424") in matrix(results).rows
 
 
 def test_a_site_that_a_model_never_saw_has_a_row() -> None:

@@ -331,7 +331,7 @@ def test_names_of_cases_and_reasons_are_found_where_the_site_noted_them(tmp_path
     assert written.case_names("north") == {4: {"case": "c4", "patient": "p1"}}
     assert written.case_names("test") == {4: {"case": "t4", "patient": "p1"}}
     assert written.excluded(["south", "north"]) == [
-        {"site": "north", "case": "c9", "reason": "unreadable", "text": "c9 cannot be read"}
+        {"site": "north", "case": "c9", "reason": "unreadable", "text": "c9 cannot be read", "count": 1}
     ]
 
 

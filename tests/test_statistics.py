@@ -276,3 +276,11 @@ def test_the_worst_site_and_the_gap() -> None:
         dice, hd95 = found[model, "dice"], found[model, "hd95"]
         assert (dice["worst"], dice["best"], dice["gap"]) == ("south", "north", pytest.approx(0.2))
         assert (hd95["worst"], hd95["best"], hd95["gap"]) == ("south", "north", pytest.approx(3.0))
+
+
+def test_a_site_that_tells_no_mean_is_neither_worst_nor_best() -> None:
+    """It keeps scores back, and has too few patients in each fold, though enough together."""
+    cases = [case(f"{s}{i}", v, site=s) for s, v in (("north", 0.9), ("south", 0.7), ("west", 0.8)) for i in range(6)]
+    summary = [row | ({"mean": None} if row["site"] == "west" else {}) for row in summarize(cases, DICE)]
+    (found,) = spread(summary, DICE)
+    assert (found["worst"], found["best"]) == ("south", "north")

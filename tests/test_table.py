@@ -86,11 +86,15 @@ def test_results_fit_their_schema() -> None:
     assert found["comparisons"]
     assert found["sites"]
     Draft202012Validator(schema).validate(results(n=3))  # no interval, no p
+    counted = {"site": "north", "case": None, "reason": "unreadable", "text": None, "count": 3}
+    named = {"site": "north", "case": "c1", "reason": "unreadable", "text": "c1 is cut off."}
+    for row in (counted, named | {"count": 1}, named):  # the last as earlier versions wrote it
+        Draft202012Validator(schema).validate(results(excluded=[row]))
 
 
 def test_csv_holds_every_figure_in_full() -> None:
     run = results()
-    found = rows(to_text(build([run]), "csv"))
+    found = [r for r in rows(to_text(build([run]), "csv")) if not r["site"]]
     by_key = {(r["label"], r["metric"], r["model"], r["minus"]): r for r in found}
     assert len(by_key) == len(found) == 3 * 2 * (3 + 2)
     for s in run["summary"]:
@@ -115,6 +119,7 @@ def test_markdown_is_aligned_and_says_what_it_shows() -> None:
     assert [c[0] for c in cells[2:-1]] == [
         "**liver**", "federated", "local", "centralized\\_long",
         "**liver, difference**", "federated − local", "federated − centralized\\_long",
+        "**liver, worst site**", "federated", "local", "centralized\\_long",
     ]  # fmt: skip
     # federated: 0.72 + 0.01 x 3.5 + 0.002 x 7 / 8
     assert re.fullmatch(r"0\.757 \[0\.7\d\d, 0\.7\d\d\]", cells[3][1])
@@ -141,8 +146,9 @@ def test_differences_are_the_first_models_whatever_the_order() -> None:
 
 
 def test_patients_that_do_not_count_are_told_in_the_cell() -> None:
-    cells = {c[0]: c for c in markdown(results(), metrics=["dice", "hd95"], labels=["liver"])}
-    assert cells["federated"][2].endswith("(n = 7)")
+    """And the scores that are undefined, which is why."""
+    cells = {c[0]: c for c in markdown(results(), metrics=["dice", "hd95"], labels=["liver"])[:5]}
+    assert cells["federated"][2].endswith("(n = 7, 1 undefined)")
     assert "(n" not in cells["local"][2]
     assert "(n" not in cells["federated"][1]
 
@@ -195,6 +201,99 @@ def test_non_inferiority_is_judged_by_the_lower_end() -> None:
     cells = {c[0]: c for c in markdown(results(), metrics=["dice"], labels=["liver"], margin=0.001)}
     assert cells["federated − centralized\\_long"][1].endswith(", inferiority not excluded")
     assert cells["federated − local"][1].endswith(", non-inferior")
+
+
+def test_the_worst_site_of_each_model_stands_below() -> None:
+    """On validation cases, also where the means are of the test set; in every format."""
+    run = results()
+    for row in (r for r in run["cases"] if (r["site"], r["model"]) == ("south", "federated")):
+        row |= {"dice": 0.5, "hd95": 20.0}
+    run["summary"] = summarize(run["cases"], SCALES)
+    run["sites"] = spread(run["summary"], SCALES)
+    table = build([run], metrics=["dice", "hd95"], labels=["liver"])
+    text = to_text(table, "markdown")
+    block = text.partition("**liver, worst site**")[2].splitlines()
+    assert [c.strip() for c in block[1].split("|")[1:4]] == [
+        "federated",
+        "south 0.500; gap 0.257",
+        "south 20.00; gap 12.00",
+    ]
+    assert "Worst site: of those with 6 patients or more, on validation cases" in text
+    latex = to_text(table, "latex")
+    assert r"\emph{liver, worst site}" in latex
+    assert r"federated & south 0.500; gap 0.257 & south 20.00; gap 12.00 \\" in latex
+    (row,) = (
+        r
+        for r in rows(to_text(table, "csv"))
+        if r["site"] and (r["model"], r["label"], r["metric"]) == ("federated", "liver", "dice")
+    )
+    assert (row["subset"], row["site"], row["value"], row["n"]) == ("validation", "south", "0.5", "8")
+    assert float(row["gap"]) == pytest.approx(0.25675)
+
+
+def test_without_two_sites_of_patients_enough_none_is_the_worst() -> None:
+    text = to_text(build([results(n=5)]), "markdown")
+    assert "worst" not in text.lower()
+
+
+def test_undefined_scores_are_counted(tmp_path: Path) -> None:
+    found = rows(to_text(build([results()], metrics=["hd95"], labels=["liver"]), "csv"))
+    assert {r["model"]: r["n_undefined"] for r in found if not r["site"] and not r["minus"]} == {
+        "federated": "1", "local": "0", "centralized_long": "1",
+    }  # fmt: skip
+    assert "Undefined: scores of a case and label that are in no mean." in markdown(results())[-1][0]
+    assert "ndefined" not in to_text(build([results()], metrics=["dice"]), "markdown")
+
+
+@pytest.mark.parametrize("engine", ["flare", None])
+def test_between_hospitals_few_patients_are_not_shown(engine: str | None, tmp_path: Path) -> None:
+    """Nor what gives their mean by subtraction: 8 patients at one site and 3 at the other, hidden with the mean over 11."""
+    run = results(test=False)
+    run["cases"] = [c for c in run["cases"] if c["site"] == "north" or c["patient"] in ("p1", "p2", "p3")]
+    run["summary"] = summarize(run["cases"], SCALES)
+    run["comparisons"], run["sites"] = compare(run["cases"], SCALES), spread(run["summary"], SCALES)
+    (tmp_path / "results.json").write_text(json.dumps(run))
+    if engine:
+        (tmp_path / "study.toml").write_text(f'[engine]\nname = "{engine}"\n')
+    text = to_text(build(read_runs([tmp_path]), metrics=["dice"], labels=["liver"]), "markdown")
+    assert re.search(r"\| federated +\| +not shown \|", text)
+    assert not re.search(r"\d\.\d{3}", text)
+    assert "Not shown: figures of fewer than 5 patients" in text
+    assert "11 patients" not in text
+    assert {r["value"] for r in rows(to_text(build(read_runs([tmp_path])), "csv"))} == {""}
+    (tmp_path / "study.toml").write_text('[engine]\nname = "simulation"\n')
+    assert re.search(r"\d\.\d{3}", to_text(build(read_runs([tmp_path])), "markdown"))
+
+
+def test_where_sites_keep_scores_back_there_is_a_table() -> None:
+    """All of them: there is no case in the results, and the means are those of the summary."""
+    run = results(test=False)
+    for row in run["summary"]:
+        row |= {"ci_low": None, "ci_high": None} if row["site"] == "all" else {}
+    run |= {"cases": [], "comparisons": [], "file_ending": ".nii.gz"}
+    text = to_text(build([run], metrics=["dice", "hd95"], labels=["liver"]), "markdown")
+    assert re.search(r"\| federated +\| +0\.757 \|", text)
+    assert "HD95 [mm]" in text
+    assert "validation set, 16 patients of 2 sites" in text
+    assert "kept back at north, south, so means with theirs have no resampled interval" in text
+
+
+@pytest.mark.parametrize(
+    ("units", "ending", "head"),
+    [
+        (("mm", "px"), "", "HD95 [mm or px]"),
+        (("px",), "", "HD95 [px]"),
+        ((), ".png", "HD95 [px]"),
+        ((), ".tif", "HD95 [mm or px]"),
+        ((), ".nrrd", "HD95 [mm]"),
+    ],
+)
+def test_the_unit_of_distances_is_that_of_all_cases(units: tuple[str, ...], ending: str, head: str) -> None:
+    run = results(file_ending=ending)
+    for i, row in enumerate(run["cases"]):
+        row["unit"] = units[i % len(units)] if units else ""
+    run["cases"] = run["cases"] if units else []
+    assert head in markdown(run)[0]
 
 
 def test_unknown_patients_are_told() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from concilium._withheld import with_averages
-from concilium.answers import MIN_CASES
 from concilium.answers.evaluate import average
+from concilium.disclosure import MIN_CASES
 from concilium.messages import Score
 from concilium.results import METRICS, SCALES, score_row
 from concilium.statistics import summarize

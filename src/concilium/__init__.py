@@ -9,7 +9,7 @@ run.predict("images", "segmentations")
 
 from __future__ import annotations
 
-from concilium.api import Check, Run, Scores, check, evaluate, open_run, run, table
+from concilium.api import Check, Run, Scores, check, evaluate, open_run, report, run, table, tensorboard
 
-__all__ = ["Check", "Run", "Scores", "check", "evaluate", "open_run", "run", "table"]
+__all__ = ["Check", "Run", "Scores", "check", "evaluate", "open_run", "report", "run", "table", "tensorboard"]
 __version__ = "0.1.0.dev0"

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from concilium.errors import StudyError
 from concilium.outcomes import Check, Run, Scores
 
 if TYPE_CHECKING:  # takes seconds to load
     from concilium.preparation import Event
     from concilium.study import Study
 
-__all__ = ["Check", "Run", "Scores", "check", "evaluate", "open_run", "reported", "run", "table"]
+__all__ = [
+    "Check", "Run", "Scores", "check", "evaluate", "open_run", "report", "reported", "run", "table", "tensorboard"
+]  # fmt: skip
 
 
 def run(
@@ -143,13 +144,34 @@ def table(
     return to_text(build(read_runs(folders), metrics=metrics, labels=labels, subset=subset, margin=margin), format)
 
 
+def report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of a run, or a site's own from the site's folder of a run; where it is.
+
+    Raises:
+        StudyError: the folder is neither, or what it holds is damaged.
+    """
+    from concilium.reports.html import write_report
+
+    return write_report(Path(folder), out=None if out is None else Path(out))
+
+
+def tensorboard(folder: str | Path) -> Path:
+    """Write losses and Dice of every round, of a run or a site, as TensorBoard's event files; the folder they are in.
+
+    Raises:
+        StudyError: the folder is neither, or the extra `tensorboard` is not installed.
+    """
+    from concilium.reports.tensorboard import write_events
+
+    return write_events(Path(folder))
+
+
 def open_run(folder: str | Path) -> Run:
     """A run that is there already.
 
     Raises:
-        StudyError: the folder holds none.
+        StudyError: the folder holds none, or one without results.
     """
-    folder = Path(folder)
-    if not (folder / "results.json").is_file():
-        raise StudyError(f"{folder} is no run folder: it has no results.json. Give the folder that a run wrote.")
-    return Run(folder)
+    found = Run(Path(folder))
+    _ = found.results
+    return found

@@ -95,7 +95,7 @@ def run(
         raise
     finally:
         engine.close()
-        results = write_results(study, record, finished, warnings=ledger.warnings, problems=ledger.problems)
+        results = write_results(study, record, finished, **asdict(ledger))
         record.close()
     return Outcome(record.folder, results, 0 if results["complete"] else 4)
 
@@ -145,11 +145,15 @@ def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> Sequence[M
         )
         work.watch(Event("stage", f"Planned {what}. Preprocessing"))
         prepared = Ledger()
-        cases = prepare_sites(setting, work.engine, record, p, prepared)
-        ready = {"cases": cases, "warnings": prepared.warnings, "problems": prepared.problems}
+        told = prepare_sites(setting, work.engine, record, p, prepared)
+        cases = {site: reply.n_training for site, reply in told.items()}
+        ready = {"cases": cases, "patients": {site: reply.n_patients for site, reply in told.items()}} | asdict(
+            prepared
+        )
         record.write_json(name, ready)
     ledger.warnings += ready["warnings"]
     ledger.problems += ready["problems"]
+    ledger.excluded += ready.get("excluded", ())  # a run that an earlier version began has none
     return list(models(setting, ready["cases"], work.plans.batch_size))
 
 

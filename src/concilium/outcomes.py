@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from concilium.errors import StudyError
 
 if TYPE_CHECKING:  # torch and pandas take seconds to load
     import pandas
@@ -16,17 +18,41 @@ if TYPE_CHECKING:  # torch and pandas take seconds to load
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder; at a site its own folder of a run, which has a report and no more."""
+    """A run folder.
+
+    Raises:
+        StudyError: it is none.
+    """
 
     folder: Path
+    _read: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not (self.folder / "study.toml").is_file():
+            raise StudyError(f"{self.folder} is no run folder: it has no study.toml. Give the folder that a run wrote.")
 
     @property
     def results(self) -> dict[str, Any]:
-        """results.json, as it is (its schema: results.schema.json of the package)."""
+        """results.json, as it is (its schema: results.schema.json of the package); the same object until the file changes.
+
+        Raises:
+            StudyError: there is none.
+        """
         import json
 
-        found: dict[str, Any] = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
-        return found
+        path = self.folder / "results.json"
+        try:
+            state = path.stat()
+        except FileNotFoundError as e:
+            raise StudyError(
+                f"{self.folder} has no results.json: the run did not come to its end. Go on with it, by the command that began "
+                "it and --resume."
+            ) from e
+        key = state.st_mtime_ns, state.st_size
+        if key not in self._read:
+            self._read.clear()
+            self._read[key] = json.loads(path.read_text(encoding="utf-8"))
+        return self._read[key]
 
     @property
     def complete(self) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from concilium._set_aside import told as set_aside
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.labels import Labels, n_heads, to_nnunet
@@ -44,6 +45,8 @@ class Ledger:
 
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    excluded: list[dict[str, Any]] = field(default_factory=list)
+    """What sites elsewhere told of cases that they set aside (`_set_aside.told`)."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
     told = {name: told[name] for name in (*study.sites, *told) if name in told}  # the first site's order and ids count
+    ledger.excluded += [x for name, r in told.items() if record.is_elsewhere(name) for x in set_aside(name, r.excluded)]
     space, how = agree({name: Space(reply.channels, reply.labels, reply.annotated) for name, reply in told.items()})
     first = next(iter(told.values()))
     about = {
@@ -201,33 +205,30 @@ def _keep(record: Record, name: str, text: str) -> None:
     record.write_text(name, text)
 
 
-def prepare_sites(setting: Setting, engine: Engine, record: Record, plans: Plans, ledger: Ledger) -> dict[str, int]:
-    """Have the sites preprocess; the number of training cases of each that is ready."""
+def prepare_sites(
+    setting: Setting, engine: Engine, record: Record, plans: Plans, ledger: Ledger
+) -> dict[str, Prepared]:
+    """Have the sites preprocess; what each told that is ready."""
     study = setting.study
     v = study.validation
     request = Prepare(
-        plans.text,
-        study.plan.configuration,
-        study.network,
-        training_of(study),
-        v.folds,
-        cast(int, v.fold),
-        study.study.seed,
-        study.study.max_excluded,
-        plans.channels,
-        plans.labels,
-    )
+        plans.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
+        study.study.max_excluded, plans.channels, plans.labels,
+    )  # fmt: skip
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())
     asked = {name: request for name, site in engine.sites.items() if site.role in roles}
-    cases: dict[str, int] = {}
+    ready: dict[str, Prepared] = {}
     for name, reply in _must(engine, record, asked, study, ledger):
         if isinstance(reply, Prepared):
-            cases[name] = reply.n_training
+            ready[name] = reply
             ledger.warnings += [f"{name}: {text}" for text in reply.warnings]
-            if not record.case_names(name):  # a site elsewhere tells how many, not which
-                ledger.warnings += [f"{name}: {e.count} cases set aside ({e.reason})." for e in reply.excluded]
-    return cases
+            if record.is_elsewhere(name):
+                ledger.warnings += [
+                    f"{name}: {e.count} case{'s' * (e.count != 1)} set aside ({e.reason})." for e in reply.excluded
+                ]
+                ledger.excluded += set_aside(name, reply.excluded)
+    return ready
 
 
 def _must(

@@ -224,13 +224,17 @@ class Record:
         member = "test" if site == "test" else site
         return {e["number"]: {"case": e["case"], "patient": e["patient"]} for e in noted.get(member, [])}
 
-    def excluded(self, sites: Iterable[str]) -> list[dict[str, str]]:
+    def is_elsewhere(self, site: str) -> bool:
+        """Whether no site of a simulation is called so; nor the pool, which has no cases of its own."""
+        return site != "pooled" and not self.case_names(site)
+
+    def excluded(self, sites: Iterable[str]) -> list[dict[str, Any]]:
         """Cases that simulated sites set aside, with the reason."""
         found = {}
         for site in sites:
             for key, (code, text) in (self.read_json(f"sites/{site}/excluded.json") or {}).items():
                 member, _, case = key.partition("/")  # a site may also have met cases of the test set
-                found[key] = {"site": member, "case": case, "reason": code, "text": text}
+                found[key] = {"site": member, "case": case, "reason": code, "text": text, "count": 1}
         return list(found.values())
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from concilium._set_aside import added_up
 from concilium._withheld import with_averages
 from concilium.messages import Evaluated, Score
 from concilium.metrics import dice, hd95, iou, nsd
@@ -81,8 +82,13 @@ def write_results(
     *,
     warnings: Sequence[str],
     problems: Sequence[str],
+    excluded: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Write results.json from the models that are finished; it is complete if nothing went wrong on the way."""
+    """Write results.json from the models that are finished; it is complete if nothing went wrong on the way.
+
+    Args:
+        excluded: what sites elsewhere told of cases that they set aside, before they scored any.
+    """
     cases = [case for f in finished for case in f["cases"]]
     problems = [*problems, *(text for f in finished for text in f["problems"])]
     warnings = list(dict.fromkeys([*warnings, *(text for f in finished for text in f["warnings"])]))
@@ -90,6 +96,7 @@ def write_results(
         folds = "the folds that each model did not train on" if study.validation.fold == "all" else "one fold"
         warnings.append(f"No test set: all figures are on the validation cases of {folds}.")
     averages = [row for f in finished for row in f.get("averages", ())]
+    unscored = [row for f in finished for row in f.get("excluded", ())]
     withheld = sorted({row["site"] for row in averages})
     if withheld:
         warnings.append(
@@ -107,7 +114,7 @@ def write_results(
         "summary": summary,
         "sites": spread(summary, SCALES),
         "comparisons": compare(cases, SCALES, seed=study.study.seed),
-        "excluded": record.excluded([*study.sites, "test"]),
+        "excluded": record.excluded([*study.sites, "test"]) + added_up([*excluded, *unscored]),
         "warnings": warnings,
         "problems": problems,
     }

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, TypeAlias
 
+from concilium._set_aside import DATA, UNSEEN
+from concilium._set_aside import told as set_aside
 from concilium.engines import Engine, ask
 from concilium.messages import (
     Done,
@@ -60,16 +62,21 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
 
 @dataclass
 class Scored:
-    """Rows of results: scores of cases, and averages of sites that keep those back."""
+    """Rows of results: scores of cases, averages of sites that keep those back, and what sites elsewhere could not score."""
 
     cases: list[dict[str, Any]] = field(default_factory=list)
     averages: list[dict[str, Any]] = field(default_factory=list)
+    excluded: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, about: Mapping[str, Any], site: str, subset: str, reply: Evaluated, names: Names) -> None:
         """Take in what a site answered."""
         self.cases += score_rows(about, site, subset, reply, names)
-        place = {**about, "site": "test" if subset == "test" else site, "subset": subset}
+        where = "test" if subset == "test" else site
+        place = {**about, "site": where, "subset": subset}
         self.averages += [place | asdict(average) for average in reply.averages]
+        if not names:
+            stage = {"test": DATA, "unseen": UNSEEN}.get(subset, f"fold {about['fold']}")
+            self.excluded += set_aside(where, reply.excluded, stage)
 
 
 def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:

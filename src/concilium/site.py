@@ -132,6 +132,8 @@ class Site:
                 self._models.park()
                 prepared, self._job, excluded = prepare(self.settings, request, cancelled)
                 self._note_cases(excluded)
+                if not self._noted("plan.json"):  # the first is the study's own, later ones may be those of variants
+                    self._note("plan.json", json.loads(request.plans))
                 return prepared
             case Train() | Front() | Tail() | Finish():
                 return self._train(request, cancelled)

@@ -126,7 +126,8 @@ def spread(summary: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale]) -
     means: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
     for row in summary:
         model, _, own = row["model"].partition(":")
-        if row["site"] != ALL_SITES and row["n"] >= MIN_PATIENTS and own in ("", row["site"]):
+        told = row["n"] >= MIN_PATIENTS and row["mean"] is not None  # a site may tell how many there are, and not more
+        if row["site"] != ALL_SITES and told and own in ("", row["site"]):
             means[model, row["subset"], row["label"], row["metric"]][row["site"]] = row["mean"]
     rows = []
     for (model, subset, label, metric), sites in means.items():

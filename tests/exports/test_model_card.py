@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,84 @@ def test_the_intended_use_may_be_a_file(card: Callable[..., str], tmp_path: Path
 
 def test_the_intended_use_may_be_a_long_text(card: Callable[..., str]) -> None:
     assert "a " * 4000 in card(intended_use="a " * 4000 + "b")
+
+
+# ------------------------------------------------------------------------------------------------------ between hospitals
+
+
+@pytest.fixture
+def hospitals(picture_run: Path, tmp_path: Path) -> Callable[..., str]:
+    """`hospitals(summary=..., ready=..., **changes of results)`: the card of a run between hospitals."""
+
+    def write(*, ready: dict[str, Any] | None = None, finished: dict[str, Any] | None = None, **changes: Any) -> str:
+        run = tmp_path / "run"
+        shutil.copytree(picture_run, run)
+        study = (run / "study.toml").read_text()
+        (run / "study.toml").write_text(study.replace('name = "simulation"', 'name = "flare"'))
+        results = json.loads((run / "results.json").read_text())
+        results["cases"] = [c | {"case": str(i), "patient": str(i // 2)} for i, c in enumerate(results["cases"])]
+        results |= {"summary": summarize(results["cases"], SCALES)} | changes
+        (run / "results.json").write_text(json.dumps(results))
+        for name, content in (("federated.json", ready), ("federated/finished.json", finished)):
+            (run / "checkpoints" / name).parent.mkdir(parents=True, exist_ok=True)
+            (run / "checkpoints" / name).write_text(json.dumps(content or {}))
+        folder, _ = export_run(run, tmp_path / "out", format="safetensors")
+        return (folder / "MODEL_CARD.md").read_text()
+
+    return write
+
+
+def test_patients_trained_on_are_those_that_a_site_told_of(hospitals: Callable[..., str]) -> None:
+    """17 patients in 5 folds: the first holds out 4."""
+    text = hospitals(ready={"cases": {"north": 17}, "patients": {"north": 17}})
+    assert "| north | 17 | 13 | 8 | fewer than 5 |" in text
+    assert "    concilium serve KIT study.toml\n" in text
+    assert "concilium run" not in text
+
+
+def test_counts_of_cases_set_aside_are_added(hospitals: Callable[..., str]) -> None:
+    row = {"site": "north", "case": None, "text": None}
+    many = [row | {"reason": "unreadable", "count": 5}, row | {"reason": "missing_label", "count": 2}]
+    text = hospitals(excluded=many, warnings=["None of them is new."])
+    assert "could not be used: 7 (north: 7)." in text
+    assert "> - None of them is new." in text, "a case without a name takes no word out"
+
+
+def test_few_patients_are_not_told(hospitals: Callable[..., str]) -> None:
+    """Four patients scored, two of their cases set aside: neither figures nor numbers."""
+    row = {"site": "north", "case": None, "text": None, "reason": "unreadable", "count": 2}
+    text = hospitals(excluded=[row], warnings=["north: 2 cases set aside (unreadable)."])
+    assert "| north (validation) | polyp | – | n < 5 |" in text
+    assert "could not be used: north: fewer than 5." in text
+    assert "> - north: fewer than 5 cases set aside (unreadable)." in text
+    assert not re.search(r"0\.[1-8]\d\d", text.partition("## Figures")[2].partition("## Privacy")[0])
+
+
+def test_a_site_that_keeps_scores_back_is_in_the_figures(hospitals: Callable[..., str]) -> None:
+    place = {"model": "federated", "site": "north", "subset": "validation", "label": "polyp"}
+    row = place | {"mean": 0.7123, "ci_low": 0.6, "ci_high": 0.8, "n": 7, "n_cases": 8, "n_undefined": 0, "n_seeds": 1}
+    summary = [row | {"metric": "dice"}]
+    text = hospitals(cases=[], summary=summary)
+    assert "| north | 17 | – | 8 | 7 |" in text
+    assert "| north (validation) | polyp | 7 | 0.712 [0.600, 0.800] |" in text
+    assert "kept back at north" in text
+    assert "Distances in px;" in text
+
+
+def test_of_several_seeds_a_site_that_keeps_scores_back_tells_of_each(hospitals: Callable[..., str]) -> None:
+    """results.json has the mean over the seeds; what it told of one is in the record of that model."""
+    place = {"model": "federated", "site": "north", "subset": "validation", "label": "polyp", "metric": "dice"}
+    row = place | {"mean": 0.6, "ci_low": None, "ci_high": None, "n": 7, "n_cases": 8, "n_undefined": 0, "n_seeds": 2}
+    told = place | {"seed": 1, "fold": 0, "n": 7, "n_cases": 8, "n_undefined": 0, "mean": 0.7, "deviation": 0.1}
+    model = {
+        "name": "federated",
+        "protocol": "federated",
+        "fold": 0,
+        "rounds": 2,
+        "updates": 4,
+        "patches": 8,
+        "batch_size": 2,
+    }
+    models = [model | {"seed": seed, "parameters": 1234, "seconds": 1.0, "sites": {}} for seed in (1, 2)]
+    text = hospitals(cases=[], summary=[row], models=models, finished={"averages": [told]})
+    assert "| north (validation) | polyp | 7 | 0.700 [0.6" in text

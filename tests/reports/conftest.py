@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can share `pages`
+
 from concilium.reports._found import SCALES
-from concilium.statistics import summarize
+from concilium.statistics import spread, summarize
 
 PNG = b"\x89PNG\r\n\x1a\n picture of "
 STUDY = """
@@ -70,10 +73,11 @@ def made_up(n: int, models: tuple[str, ...], labels: tuple[str, ...], *, n_tiny:
     per_site = {"n_steps": 15, "seconds": 3.0, "bytes_down": 1000, "bytes_up": 2_500_000}
     about = {"rounds": 3, "updates": 15, "patches": 60, "batch_size": 2, "seconds": 9.0, "parameters": 1_000_000}
     comparison = {"a": models[0], "b": models[-1], "metric": "dice", "label": labels[0], "subset": "test"}
+    summary = summarize(cases, SCALES)
     return {
         "version": 1, "study": "liver", "seed": 1, "complete": True, "cases": cases,
         "models": [{"name": m, "protocol": m, "sites": {"north": per_site, "tiny": per_site}} | about for m in models],
-        "summary": summarize(cases, SCALES),
+        "summary": summary, "sites": spread(summary, SCALES),
         "comparisons": [comparison | {"difference": 0.0123, "ci_low": 0.004, "ci_high": 0.02, "p_holm": 0.0004, "n": n}],
         "excluded": [{"site": "tiny", "case": "tiny-case-9999", "reason": "unreadable", "text": "tiny-case-9999 is cut off."}],
         "warnings": ["federated, validation at tiny: 1 of 4 cases not scored (unreadable)"],
@@ -87,11 +91,11 @@ def run_folder(tmp_path: Path) -> Callable[..., Path]:
 
     def make(
         *, n: int = 8, models: tuple[str, ...] = ("federated", "local"), labels: tuple[str, ...] = ("liver", "tumour"),
-        engine: str = "simulation", name: str = "liver", pictures: bool = True, **changes: Any,
+        engine: str = "simulation", name: str = "liver", pictures: bool = True, n_tiny: int = 3, **changes: Any,
     ) -> Path:  # fmt: skip
         folder = tmp_path / "run"
         folder.mkdir()
-        results = made_up(n, models, labels) | changes
+        results = made_up(n, models, labels, n_tiny=n_tiny) | changes
         (folder / "results.json").write_text(json.dumps(results))
         (folder / "study.toml").write_text(STUDY.format(engine=engine, name=name))
         session = {

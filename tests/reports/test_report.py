@@ -7,60 +7,21 @@ import json
 import re
 import time
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import Page, page_of
 
 from concilium.errors import StudyError
 from concilium.reports import _sections
 from concilium.reports._cases import View
 from concilium.reports._found import SCALES, find
-from concilium.reports.html import report_html, write_report
+from concilium.reports.html import write_report
 from concilium.statistics import summarize
 
 PNG = b"\x89PNG\r\n\x1a\n picture of "
 Make = Callable[..., Path]
-VOID = {"meta", "img", "br", "link", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Elements, texts and addresses of a page; it must close what it opens, in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.text: list[str] = []
-        self.addresses: list[str] = []
-        self.handlers: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "action", "data", "xlink:href")]
-        self.handlers += [k for k, _ in attrs if k.startswith("on")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.text))
-
-
-def page_of(folder: Path, **options: Any) -> tuple[str, Page]:
-    text = report_html(find(folder), **({"private": False} | options))
-    return text, Page(text)
 
 
 def pictured(text: str) -> list[str]:
@@ -243,6 +204,7 @@ def test_reasons_are_told(run_folder: Make) -> None:
     ):
         assert page.words.count(told) == 1, told
     assert "no reason known" in page.words
+    assert "spacing outside the federation's, and intensity outside the federation's." in page.words
 
 
 # -------------------------------------------------------------------------------------------------------------- private
@@ -310,6 +272,25 @@ def test_a_site_has_a_report_of_its_own(run_folder: Make) -> None:
     assert "broken cannot be read." in page.words
     assert "tiny" not in page.words
     assert "Learning" in page.words
+
+
+def test_a_site_looks_for_reasons_in_the_plan_that_it_was_sent(run_folder: Make) -> None:
+    """The plan holds the federation's intensities, not its spacings; without a plan neither was looked for."""
+    folder = run_folder(engine="flare") / "sites" / "north"
+    table = json.loads((folder / "scores" / "federated.validation.json").read_text())
+    for row in table["cases"]:
+        row |= {"spacing": [1.0, 1.0, 9.0], "foreground_median": [150.0]}
+    (folder / "scores" / "federated.validation.json").write_text(json.dumps(table))
+    words = Page(write_report(folder).read_text(encoding="utf-8")).words
+    assert "has 20 or more)." in words
+    assert "outside the federation" not in words
+    channel = {"percentile_00_5": 0.0, "percentile_99_5": 100.0}
+    plan = {"foreground_intensity_properties_per_channel": {"0": channel}}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    words = Page(write_report(folder).read_text(encoding="utf-8")).words
+    assert "intensity (channel 0: median 150) is outside 99 % of the federation's" in words
+    assert "and intensity outside the federation's." in words
+    assert "spacing" not in words.partition("The worst cases")[2].partition("Volumes")[0]
 
 
 def test_a_site_knows_seeds_folds_and_models_that_never_saw_it(run_folder: Make) -> None:

@@ -33,6 +33,8 @@ def test_a_run_ends_with_a_report(
         table = json.loads((run / "sites" / site / "scores" / f"federated.{subset}.json").read_text())
         for row in table["cases"]:
             assert (run / "sites" / site / row["picture"]).stat().st_size <= 15_000
+        plans = [json.loads(path.read_text()) for path in (run / "sites" / site / "plan.json", run / "plans.json")]
+        assert plans[0] == plans[1], "what a site's own report looks for reasons in"
 
 
 def test_a_report_that_fails_does_not_undo_the_run(

@@ -401,7 +401,7 @@ def test_a_case_of_the_test_set_is_excluded_once_and_there(small_study: Make, tm
     for site in ("north", "south", "test"):
         record.write_json(f"sites/{site}/excluded.json", {"test/t1": ["unreadable", "t1 cannot be read"]})
     assert record.excluded(["north", "south", "test"]) == [
-        {"site": "test", "case": "t1", "reason": "unreadable", "text": "t1 cannot be read"}
+        {"site": "test", "case": "t1", "reason": "unreadable", "text": "t1 cannot be read", "count": 1}
     ]
 
 

@@ -18,9 +18,6 @@ from concilium.data.plan import Plan
 from concilium.messages import Training
 from concilium.networks import Stages
 
-MIN_CASES = 5
-"""An average over fewer patients tells too much of each."""
-
 
 class Cancelled(Exception):
     """The request was cancelled, or its deadline has passed."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from concilium import catalog
-from concilium.answers import MIN_CASES, Cancelled, Check, Entry, Job, Settings, pictures
+from concilium.answers import Cancelled, Check, Entry, Job, Settings, pictures
 from concilium.answers.statistics import Exclusions, count, find_cases
 from concilium.data.dataset import Case, Dataset, pixel_size, read_case
 from concilium.data.labels import Labels, foreground, ignored
@@ -22,6 +22,7 @@ from concilium.data.matching import Space
 from concilium.data.patches import predict_logits
 from concilium.data.plan import Plan
 from concilium.data.preprocess import preprocess, restore
+from concilium.disclosure import MIN_CASES
 from concilium.errors import DataError
 from concilium.messages import Average, Evaluate, Evaluated, PlugIn, Score, Tensors
 from concilium.metrics import NOT_ANNOTATED, status

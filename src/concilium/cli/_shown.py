@@ -26,6 +26,10 @@ Out = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last complete round.")]
 
+Seeds = Annotated[
+    int | None, typer.Option("--seeds", min=1, help="Train every model with so many seeds. Default: the study's.")
+]
+
 
 def show_run(work: Callable[[Callable[[Event], None]], Run], again: str) -> None:
     """Show the run as it goes, and its outcome; `again` is the command that goes on after a stop."""
@@ -69,10 +73,10 @@ def _shower(progress: Progress) -> Callable[[Event], None]:
 
 
 def _show(outcome: Run) -> None:
-    from concilium.reports.matrix import matrix
+    from concilium.reports.matrix import matrix_of_run
 
     results = outcome.results
-    table_text = matrix(results)
+    table_text = matrix_of_run(outcome.folder, results)
     table = Table(
         title=table_text.title, title_justify="left", caption=" ".join(table_text.notes), caption_justify="left"
     )
@@ -83,7 +87,8 @@ def _show(outcome: Run) -> None:
     shown.print(table)
     _show_costs(results["models"])
     for line in results["excluded"]:
-        console.print(f"Excluded: {line['site']}, case {line['case']}: {line['text']}", style="yellow", markup=False)
+        what = f"case {line['case']}: {line['text']}" if line["case"] else f"{line['count']} × {line['reason']}"
+        console.print(f"Excluded: {line['site']}, {what}", style="yellow", markup=False)
     for line in results["warnings"]:
         console.print(f"Note: {line}", style="dim", markup=False)
     for line in results["problems"]:

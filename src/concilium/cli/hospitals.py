@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from concilium.cli._shown import Out, Resume, show_run, shown
+from concilium.cli._shown import Out, Resume, Seeds, show_run, shown
 
 
 def provision(
@@ -46,6 +46,7 @@ def serve(
     wait: Annotated[
         float, typer.Option("--wait", help="Seconds to wait for sites before beginning without them.")
     ] = 600,
+    seeds: Seeds = None,
 ) -> None:
     """Run a study with sites that have joined: at the server."""
     from concilium.deployment import require_flare
@@ -54,12 +55,12 @@ def serve(
     from concilium.api import Run, reported
     from concilium.deployment.serve import serve as serve_study
     from concilium.preparation import Event
-    from concilium.study import read_study
+    from concilium.study import read_study, with_seeds
 
-    read = read_study(study, check_data=False)
+    read = with_seeds(read_study(study, check_data=False), seeds)
     folder = out or Path("runs") / read.study.name
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    again = f"concilium serve {kit} {study} --out {folder} --resume"
+    again = f"concilium serve {kit} {study} --out {folder}{f' --seeds {seeds}' if seeds else ''} --resume"
 
     def work(watch: Callable[[Event], None]) -> Run:
         return reported(serve_study(kit, read, folder, resume=resume, wait_s=wait, watch=watch).folder, watch)

@@ -50,9 +50,8 @@ def report(
     ] = False,
 ) -> None:
     """Write a run's report as one HTML file; a site's own with its pictures, where the folder is a site's."""
-    from concilium.api import Run
+    from concilium import api
 
-    run = Run(folder)
-    shown.print(f"Report: {run.report(out)}", markup=False, soft_wrap=True)
+    shown.print(f"Report: {api.report(folder, out)}", markup=False, soft_wrap=True)
     if tensorboard:
-        shown.print(f"TensorBoard: {run.tensorboard()}", markup=False, soft_wrap=True)
+        shown.print(f"TensorBoard: {api.tensorboard(folder)}", markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from concilium.cli._shown import Out, Resume, progress_bar, show_run, shown
+from concilium.cli._shown import Out, Resume, Seeds, progress_bar, show_run, shown
 
 
 def demo(out: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/demo")) -> None:
@@ -21,9 +21,7 @@ def run(
     study: Annotated[Path, typer.Argument(help="Study file (TOML).")],
     out: Out = None,
     resume: Resume = False,
-    seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Train every model with so many seeds. Default: the study's.")
-    ] = None,
+    seeds: Seeds = None,
 ) -> None:
     """Run a study: fingerprint, plan, train, score."""
     from concilium.study import read_study, with_seeds

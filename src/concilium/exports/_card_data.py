@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from concilium._withheld import with_averages
 from concilium.catalog import TRAINER
+from concilium.data.dataset import folds
+from concilium.disclosure import MIN_CASES, count
 from concilium.finished import Finished
+from concilium.reports._guarded import guarded
 from concilium.results import SCALES
 from concilium.statistics import WITHOUT, summarize
 
@@ -32,39 +37,51 @@ class Record:
     fold: int | None
 
     @property
+    def name(self) -> str:
+        """In results.json."""
+        return f"{self.title}:{self.owner}" if self.owner else self.title
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its patients are those of several owners: small numbers of them are then not told."""
+        return self.finished.study.engine.name != "simulation"
+
+    @property
     def cases(self) -> list[Mapping[str, Any]]:
         """Its scores."""
-        name = f"{self.title}:{self.owner}" if self.owner else self.title
-        return [
-            c
-            for c in self.results["cases"]
-            if c["model"] == name
-            and c.get("seed", self.seed) == self.seed
-            and (self.fold is None or c.get("fold", self.fold) == self.fold)
-        ]
+        return [c for c in self.results["cases"] if c["model"] == self.name and self._is_of(c)]
+
+    def _is_of(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row is of this seed and fold."""
+        of_fold = self.fold is None or row.get("fold", self.fold) == self.fold
+        return of_fold and bool(row.get("seed", self.seed) == self.seed)
 
     @property
     def summary(self) -> list[Mapping[str, Any]]:
-        """Means and intervals of its scores."""
-        cases = self.cases
-        models = {c["model"] for c in cases}
-        if sum(c["model"] in models for c in self.results["cases"]) == len(cases):
-            return [s for s in self.results["summary"] if s["model"] in models]
-        return list(summarize(cases, SCALES, seed=self.finished.study.study.seed))
+        """Means and intervals of its scores; between hospitals none of few patients."""
+        rows = self._summary()
+        return guarded({"summary": rows})["summary"] if self.is_shared else rows
+
+    def _summary(self) -> list[Mapping[str, Any]]:
+        scored = [c for c in self.results["cases"] if c["model"] == self.name]
+        trained = [m for m in self.results["models"] if m["name"] == self.title]
+        if all(map(self._is_of, [*scored, *trained])):
+            return [s for s in self.results["summary"] if s["model"] == self.name]
+        made = summarize(self.cases, SCALES, seed=self.finished.study.study.seed)
+        return list(with_averages(made, self._averages(), SCALES))
+
+    def _averages(self) -> list[Mapping[str, Any]]:
+        """What sites that keep scores of cases back told of this seed and fold; results.json has all seeds and folds together."""
+        stems = [file.stem for file in self.finished.files]
+        together = [] if self.fold is not None else [re.sub(r"\.f\d+$", ".all", stems[0])]
+        files = (self.finished.run / "checkpoints" / key / "finished.json" for key in [*stems, *together])
+        told = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+        return [row for finished in told for row in finished.get("averages", ()) if row["model"] == self.name]
 
     @property
     def took(self) -> Mapping[str, Any] | None:
         """What training it, or one of its members, took."""
-        return next(
-            (
-                m
-                for m in self.results["models"]
-                if m["name"] == self.title
-                and m.get("seed", self.seed) == self.seed
-                and (self.fold is None or m.get("fold", self.fold) == self.fold)
-            ),
-            None,
-        )
+        return next((m for m in self.results["models"] if m["name"] == self.title and self._is_of(m)), None)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -88,12 +105,11 @@ def data_table(record: Record) -> tuple[list[tuple[str, ...]], list[str]]:
     """A row for each site (cases and patients trained on, and scored), and what is to be said below."""
     study, results = record.finished.study, record.results
     trained = _cases_trained_on(record)
+    least = MIN_CASES if record.is_shared else 0
     rows = []
     for site in dict.fromkeys([*trained, *record.sites]):
-        numbers = (trained.get(site), _patients_trained_on(record, site))
-        own = [c for c in record.cases if (c["site"], c["subset"]) == (site, "validation")]
-        scored = (str(len({c[key] for c in own})) for key in ("case", "patient"))
-        rows.append((site, *("–" if n is None else str(n) for n in numbers), *scored))
+        numbers = (trained.get(site), _patients_trained_on(record, site), *_scored(record, site))
+        rows.append((site, *("–" if n is None else count(n, least) for n in numbers)))
     v = study.validation
     held_out = (
         f"Scored are the cases of fold {record.fold} of {v.folds}, divided by patient, on which the model was not trained"
@@ -101,7 +117,7 @@ def data_table(record: Record) -> tuple[list[tuple[str, ...]], list[str]]:
         else f"Each of the {len(record.finished.files)} members leaves out one of {v.folds} folds, divided by patient, and was "
         "scored on it; together they know all cases"
     )
-    tested = any(c["subset"] == "test" for c in record.cases)
+    tested = any((s["model"], s["subset"]) == (record.name, "test") for s in results["summary"])
     n_sites = f"{len(record.sites)} site{'s' * (len(record.sites) != 1)}, named as in the study. "
     lines = [
         f"{n_sites}{held_out}. " + ("A held-out test set was scored too." if tested else "No test set was scored.")
@@ -110,12 +126,28 @@ def data_table(record: Record) -> tuple[list[tuple[str, ...]], list[str]]:
         lines.append(f"{record.unseen} took no part: all its cases were scored by a model that never saw one.")
     if "pooled" in trained:
         lines.append("`pooled`: the cases of all sites in one place, which only a simulation can do.")
-    n_excluded: dict[str, int] = {}
+    return rows, [*lines, f"Cases set aside because they could not be used: {_set_aside(results, least)}."]
+
+
+def _set_aside(results: Results, least: int) -> str:
+    """How many cases, in all and by site; not in all where the number of one site must not be told."""
+    n: Counter[str] = Counter()
     for line in results["excluded"]:
-        n_excluded[line["site"]] = n_excluded.get(line["site"], 0) + 1
-    excluded = ", ".join(f"{site}: {n}" for site, n in sorted(n_excluded.items()))
-    total = f"{sum(n_excluded.values())}{f' ({excluded})' if excluded else ''}"
-    return rows, [*lines, f"Cases set aside because they could not be used: {total}."]
+        n[line["site"]] += line.get("count", 1)
+    by_site = ", ".join(f"{site}: {count(n[site], least)}" for site in sorted(n))
+    if any(0 < k < least for k in n.values()):
+        return by_site
+    return f"{n.total()} ({by_site})" if n else "0"
+
+
+def _scored(record: Record, site: str) -> tuple[int, int]:
+    """Cases and patients of a site that were scored; where it keeps their scores back, as many as it told of."""
+    own = [c for c in record.cases if (c["site"], c["subset"]) == (site, "validation")]
+    if own:
+        return len({c["case"] for c in own}), len({c["patient"] for c in own})
+    place = (record.name, site, "validation")
+    told = [s for s in record.results["summary"] if (s["model"], s["site"], s["subset"]) == place]
+    return max((s["n_cases"] for s in told), default=0), max((s["n"] for s in told), default=0)
 
 
 def _cases_trained_on(record: Record) -> dict[str, int]:
@@ -133,15 +165,29 @@ def _cases_trained_on(record: Record) -> dict[str, int]:
 
 
 def _patients_trained_on(record: Record, site: str) -> int | None:
-    """From a simulated site's own list of cases, which lies in the run folder; `None` where the site is elsewhere."""
+    """From a simulated site's own list of cases, which lies in the run folder, or from what a site elsewhere told."""
     path = record.finished.run / "sites" / site / "cases.json"
-    if not path.is_file() or site not in record.finished.study.sites:
+    if site not in record.finished.study.sites:
         return None
+    if not path.is_file():
+        return _patients_told(record, site)
     noted = json.loads(path.read_text(encoding="utf-8")).get(site, [])
     left_out = {line["case"] for line in record.results["excluded"] if line["site"] == site}
     if record.fold is not None:
         left_out |= {c["case"] for c in record.cases if (c["site"], c["subset"]) == (site, "validation")}
     return len({entry["patient"] for entry in noted if entry["case"] not in left_out})
+
+
+def _patients_told(record: Record, site: str) -> int | None:
+    """All patients that a site told it has, less those of the fold that was held out; `None` where it told of none."""
+    run, study = record.finished.run, record.finished.study
+    suffix = record.finished.files[0].stem.removeprefix(record.title)
+    files = (run / "checkpoints" / f"{title}{suffix}.json" for title in (record.title, study.protocol.name))
+    ready: dict[str, Any] = next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
+    n = ready.get("patients", {}).get(site)
+    if n is None or record.fold is None:
+        return None if n is None else int(n)
+    return int(n) - len(folds([str(i) for i in range(n)], study.validation.folds, record.fold))
 
 
 def _lines(finished: Finished, name: str) -> Iterable[dict[str, Any]]:

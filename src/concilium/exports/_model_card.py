@@ -7,17 +7,18 @@ of known cases are taken out of them.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from concilium.catalog import TRAINER
 from concilium.data.labels import foreground
+from concilium.disclosure import without_counts, without_names
 from concilium.exports._card_data import Record, Results, data_table, record_of, training_lines
 from concilium.finished import Finished
-from concilium.statistics import FOREGROUND_MEAN
+from concilium.reports import TITLES
+from concilium.reports._units import unit_of
+from concilium.statistics import ALL_SITES, FOREGROUND_MEAN
 
-METRICS = {"dice": "Dice", "iou": "IoU", "hd95": "95 % Hausdorff distance", "nsd": "Normalised surface Dice"}
 MOST_LINES = 20
 """Of warnings and of problems."""
 
@@ -35,14 +36,14 @@ def model_card(finished: Finished, results: Results, *, intended_use: str) -> st
     parts = [
         _front_matter(finished),
         f"# {title}\n\n**Research software, not a medical device.** {_summary(finished, learnt)}",
-        _state(results),
+        _state(record),
         f"## Intended use\n\n{intended_use}",
         f"## Training data\n\n{_data(record)}",
         f"## Training\n\n{_training(record)}",
         f"## Figures\n\n{_figures(record)}",
         f"## Privacy\n\n{_privacy(finished)}",
         f"## Versions\n\n{_versions(finished)}",
-        f"## Reproduce\n\n{_reproduce(finished)}",
+        f"## Reproduce\n\n{_reproduce(record)}",
         "## Licence\n\nNot chosen. The sites whose data the model was trained on decide; write it here and in the front matter.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -72,29 +73,27 @@ def _summary(finished: Finished, learnt: Sequence[str]) -> str:
     )
 
 
-def _state(results: Results) -> str:
+def _state(record: Record) -> str:
     """What went wrong, at the top; nothing where all went as asked."""
-    names = {
-        str(row[key]) for row in [*results["cases"], *results["excluded"]] for key in ("case", "patient") if key in row
-    }
+    results = record.results
+    rows = [*results["cases"], *results["excluded"]]
+    names = {str(row[key]) for row in rows for key in ("case", "patient") if row.get(key) is not None}
+    problems, warnings = (
+        [without_counts(line) if record.is_shared else line for line in results[key]]
+        for key in ("problems", "warnings")
+    )
     text = ""
     if not results["complete"]:
-        text += "> **This run is not complete: not all went as asked.**\n" + _quoted(results["problems"], names)
-    if results["warnings"]:
-        text += "\n>\n" * bool(text) + "> Warnings of the run:\n" + _quoted(results["warnings"], names)
+        text += "> **This run is not complete: not all went as asked.**\n" + _quoted(problems, names)
+    if warnings:
+        text += "\n>\n" * bool(text) + "> Warnings of the run:\n" + _quoted(warnings, names)
     return text
 
 
 def _quoted(lines: Sequence[str], names: Iterable[str]) -> str:
-    shown = [f"> - {_without_names(line, names)}" for line in lines[:MOST_LINES]]
+    shown = [f"> - {without_names(line, names)}" for line in lines[:MOST_LINES]]
     rest = len(lines) - len(shown)
     return "\n".join([*shown, *([f"> - and {rest} more"] if rest else [])])
-
-
-def _without_names(text: str, names: Iterable[str]) -> str:
-    text = re.sub(r"\S*[/\\]\S+", "[path]", " ".join(text.split()))
-    long = sorted((n for n in names if not n.isdecimal()), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, long)), "[case]", text) if long else text
 
 
 def _data(record: Record) -> str:
@@ -122,26 +121,38 @@ def _figures(record: Record) -> str:
     finished, summary = record.finished, record.summary
     if not summary:
         return "None: the model was not scored."
-    units = {c["unit"] for c in record.cases}
+    unit = unit_of(record.cases, finished.file_ending)
     rows = []
     for site, subset, label in dict.fromkeys((s["site"], s["subset"], s["label"]) for s in summary):
         cells = {s["metric"]: s for s in summary if (s["site"], s["subset"], s["label"]) == (site, subset, label)}
-        n = max(s["n"] for s in cells.values())
+        told = [s["n"] for s in cells.values() if s["n"] is not None]
         where = "test set" if subset == "test" else f"{site} ({subset})"
         what = "mean of the labels" if label == FOREGROUND_MEAN else label
-        rows.append((where, what, str(n), *(_figure(cells.get(metric), metric) for metric in METRICS)))
+        n = str(max(told)) if told else "–"
+        rows.append((where, what, n, *(_figure(cells.get(metric), metric) for metric in TITLES)))
     return "\n".join([
-        _table(("data", "label", "patients", *METRICS.values()), rows),
+        _table(("data", "label", "patients", *TITLES.values()), rows),
         "",
-        f"Mean over patients [95 % bootstrap interval over patients; none below 6 patients]. Distances in {_and(sorted(units))}; "
+        f"Mean over patients [95 % bootstrap interval over patients; none below 6 patients]. Distances in {unit}; "
         f"tolerance of the surface Dice {finished.study.validation.tolerance:g}. Scored in "
         f"{finished.study.training.precision}; in another precision single voxels may differ.",
+        *_kept_back(record),
     ])  # fmt: skip
+
+
+def _kept_back(record: Record) -> list[str]:
+    scored = {(c["site"], c["subset"]) for c in record.cases} | {(ALL_SITES, "validation")}
+    sites = dict.fromkeys(s["site"] for s in record.summary if (s["site"], s["subset"]) not in scored)
+    if not sites:
+        return []
+    return [
+        f"Scores of single cases are kept back at {_and(sites)}: intervals there are Student's; over all sites there is none."
+    ]
 
 
 def _figure(s: Mapping[str, Any] | None, metric: str) -> str:
     if s is None or s["mean"] is None:
-        return "–"
+        return "–" if s is None else str(s.get("hidden", "–"))
     digits = 2 if metric == "hd95" else 3
     interval = "" if s["ci_low"] is None else f" [{s['ci_low']:.{digits}f}, {s['ci_high']:.{digits}f}]"
     return f"{s['mean']:.{digits}f}{interval}"
@@ -178,11 +189,11 @@ def _versions(finished: Finished) -> str:
     return f"Concilium {last['concilium']}, Python {last['python']}, {packages}, GPU: {last['gpu'] or 'none'}.{stops}"
 
 
-def _reproduce(finished: Finished) -> str:
-    study = finished.study
+def _reproduce(record: Record) -> str:
+    study = record.finished.study
     return (
         f"With the study file ({study.study.name}, seed {study.study.seed}, {study.engine.threads} threads) and the same data at "
-        "each site:\n\n    concilium run study.toml"
+        f"each site:\n\n    concilium {'serve KIT' if record.is_shared else 'run'} study.toml"
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from concilium.disclosure import count, without_counts, without_paths
 from concilium.reports._cases import View, place_name
 from concilium.reports._elements import Child, amount, e, fold, listed, number, signed, table
 from concilium.reports._sections import cell, label_name, overall_label, section, shown_model
+from concilium.statistics import MIN_PATIENTS
 
 
 def heading(view: View) -> Element:
@@ -50,13 +51,13 @@ def _length(protocol: Mapping[str, Any]) -> str:
 
 
 def _banner(view: View) -> Element:
-    problems = view.found.results["problems"]
+    problems = view.results["problems"]
     if view.found.site:
         text = "This page holds pictures and names of this site's cases. It is for the site alone."
         return e("div", e("p", text), class_="banner note")
-    if view.found.results["complete"] and not problems:
+    if view.results["complete"] and not problems:
         return e("div", e("p", e("strong", "Complete. "), "Everything ran as asked."), class_="banner good")
-    lines = [_masked(view, str(p)) for p in problems]
+    lines = [_said(view, p) for p in problems]
     return e("div", e("p", e("strong", "NOT AS ASKED")), listed(lines[:8]), _more(lines[8:]), class_="banner bad")
 
 
@@ -64,14 +65,10 @@ def _more(lines: list[str]) -> Element | None:
     return fold(f"{len(lines)} more", listed(lines)) if lines else None
 
 
-def _masked(view: View, text: str) -> str:
-    """The sentence; in a private report without small numbers of cases and without case ids of the sites."""
-    if not view.private:
-        return text
-    small = view.min_cases
-    return re.sub(
-        r"\b(\d+) of (\d+) cases", lambda m: f"fewer than {small} of the cases" if int(m[1]) < small else m[0], text
-    )
+def _said(view: View, text: object) -> str:
+    """What a run said, without paths, which an error at a simulated site may hold; in a private report without small numbers."""
+    said = without_paths(str(text))
+    return without_counts(said, view.min_cases) if view.private else said
 
 
 def _cards(view: View) -> list[Element]:
@@ -80,31 +77,30 @@ def _cards(view: View) -> list[Element]:
         return []
     label, own = overall_label(view), view.models[0]
     cards = []
-    main = (*(p for p in view.places if p[1] == "test"), *view.pools, *view.places)[0]
-    found = cell(view, main, own, "dice", label)
-    if found:
-        mean, low, high, n = found
+    places = (*(p for p in view.places if p[1] == "test"), *view.pools, *view.places)
+    figures = ((p, row) for p in places if (row := cell(view, p, own, "dice", label)) and row["mean"] is not None)
+    main, found = next(figures, (places[0], None))
+    if found is not None:
+        low, high = found["ci_low"], found["ci_high"]
         interval = f", 95 % interval {number(low)} to {number(high)}" if low is not None else ""
-        about = f"Dice of {shown_model(own)}, {place_name(main)}, {label_name(label)} (n = {n}{interval})"
-        cards.append(_card(number(mean), about))
-    for c in view.found.results["comparisons"]:
-        if (
-            own in (c["a"], c["b"])
-            and (c["metric"], c["label"]) == ("dice", label)
-            and view.enough(c["n"])
-            and len(cards) < 3
-        ):
+        about = f"Dice of {shown_model(own)}, {place_name(main)}, {label_name(label)} (n = {found['n']}{interval})"
+        cards.append(_card(number(found["mean"]), about))
+    for c in view.results["comparisons"]:
+        if own in (c["a"], c["b"]) and (c["metric"], c["label"]) == ("dice", label) and len(cards) < 3:
             if c.get("ci_low") is None or c.get("subset", main[1]) != main[1]:
                 continue
             about = f"Dice, {shown_model(c['a'])} minus {shown_model(c['b'])} [{signed(c['ci_low'])}, {signed(c['ci_high'])}]"
             cards.append(_card(signed(c["difference"]), about))
-    by_site = {p: c[0] for p in view.places if p[1] == "validation" and (c := cell(view, p, own, "dice", label))}
-    if len(by_site) > 1:
-        worst, best = min(by_site, key=by_site.__getitem__), max(by_site, key=by_site.__getitem__)
-        low, high = by_site[worst], by_site[best]
-        about = f"Dice between the best site ({best[0]}, {number(high)}) and the worst ({worst[0]}, {number(low)})"
-        cards.append(_card(number(high - low), about))
-    return cards
+    return [*cards, *_spread(view, own, label)]
+
+
+def _spread(view: View, model: str, label: str) -> Iterator[Element]:
+    """How far apart the sites are that have patients enough."""
+    for s in view.results.get("sites", ()):
+        if (s["model"], s["subset"], s["metric"], s["label"]) == (model, "validation", "dice", label):
+            best, worst = (f"{s[end]}, {number(s[f'{end}_mean'])}" for end in ("best", "worst"))
+            about = f"Dice between the best site ({best}) and the worst ({worst}) of those with {MIN_PATIENTS} patients or more"
+            yield _card(number(s["gap"]), about)
 
 
 def _card(figure: str, about: str) -> Element:
@@ -116,18 +112,19 @@ def _card(figure: str, about: str) -> Element:
 
 def remarks(view: View) -> Element | None:
     """Cases set aside, and warnings."""
-    results = view.found.results
-    excluded = results["excluded"]
-    if view.private:
-        counts = Counter((x["site"], x["reason"]) for x in excluded)
-        rows = [
-            [s, r, str(n) if view.enough(n) else f"fewer than {view.min_cases}"] for (s, r), n in sorted(counts.items())
-        ]
+    excluded = view.results["excluded"]
+    rows: list[list[Child]]
+    if view.private or any(x["case"] is None for x in excluded):
+        counts: Counter[tuple[str, str]] = Counter()
+        for x in excluded:
+            counts[x["site"], x["reason"]] += x.get("count", 1)
+        least = view.min_cases if view.private else 0
+        rows = [[site, reason, count(n, least)] for (site, reason), n in sorted(counts.items())]
         aside = table(["site", "reason", "cases"], rows, caption="Cases set aside", words=2)
     else:
-        rows = [[x["site"], x["case"], x["text"]] for x in excluded]
+        rows = [[x["site"], x["case"], _said(view, x["text"])] for x in excluded]
         aside = table(["site", "case", "why"], rows, caption="Cases set aside", words=3)
-    lines = [_masked(view, str(w)) for w in (*results["warnings"], *view.found.notes)]
+    lines = [_said(view, text) for text in (*view.results["warnings"], *view.found.notes)]
     return section(
         "Remarks",
         aside if rows else e("p", "No case was set aside."),
@@ -145,7 +142,6 @@ def plan(view: View) -> Element | None:
     about = found.plans.get("configurations", {}).get(name)
     if about is None:
         return None
-    unit = "mm" if view.unit == "mm" else "px"
     network = found.study.get("network", {})
     models = found.results["models"]
     parameters = models[0].get("parameters") if models else None
@@ -154,7 +150,7 @@ def plan(view: View) -> Element | None:
     training, trainer = found.study.get("training", {}), found.study.get("local_update", {}).get("trainer")
     rows: list[tuple[str, Child]] = [
         ("configuration", f"{name}, by nnU-Net's planner ({found.study.get('plan', {}).get('planner', 'default')})"),
-        ("spacing", f"{_times(about['spacing'])} {unit}"),
+        ("spacing", f"{_times(about['spacing'])} {view.unit}"),
         ("patch", f"{_times(about['patch_size'])} voxels, {(models or [about])[0]['batch_size']} in a batch"),
         ("intensities", ", ".join(dict.fromkeys(about.get("normalization_schemes", [])))),
         ("network", [f"{network.get('name')}",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from statistics import fmean
 from xml.etree.ElementTree import Element
 
 import numpy as np
@@ -18,15 +16,13 @@ from concilium.reports._cases import (
     View,
     by_case,
     mean_of,
-    patients,
     place_name,
     ranked,
     reasons,
     small_volumes,
 )
-from concilium.reports._elements import Child, amount, e, figure, fold, number, table
-from concilium.reports._found import Row
-from concilium.reports._sections import section, shown_model
+from concilium.reports._elements import Child, e, figure, fold, number, table
+from concilium.reports._sections import kept_back, section, shown_model
 
 N_WORST = 10
 MAX_GALLERIES = 12
@@ -42,9 +38,10 @@ def withheld(view: View) -> Element | None:
         e(
             "p",
             "This page is made at the server of a federation, from aggregates. It has no picture, no case, no distribution over "
-            f"cases, and no value that describes fewer than {view.min_cases} patients. Each site can see its own cases: "
-            "concilium report SITE_FOLDER, at the site.",
+            f"cases, and no value that describes fewer than {view.min_cases} patients, or lets one be computed. Each site can "
+            "see its own cases: concilium report SITE_FOLDER, at the site.",
         ),
+        kept_back(view, "Volumes and lesions are of the other sites"),
     )
 
 
@@ -69,12 +66,14 @@ def distribution(view: View) -> Element | None:
             x="Dice", low=low, high=1.0, strong=shown_model(view.models[0]),
         )
         for place, models in groups.items()
+        if place not in view.kept_back
     ]  # fmt: skip
     caption = (
         "Dice of each case (mean over the labels). Box: the middle half of the cases; line: the median; whiskers: cases up to "
         "1.5 box lengths away; dots: cases beyond, at the left edge those below the axis. Fewer than 6 cases are dots alone."
     )
-    return section("Spread over cases", figure(e("div", panels, class_="grid"), caption))
+    left_out = kept_back(view, "Not in these figures")
+    return section("Spread over cases", figure(e("div", panels, class_="grid"), caption), left_out)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -169,101 +168,25 @@ def worst(view: View) -> Element | None:
         told = reasons(case, view, small) or ["no reason known"]
         where = e("p", f"{place_name(case.place)}: ", "; ".join(told), class_="why")
         entries.append(e("div", _shown(view, case), where, class_="entry"))
-    text = (
-        f"The {len(cases)} cases with the lowest Dice of {shown_model(view.models[0])}. Reasons looked for: nothing predicted, "
-        "nothing to be found, a structure below the 5th percentile of its site's volumes (where a site has 20 or more), and "
-        "spacing or intensity outside the federation's."
-    )
-    return section("The worst cases", e("p", text), e("div", entries, class_="worst"))
-
-
-# ------------------------------------------------------------------------------------------------- volumes and lesions
-
-
-def volumes(view: View) -> Element | None:
-    """Reference against prediction, and their mean difference with limits of agreement."""
-    rows = view.of(view.models[0]) if view.models else []
-    if not rows:
-        return None
-    labels = list(dict.fromkeys(r["label"] for r in rows))
-    unit = view.volume_unit
-    panels = [
-        draw.scatter(
-            {s: [(r["reference_volume"], r["prediction_volume"]) for r in rows if (r["label"], r["site"]) == (label, s)]
-             for s in dict.fromkeys(r["site"] for r in rows)},
-            title=label, x=f"reference [{unit}]", y=f"prediction [{unit}]", colours=view.colours,
-        )
-        for label in labels
-    ] if not view.private else []  # fmt: skip
-    names = list(dict.fromkeys(r["site"] for r in rows))
-    caption = (
-        f"Volume of each case under {shown_model(view.models[0])}. On the dashed line both are equal; above it too much was "
-        "predicted. Zeros stand at the edge of a logarithmic axis."
-    )
+    text = f"The {len(cases)} cases with the lowest Dice of {shown_model(view.models[0])}. {_looked_for(view)}"
     return section(
-        "Volumes" if unit == "ml" else "Areas",
-        figure([draw.legend(view.colours, names), e("div", panels, class_="grid")], caption) if panels else None,
-        _agreement(view, rows, labels),
+        "The worst cases", e("p", text), e("div", entries, class_="worst"), kept_back(view, "Not among these cases")
     )
 
 
-def _agreement(view: View, rows: Sequence[Row], labels: Sequence[str]) -> Element:
-    lines = []
-    for label in labels:
-        for place in view.places:
-            of = [r for r in rows if r["label"] == label and (r["site"], r["subset"]) == place]
-            if not of:
-                continue
-            if not view.enough(patients(of)):
-                lines.append([label, place_name(place), f"n < {view.min_cases}", None, None, None])
-                continue
-            difference = [r["prediction_volume"] - r["reference_volume"] for r in of]
-            mean, spread = fmean(difference), 1.96 * float(np.std(difference, ddof=1)) if len(difference) > 1 else None
-            limits = f"{_signed(mean - spread)} to {_signed(mean + spread)}" if spread is not None else None
-            volume = (fmean(r["reference_volume"] for r in of), fmean(r["prediction_volume"] for r in of))
-            lines.append([label, place_name(place), *map(amount, volume), _signed(mean), limits])
-    unit = view.volume_unit
-    header = ["label", "where", f"reference [{unit}]", f"prediction [{unit}]", "difference", "95 % of differences"]
-    note = "Means over cases; 95 % of differences: mean ± 1.96 standard deviations (Bland and Altman 1986)."
-    return e("div", table(header, lines, words=2, caption="Prediction minus reference"), e("p", note, class_="note"))
-
-
-def _signed(value: float) -> str:
-    text = amount(value)
-    return text if value < 0 else f"+{text}"
-
-
-def lesions(view: View) -> Element | None:
-    """Lesions found, missed and made up, where they were counted."""
-    groups: dict[tuple[str, Place, str], list[Row]] = defaultdict(list)
-    for model in view.models:
-        for r in view.of(model):
-            if r.get("lesions_found") is not None:
-                groups[r["label"], (r["site"], r["subset"]), model].append(r)
-    if not groups:
-        return None
-    lines: dict[bool, list[list[Child]]] = {True: [], False: []}
-    for (label, place, model), rows in sorted(groups.items(), key=lambda g: (g[0][0], view.places.index(g[0][1]))):
-        name = [label, place_name(place), shown_model(model)]
-        lines[model == view.models[0]].append([*name, *_lesion_figures(view, rows)])
-    header = ["label", "where", "model", "found", "missed", "false", "share found", "false per case"]
-    note = "A lesion is one connected part of the reference, or of the prediction; local: the models of all sites together."
-    if any(m.get("seed") != view.found.results["models"][0].get("seed") for m in view.found.results["models"]):
-        note += " Counts of all seeds are added."
-    return section(
-        "Lesions",
-        table(header, lines[True], words=3),
-        e("p", note, class_="note"),
-        fold("The other models", table(header, lines[False], words=3)) if lines[False] else None,
-    )
-
-
-def _lesion_figures(view: View, rows: Sequence[Row]) -> list[Child]:
-    if not view.enough(patients(rows)):
-        return [f"n < {view.min_cases}", None, None, None, None]
-    found, missed, false = (sum(r.get(f"lesions_{k}") or 0 for r in rows) for k in ("found", "missed", "false"))
-    share = number(found / (found + missed), 2) if found + missed else None
-    return [str(found), str(missed), str(false), share, number(false / len(rows), 2)]
+def _looked_for(view: View) -> str:
+    """The reasons that can be found: a site knows the plan, whose intensities are the federation's, and not its spacings."""
+    known = {
+        "spacing": view.found.fingerprint.get("geometry"),
+        "intensity": view.found.plans.get("foreground_intensity_properties_per_channel"),
+    }
+    looked_for = [
+        "nothing predicted",
+        "nothing to be found",
+        "a structure below the 5th percentile of its site's volumes (where a site has 20 or more)",
+        *(f"{what} outside the federation's" for what, there in known.items() if there),
+    ]
+    return f"Reasons looked for: {', '.join(looked_for[:-1])}, and {looked_for[-1]}."
 
 
 def case_list(view: View) -> Element | None:

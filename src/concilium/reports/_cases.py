@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from concilium.disclosure import MIN_CASES
 from concilium.reports._elements import amount
 from concilium.reports._figures import NEUTRAL
 from concilium.reports._found import Found, Picture, Row
+from concilium.reports._guarded import guarded
+from concilium.reports._units import unit_of, volume_of
 from concilium.statistics import ALL_SITES, WITHOUT
 
-MIN_CASES = 5
-"""A private report shows no value that describes fewer patients."""
 SMALL_SHARE = 5
 """Percentile of a site's reference volumes below which a structure is small ..."""
 SMALL_FROM = 20
@@ -34,6 +36,11 @@ class View:
     found: Found
     private: bool
     min_cases: int = MIN_CASES
+
+    @cached_property
+    def results(self) -> Mapping[str, Any]:
+        """The run's results; in a private report what must not be shown has no figure (`_guarded.py`)."""
+        return guarded(self.found.results, self.min_cases) if self.private else self.found.results
 
     def enough(self, n: int) -> bool:
         """Whether a figure over `n` patients may be shown."""
@@ -62,6 +69,12 @@ class View:
         return tuple(p for p in found if p == (ALL_SITES, "validation"))
 
     @property
+    def kept_back(self) -> tuple[Place, ...]:
+        """Where scores are known on average only: the site keeps those of its cases back."""
+        told = {(c["site"], c["subset"]) for c in self.found.results["cases"]}
+        return tuple(place for place in self.places if place not in told)
+
+    @property
     def colours(self) -> Mapping[str, int]:
         """A number for each site, the same in every figure."""
         trained = [s for line in self.found.rounds for s in line["sites"]]
@@ -73,13 +86,18 @@ class View:
 
     @property
     def unit(self) -> str:
-        """`mm` or `px`."""
-        return next((c["unit"] for c in self.found.results["cases"]), "mm")
+        """`mm`, `px`, or `mm or px` where sites differ."""
+        return unit_of(self.found.results["cases"], self.found.file_ending)
+
+    def unit_at(self, place: Place) -> str:
+        """The unit of distances there; empty where it is that of all, or not known."""
+        own = [c for c in self.found.results["cases"] if (c["site"], c["subset"]) == place]
+        return unit_of(own) if own and " or " in self.unit else ""
 
     @property
     def volume_unit(self) -> str:
-        """`ml`, or `px` where the spacing is unknown."""
-        return "ml" if self.unit == "mm" else "px"
+        """`ml`, `px` where the spacing is unknown, or `ml or px`."""
+        return volume_of(self.unit)
 
     def of(self, model: str) -> list[Row]:
         """The scores of a model, at every site that has one of its name, and on a site that it never saw."""
@@ -114,6 +132,11 @@ def place_name(place: Place) -> str:
     if site == ALL_SITES:
         return "all sites"
     return "test set" if site == "test" else f"{site}, {subset} cases" if subset != "validation" else site
+
+
+def names_of(places: Iterable[Place]) -> str:
+    """The names of places in a row, each once."""
+    return ", ".join(dict.fromkeys(place_name((site, "validation")) for site, _ in places))
 
 
 def by_case(rows: Iterable[Row]) -> list[CaseScore]:
@@ -162,7 +185,7 @@ def reasons(case: CaseScore, view: View, small: Mapping[tuple[str, str], float])
             told[f"{r['label']}: predicted, but not in the reference"] = None
         limit = small.get((r["site"], r["label"]), 0.0)
         if 0 < r["reference_volume"] < limit:
-            volume = f"{amount(r['reference_volume'])} {view.volume_unit}"
+            volume = f"{amount(r['reference_volume'])} {volume_of(r['unit'])}"
             told[f"{r['label']}: small ({volume}; one in twenty at this site is below {amount(limit)})"] = None
     picture = view.found.picture(case.rows[0])
     return [*told, *(_unlike_training(picture, view.found) if picture else [])]

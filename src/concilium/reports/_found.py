@@ -51,6 +51,7 @@ class Found:
     sessions: tuple[Row, ...] = ()
     plans: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    file_ending: str = ""
     pictures: Mapping[Key, Picture] = field(default_factory=dict)
     colours: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Label -> colours of its outlines in the pictures: reference, prediction."""
@@ -59,8 +60,8 @@ class Found:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the data were others' than whose folder this is: all but a simulation's run and a site's own folder."""
-        return self.site is None and self.study.get("engine", {}).get("name", "simulation") != "simulation"
+        """Whether the data are others' than whose folder this is: not in a site's own, nor where a simulation is stated."""
+        return self.site is None and not is_simulation(self.study)
 
     def picture(self, row: Row) -> Picture | None:
         """What is known of the case of this score."""
@@ -92,10 +93,33 @@ def find(folder: Path) -> Found:
     )
 
 
+def is_simulation(study: Mapping[str, Any]) -> bool:
+    """Whether the study says that it ran on one machine; one that is lost, or says nothing, may be of others' data."""
+    return bool(study.get("engine", {}).get("name") == "simulation")
+
+
+def study_of(folder: Path) -> tuple[Mapping[str, Any], str]:
+    """The study of a run as tables and as text; both empty where there is none.
+
+    Raises:
+        StudyError: it is damaged.
+    """
+    path = folder / "study.toml"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        return tomllib.loads(text), text
+    except tomllib.TOMLDecodeError as e:
+        raise StudyError(f"{path} cannot be read ({e}). Expected the study as the run wrote it. Put it back.") from e
+
+
+def file_ending(folder: Path) -> str:
+    """The ending of the files that a run was made with; empty where it is not noted."""
+    return str(_json(folder / "dataset.json", {}).get("file_ending", ""))
+
+
 def _find_run(folder: Path) -> Found:
     results = _json(folder / "results.json", {})
-    text = (folder / "study.toml").read_text(encoding="utf-8") if (folder / "study.toml").is_file() else ""
-    study = tomllib.loads(text)
+    study, text = study_of(folder)
     tables = [t for path in sorted(folder.glob("sites/*/scores/*.json")) if (t := _table(path))]
     return Found(
         folder,
@@ -112,6 +136,7 @@ def _find_run(folder: Path) -> Found:
         sessions=tuple(_json(folder / "environment.json", {}).get("sessions", ())),
         plans=_json(folder / "plans.json", {}),
         fingerprint=_json(folder / "fingerprint.json", {}),
+        file_ending=file_ending(folder),
         pictures={key: picture for t in tables for key, picture in _pictures(t).items()},
         colours={label: tuple(c) for t in tables for label, c in t.get("colours", {}).items()},
     )
@@ -139,9 +164,10 @@ def _find_site(folder: Path) -> Found:
         results,
         site=site,
         rounds=tuple(
-            {"model": model, "round": number, "sites": {site: {"loss": r["loss"]}}}
+            {"model": model, "round": number, "time": r.get("time"), "sites": {site: {"loss": r["loss"]}}}
             for (model, number), r in sorted(rounds.items())
         ),
+        plans=_json(folder / "plan.json", {}),
         pictures={key: picture for t in tables for key, picture in _pictures(t).items()},
         colours={label: tuple(c) for t in tables for label, c in t.get("colours", {}).items()},
         notes=tuple(dict.fromkeys(f"{r['case']}: {r['note']}" for r in cases if r.get("note"))),

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import TypeAlias
 from xml.etree.ElementTree import Element
 
+from concilium.reports import SHARES, TITLES
 from concilium.reports import _figures as draw
-from concilium.reports._cases import Place, View, at, base, place_name
+from concilium.reports._cases import Place, View, at, base, names_of, place_name
 from concilium.reports._elements import Child, e, figure, fold, number, p_value, signed, table
 from concilium.reports._found import Row
-from concilium.statistics import FOREGROUND_MEAN
+from concilium.reports._guarded import undefined
+from concilium.statistics import FOREGROUND_MEAN, MIN_PATIENTS
 
 Lines: TypeAlias = "dict[str, dict[str, list[tuple[float, float]]]]"
 """Model -> site -> (round, value)."""
-TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "95 % Hausdorff distance", "nsd": "Normalised surface Dice"}
-HIGHER_IS_BETTER = {"dice": True, "iou": True, "hd95": False, "nsd": True}
 
 
 def section(title: str, *content: Child) -> Element:
     """A part of the report with its heading."""
     return e("section", e("h2", title), *content, id=slug(title))
+
+
+def kept_back(view: View, what: str) -> Element | None:
+    """The sites whose cases are not in a part of the report."""
+    if not view.kept_back:
+        return None
+    return e("p", f"{what}: scores of single cases are kept back at {names_of(view.kept_back)}.", class_="note")
 
 
 def slug(title: str) -> str:
@@ -44,52 +51,70 @@ def label_name(label: str) -> str:
 
 def overall_label(view: View) -> str:
     """The label that stands for all: the mean over them, or the only one."""
-    labels = list(dict.fromkeys(s["label"] for s in view.found.results["summary"]))
+    labels = list(dict.fromkeys(s["label"] for s in view.results["summary"]))
     return FOREGROUND_MEAN if FOREGROUND_MEAN in labels or not labels else labels[0]
 
 
-def cell(
-    view: View, place: Place, model: str, metric: str, label: str
-) -> tuple[float, float | None, float | None, int] | None:
-    """Mean, interval and number of patients; `None` where there are none, or too few.
+def cell(view: View, place: Place, model: str, metric: str, label: str) -> Row | None:
+    """The row of the summary; `None` where there is none. It has no mean where nothing is defined, or may be shown.
 
     Of the models `NAME:SITE` that summary of them together; where results have none, their mean without interval.
     """
     model = at(model, place)
     rows = [
         s
-        for s in view.found.results["summary"]
-        if (s["site"], s["subset"]) == place and base(s["model"]) == model
-        and (s["metric"], s["label"]) == (metric, label) and s["mean"] is not None
+        for s in view.results["summary"]
+        if (s["site"], s["subset"]) == place and base(s["model"]) == model and (s["metric"], s["label"]) == (metric, label)
     ]  # fmt: skip
     rows = [s for s in rows if s["model"] == model] or rows
-    if not rows or not view.enough(min(s["n"] for s in rows)):
-        return None
-    if len(rows) > 1:
-        return fmean(s["mean"] for s in rows), None, None, min(s["n"] for s in rows)
-    return rows[0]["mean"], rows[0]["ci_low"], rows[0]["ci_high"], rows[0]["n"]
+    told = [s for s in rows if s["mean"] is not None]
+    if len(told) < 2:
+        return next(iter(told or rows), None)
+    return {
+        **told[0],
+        "mean": fmean(s["mean"] for s in told),
+        "ci_low": None,
+        "ci_high": None,
+        "n": min(s["n"] for s in told),
+    }
 
 
 def results(view: View) -> Element:
     """Model × site for Dice; the other metrics and single labels folded."""
     label = overall_label(view)
-    labels = list(dict.fromkeys(s["label"] for s in view.found.results["summary"] if s["label"] != label))
-    notes = ["A cell: mean over patients, with its 95 % interval where there are 6 patients or more."]
-    if any(subset == "unseen" for _, subset in view.places):
-        notes.append("Unseen cases: all cases of the site, by the model that was trained without it.")
-    if any(":" in s["model"] for s in view.found.results["summary"]):
-        notes.append("local: the model each site trained alone; on the test set, the mean over these models.")
-    if view.private:
-        notes.append(f"“n < {view.min_cases}”: too few patients to be shown.")
+    labels = list(dict.fromkeys(s["label"] for s in view.results["summary"] if s["label"] != label))
     more = [_matrix(view, m, label) for m in TITLES if m != "dice"]
     single = [_matrix(view, m, one) for one in labels for m in ("dice", "hd95")]
     return section(
         "Results",
         _matrix(view, "dice", label),
-        e("p", " ".join(notes), class_="note"),
+        e("ul", [e("li", note) for note in _notes(view)], class_="note"),
         fold("Other metrics", more),
         fold("Each label by itself", single) if single else None,
     )
+
+
+def _notes(view: View) -> Iterator[str]:
+    """What the cells mean."""
+    rows: Sequence[Row] = view.results["summary"]
+    yield f"A cell: mean over patients, with its 95 % interval where there are {MIN_PATIENTS} patients or more."
+    if any(subset == "unseen" for _, subset in view.places):
+        yield "Unseen cases: all cases of the site, by the model that was trained without it."
+    if any(":" in s["model"] for s in rows):
+        yield "local: the model each site trained alone; on the test set, the mean over these models."
+    if any(undefined(s) for s in rows):
+        yield "Undefined: scores of single cases and labels that are in no mean, such as the distance to what was not found."
+    if view.kept_back:
+        yield (
+            f"{names_of(view.kept_back)}: scores of single cases are kept back, so intervals are Student's; means over all sites "
+            "have none."
+        )
+    if " or " in view.unit:
+        yield "px: where files tell no spacing; a mean over sites of both kinds has no unit."
+    if any(s.get("hidden", "").startswith("n <") for s in rows):
+        yield f"“n\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}{view.min_cases}”: too few patients to be shown."
+    if any(s.get("hidden") == "not shown" for s in rows):
+        yield "Means over all sites are not shown where those of the few patients that are hidden would follow from them."
 
 
 def _matrix(view: View, metric: str, label: str) -> Element:
@@ -97,12 +122,13 @@ def _matrix(view: View, metric: str, label: str) -> Element:
     rows: list[list[Child]] = []
     for place in (*view.places, *view.pools):
         found = [cell(view, place, model, metric, label) for model in view.models]
-        counts = sorted({c[3] for c in found if c})
+        counts = sorted({c["n"] for c in found if c and c["mean"] is not None})
         n = f"n = {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}" if counts else ""
-        name = e("span", place_name(place), e("small", n))
+        own = view.unit_at(place) if metric == "hd95" else ""
+        name = e("span", place_name(place), e("small", ", ".join(filter(None, (n, own)))))
         rows.append([name, *(_cell_text(view, place, model, metric, label, digits) for model in view.models)])
     unit = f" [{view.unit}]" if metric == "hd95" else ""
-    better = "higher" if HIGHER_IS_BETTER[metric] else "lower"
+    better = "higher" if metric in SHARES else "lower"
     caption = f"{TITLES[metric]}{unit}, {label_name(label)} ({better} is better)"
     return table(["", *(shown_model(m) for m in view.models)], rows, caption=caption)
 
@@ -110,15 +136,14 @@ def _matrix(view: View, metric: str, label: str) -> Element:
 def _cell_text(view: View, place: Place, model: str, metric: str, label: str, digits: int) -> Child:
     found = cell(view, place, model, metric, label)
     if found is None:
-        there = any(
-            (s["site"], s["subset"]) == place and base(s["model"]) == at(model, place)
-            for s in view.found.results["summary"]
-        )
-        return f"n < {view.min_cases}" if there and view.private else None
-    mean, low, high, _ = found
+        return None
+    if found["mean"] is None:
+        return found.get("hidden") or undefined(found) or None
+    low, high = found["ci_low"], found["ci_high"]
     return [
-        number(mean, digits),
+        number(found["mean"], digits),
         e("small", f"[{number(low, digits)}, {number(high, digits)}]") if low is not None else None,
+        e("small", undefined(found)) if undefined(found) else None,
     ]
 
 
@@ -127,7 +152,7 @@ def _cell_text(view: View, place: Place, model: str, metric: str, label: str, di
 
 def comparisons(view: View) -> Element | None:
     """Paired differences in words."""
-    found: Sequence[Row] = [c for c in view.found.results["comparisons"] if view.enough(c["n"])]
+    found: Sequence[Row] = view.results["comparisons"]
     hidden = len(view.found.results["comparisons"]) - len(found)
     if not found:
         return None
@@ -138,7 +163,7 @@ def comparisons(view: View) -> Element | None:
         "that there is none: the interval says how large it may still be."
     )
     if hidden:
-        note += f" {hidden} with fewer than {view.min_cases} patients are not shown."
+        note += f" {hidden} are not shown: they describe fewer than {view.min_cases} patients, or would give away what does."
     return section(
         "Comparisons",
         _differences(main or found),
@@ -172,7 +197,7 @@ def _reading(c: Row) -> str:
         return "too few patients to say"
     if c["ci_low"] <= 0 <= c["ci_high"] or (c.get("p_holm") or 0) >= 0.05:
         return "no difference shown"
-    a_better = (c["difference"] > 0) == HIGHER_IS_BETTER.get(c["metric"], True)
+    a_better = (c["difference"] > 0) == (c["metric"] in SHARES)
     return f"{shown_model(c['a'] if a_better else c['b'])} is better"
 
 

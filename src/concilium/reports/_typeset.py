@@ -8,17 +8,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from concilium.disclosure import MIN_CASES
 from concilium.reports import SHARES, TITLES
+from concilium.reports._guarded import undefined
 from concilium.statistics import FOREGROUND_MEAN, MIN_PATIENTS
 
 SHORT = {"hd95": "HD95", "nsd": "NSD"}
 FIELDS = (
     "study", "subset", "label", "metric", "unit", "model", "minus", "value", "ci_low", "ci_high", "p_holm", "n", "n_seeds",
-    "non_inferior",
+    "non_inferior", "n_undefined", "site", "gap",
 )  # fmt: skip
-"""Columns of the CSV. `minus`: the row is the difference of two models."""
+"""Columns of the CSV. `minus`: the row is the difference of two models. `site`: it is that of a model's worst site, `gap`
+behind its best."""
+MEAN, DIFFERENCE, WORST = "", ", difference", ", worst site"
+"""Kinds of rows, in their order, as they are called behind the label."""
 Figure = Mapping[str, Any]
-"""The `FIELDS` of one cell, with `run`, the number of its column group."""
+"""The `FIELDS` of one cell, its `kind`, `run` (the number of its column group), and `hidden`: why it has no value, if so."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Group:
     unit: str
     unknown: tuple[str, ...]
     """Sites without patient ids."""
+    kept_back: tuple[str, ...]
+    """Sites that told averages in place of the scores of cases."""
 
 
 @dataclass(frozen=True)
@@ -58,48 +65,59 @@ def to_csv(table: Comparison) -> str:
 
 
 def _blocks(table: Comparison) -> list[tuple[str, list[tuple[str, list[Figure | None]]]]]:
-    """Block (a label) -> rows: means of the models, then differences; a cell per run and metric."""
+    """Block (a label and a kind) -> rows: a model or two, with a cell per run and metric."""
     columns = [(run, metric) for run in range(len(table.groups)) for metric in table.metrics]
-    found = {(f["run"], f["metric"], f["label"], f["model"], f["minus"]): f for f in table.figures}
+    found = {(f["run"], f["metric"], f["label"], f["kind"], f["model"], f["minus"]): f for f in table.figures}
     blocks = []
     for label in table.labels:
-        for differs in (False, True):
+        for kind in (MEAN, DIFFERENCE, WORST):
             rows = dict.fromkeys(
                 (f["model"], f["minus"])
                 for f in sorted(table.figures, key=lambda f: table.models.index(f["minus"] or f["model"]))
-                if f["label"] == label and (f["minus"] is not None) == differs
+                if (f["label"], f["kind"]) == (label, kind)
             )
             lines = [
                 (
                     model if minus is None else f"{model} − {minus}",
-                    [found.get((*c, label, model, minus)) for c in columns],
+                    [found.get((*c, label, kind, model, minus)) for c in columns],
                 )
                 for model, minus in rows
             ]
             title = "mean over the foreground labels" if label == FOREGROUND_MEAN else label
             if lines:
-                blocks.append((f"{title}, difference" if differs else title, lines))
+                blocks.append((title + kind, lines))
     return blocks
 
 
 def _cell(figure: Figure | None, group: Group) -> str:
-    """`0.875 [0.862, 0.886]`; of a difference also its p, and how many patients where some do not count."""
+    """`0.875 [0.862, 0.886]`; of a difference also its p; how many patients where some do not count, and undefined scores."""
     if figure is None or figure["value"] is None:
-        return "–"
-    sign = "+" if figure["minus"] is not None else ""
+        return "–" if figure is None else figure.get("hidden") or "–"
+    sign = "+" if figure["kind"] == DIFFERENCE else ""
     digits = 3 if figure["metric"] in SHARES else 2
 
     def shown(value: float) -> str:
         return f"{value:{sign}.{digits}f}".replace("-", "−")
 
     text = shown(figure["value"])
+    if figure["kind"] == WORST:
+        return f"{figure['site']} {text}; gap {shown(figure['gap'])}"
     if figure["ci_low"] is not None:
         text += f" [{shown(figure['ci_low'])}, {shown(figure['ci_high'])}]"
+    if figure["kind"] == DIFFERENCE:
+        text += _judged(figure)
+    besides = [f"n = {figure['n']}"] if figure["n"] != group.n else []
+    besides += [undefined(figure)] if undefined(figure) else []
+    return f"{text} ({', '.join(besides)})" if besides else text
+
+
+def _judged(figure: Figure) -> str:
+    text = ""
     if figure["p_holm"] is not None:
         text += ", p < 0.001" if figure["p_holm"] < 0.001 else f", p = {figure['p_holm']:.3f}"
     if figure["non_inferior"] is not None:
         text += ", non-inferior" if figure["non_inferior"] else ", inferiority not excluded"
-    return text if figure["n"] == group.n else f"{text} (n = {figure['n']})"
+    return text
 
 
 def _heads(table: Comparison) -> list[list[str]]:
@@ -116,9 +134,11 @@ def caption(table: Comparison) -> str:
     for g in table.groups:
         sites = f" of {g.n_sites} sites" if g.subset == "validation" and g.n_sites > 1 else ""
         seeds = f", {g.n_seeds} seeds" if g.n_seeds > 1 else ", one seed"
-        sets.append(f"{g.name}: {g.subset} set, {g.n} patients{sites}{seeds}")
+        n = f"{g.n} patients" if g.n else "patients"
+        sets.append(f"{g.name}: {g.subset} set, {n}{sites}{seeds}")
     text = f"{'; '.join(sets)}. Means over patients with 95 % intervals (patients resampled within sites, then seeds). "
-    if any(f["minus"] for f in table.figures):
+    kinds = {f["kind"] for f in table.figures}
+    if DIFFERENCE in kinds:
         text += (
             "Differences are paired by patient; p from a sign-flip test, with Holm's correction over all pairs of models for one "
             "label and metric. "
@@ -129,10 +149,32 @@ def caption(table: Comparison) -> str:
         text += "One seed: intervals and tests are of these trained models, not of training again. "
     if table.margin is not None:
         text += f"Non-inferior: the lower end of the interval of the difference is above −{table.margin:g}. "
+    if WORST in kinds:
+        text += (
+            f"Worst site: of those with {MIN_PATIENTS} patients or more, on validation cases; gap: between its mean and that of "
+            "the best. "
+        )
+    return (text + _reservations(table)).strip()
+
+
+def _reservations(table: Comparison) -> str:
+    """What is not in the figures."""
+    text = ""
+    if any(undefined(f) for f in table.figures if f["kind"] == MEAN):
+        text += "Undefined: scores of a case and label that are in no mean. "
+    if any(f.get("hidden") for f in table.figures):
+        text += (
+            f"Not shown: figures of fewer than {MIN_CASES} patients, and means over all sites that would tell them. "
+        )
     for g in table.groups:
+        if g.kept_back:
+            text += (
+                f"{g.name}: scores of single cases are kept back at {', '.join(g.kept_back)}, so means with theirs have no "
+                "resampled interval, and differences are on the other patients. "
+            )
         if g.unknown:
             text += f"{g.name}: patients unknown at {', '.join(g.unknown)}, so intervals may be too narrow. "
-    return text.strip()
+    return text
 
 
 def _texts(table: Comparison) -> list[tuple[str, list[tuple[str, list[str]]]]]:

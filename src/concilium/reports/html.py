@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from concilium.disclosure import MIN_CASES
 from concilium.errors import StudyError
-from concilium.reports import _about, _case_sections, _costs, _sections
-from concilium.reports._cases import MIN_CASES, View
+from concilium.reports import _about, _case_sections, _costs, _sections, _volumes
+from concilium.reports._cases import View
 from concilium.reports._elements import document, e
 from concilium.reports._found import Found, find
 
@@ -50,8 +51,8 @@ def report_html(found: Found, *, private: bool, min_cases: int = MIN_CASES) -> s
         _sections.curves(view),
         _case_sections.pictures(view),
         _case_sections.worst(view),
-        _case_sections.volumes(view),
-        _case_sections.lesions(view),
+        _volumes.volumes(view),
+        _volumes.lesions(view),
         _case_sections.case_list(view),
         _costs.costs(view),
         _about.remarks(view),

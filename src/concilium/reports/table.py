@@ -10,7 +10,10 @@ from typing import Any
 from concilium import catalog
 from concilium.errors import StudyError
 from concilium.reports import SHARES, TITLES
-from concilium.reports._typeset import WRITERS, Comparison, Figure, Group
+from concilium.reports._found import file_ending, is_simulation, study_of
+from concilium.reports._guarded import guarded
+from concilium.reports._typeset import DIFFERENCE, FIELDS, MEAN, WORST, WRITERS, Comparison, Figure, Group
+from concilium.reports._units import unit_of
 from concilium.statistics import ALL_SITES, FOREGROUND_MEAN, non_inferior
 
 DEFAULT_METRICS = ("dice", "hd95")
@@ -19,7 +22,7 @@ PATIENTS_UNKNOWN = "Patients unknown"
 
 
 def read_runs(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """The `results.json` of each run folder.
+    """The `results.json` of each run folder, and `file_ending`; between hospitals as it may be shown (`_guarded.py`).
 
     Raises:
         StudyError: there is none, or it was written by a version without what the table needs.
@@ -36,7 +39,8 @@ def read_runs(runs: Sequence[Path]) -> list[dict[str, Any]]:
             raise StudyError(
                 f"{path} has no comparisons of models: an older version wrote it. Resume that run: it is then written anew."
             )
-        found.append(results)
+        shown = results if is_simulation(study_of(run)[0]) else guarded(results)
+        found.append(shown | {"file_ending": file_ending(run)})
     return found
 
 
@@ -53,7 +57,7 @@ def build(
     Raises:
         StudyError: a metric, label or subset that no run has.
     """
-    known = [tuple(dict.fromkeys(c["label"] for c in r["cases"])) for r in runs]
+    known = [tuple(dict.fromkeys(s["label"] for s in r["summary"] if s["label"] != FOREGROUND_MEAN)) for r in runs]
     every = tuple(dict.fromkeys(label for each in known for label in each))
     shared = every if all(set(each) == set(every) for each in known) else ()
     default = (FOREGROUND_MEAN, *shared) if len(every) > 1 else every
@@ -63,14 +67,18 @@ def build(
     figures: list[Figure] = []
     groups = []
     for number, (results, own) in enumerate(zip(runs, known, strict=True)):
-        there = {c["subset"] for c in results["cases"]}
+        there = {s["subset"] for s in results["summary"]}
         chosen = subset or ("test" if "test" in there else "validation")
         if chosen not in there:
             raise StudyError(
                 f"{results['study']} has no {chosen} cases. It has: {', '.join(sorted(there))}. Change --subset."
             )
-        rows = _means(results, chosen, own) + _differences(results, chosen, own, margin)
-        rows = [{"run": number, **row} for row in rows if row["label"] in labels and row["metric"] in metrics]
+        rows = _means(results, chosen, own) + _differences(results, chosen, own, margin) + _worst(results, own)
+        rows = [
+            {**dict.fromkeys(FIELDS), "run": number, **row}
+            for row in rows
+            if row["label"] in labels and row["metric"] in metrics
+        ]
         groups.append(_group(results, chosen, rows))
         figures += [row | {"study": results["study"], "unit": _unit(row["metric"], groups[-1].unit)} for row in rows]
     return Comparison(tuple(groups), labels, metrics, tuple(figures), margin, tuple(models))
@@ -97,11 +105,27 @@ def _means(results: Mapping[str, Any], subset: str, own: Sequence[str]) -> list[
     kept = (row for row in rows if row["site"] == site and ":" not in row["model"])
     return [
         {
-            "subset": subset, "label": row["label"], "metric": row["metric"], "model": row["model"], "minus": None,
-            "value": row["mean"], "ci_low": row["ci_low"], "ci_high": row["ci_high"], "p_holm": None, "n": row["n"],
-            "n_seeds": row["n_seeds"], "non_inferior": None,
+            "kind": MEAN, "subset": subset, "label": row["label"], "metric": row["metric"], "model": row["model"],
+            "value": row["mean"], "ci_low": row["ci_low"], "ci_high": row["ci_high"], "n": row["n"], "n_seeds": row["n_seeds"],
+            "n_undefined": row["n_undefined"], "hidden": row.get("hidden", ""),
         } for row in _renamed(kept, own)
     ]  # fmt: skip
+
+
+def _worst(results: Mapping[str, Any], own: Sequence[str]) -> list[dict[str, Any]]:
+    """The worst site of every model on validation cases, where two sites have patients enough."""
+    rows = {
+        (r["model"].partition(":")[0], r["site"], r["subset"], r["label"], r["metric"]): r for r in results["summary"]
+    }
+    found = []
+    for s in results["sites"]:
+        row = rows[s["model"], s["worst"], s["subset"], s["label"], s["metric"]]
+        taken = {
+            key: row[key] for key in ("subset", "label", "metric", "ci_low", "ci_high", "n", "n_seeds", "n_undefined")
+        }
+        taken |= {"kind": WORST, "model": s["model"], "value": s["worst_mean"], "site": s["worst"], "gap": s["gap"]}
+        found.append(taken)
+    return _renamed(found, own)
 
 
 def _differences(
@@ -117,7 +141,7 @@ def _differences(
             low, high, value = (None if x is None else -x for x in (high, low, value))
         judged = margin is not None and row["metric"] in SHARES
         found.append({
-            "subset": subset, "label": row["label"], "metric": row["metric"], "model": first,
+            "kind": DIFFERENCE, "subset": subset, "label": row["label"], "metric": row["metric"], "model": first,
             "minus": row["a"] if row["b"] == first else row["b"], "value": value, "ci_low": low, "ci_high": high,
             "p_holm": row["p_holm"], "n": row["n"], "n_seeds": row["n_seeds"],
             "non_inferior": non_inferior({"ci_low": low, "ci_high": high}, margin or 0.0) if judged else None,
@@ -127,15 +151,18 @@ def _differences(
 
 def _group(results: Mapping[str, Any], subset: str, rows: Sequence[Figure]) -> Group:
     cases = [c for c in results["cases"] if c["subset"] == subset]
+    sites = dict.fromkeys(s["site"] for s in results["summary"] if s["subset"] == subset and s["site"] != ALL_SITES)
+    told = {c["site"] for c in cases}
     unknown = (w.partition(": ") for w in results["warnings"])
     return Group(
         results["study"],
         subset,
-        max((row["n"] for row in rows if row["minus"] is None), default=0),
-        len({c["site"] for c in cases}),
+        max((row["n"] for row in rows if row["kind"] == MEAN and row["n"] is not None), default=0),
+        len(sites),
         max((row["n_seeds"] for row in rows), default=1),
-        next((c["unit"] for c in cases), "mm"),
+        unit_of(cases, results.get("file_ending", "")),
         tuple(dict.fromkeys(site for site, _, text in unknown if text.startswith(PATIENTS_UNKNOWN))),
+        tuple(site for site in sites if site not in told),
     )
 
 
