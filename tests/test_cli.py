@@ -70,7 +70,7 @@ for arguments in [["--help"], *[[name, "--help"] for name in {COMMANDS}]]:
         cli.app(arguments)
     except SystemExit as e:
         assert e.code == 0, arguments
-for package in ("torch", "nnunetv2", "monai", "scipy", "numpy", "SimpleITK"):
+for package in ("torch", "nnunetv2", "monai", "scipy", "numpy", "pandas", "SimpleITK"):
     assert package not in sys.modules, package
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -57,6 +57,21 @@ def test_the_index_lists_every_page() -> None:
     assert pages - {"README.md"} <= listed
 
 
+@pytest.mark.parametrize("number", ["2503.02549", "2503.20830", "2301.07074", "2208.10553", "2403.05408"])
+def test_the_papers_that_set_the_aims_can_be_found(number: str) -> None:
+    """By the same full title and the same number, in the README and in the citation file."""
+    url = f"https://arxiv.org/abs/{number}"
+    entries = (ROOT / "CITATION.cff").read_text(encoding="utf-8").split("\n  - type: ")[1:]
+    (entry,) = (e for e in entries if f'url: "{url}"' in e)
+    (title,) = re.findall(r'^    title: "(.+)"$', entry, re.MULTILINE)
+    assert len(title.split()) > 5, "the title, not the short name of the method"
+    assert f"arXiv:{number}" in entry
+    assert len(re.findall("family-names: .*\n +given-names: ", entry)) == entry.count("family-names") > 0
+    (row,) = (line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if url in line)
+    assert title in row
+    assert f"[arXiv:{number}]({url})" in row
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_in_documents_exist(path: Path) -> None:
     from concilium.cli import app

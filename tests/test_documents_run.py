@@ -8,6 +8,8 @@ How a page is read, in its order:
 - A ```toml site.toml block holds a site's settings, a ```json dataset.json block describes a data set: read as such.
 - Any other block (```text, or without a word) is shown, not done.
 
+Commands that are not run here (`ELSEWHERE`) are parsed, as all are, by `test_documents_commands.py`.
+
 What makes it quick, and nothing else: the data (`lay_out`) and the sizes of a study (`shrunk`).
 """
 

@@ -124,6 +124,14 @@ def test_the_release_of_nnunet_is_bounded() -> None:
     assert re.fullmatch(r"nnunetv2>=\d+\.\d+\.\d+,<\d+\.\d+", requirement)
 
 
+@pytest.mark.parametrize("before", ["", "import matplotlib.pyplot; "])
+def test_figures_are_shown_as_before(before: str) -> None:
+    """nnU-Net chooses a backend of matplotlib as it is imported. A notebook that has trained goes on with its own."""
+    code = f"import matplotlib; {before}matplotlib.use('svg'); import concilium.nnunet_parts; print(matplotlib.get_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["svg"]
+
+
 def test_constraints_name_no_host() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert all(re.fullmatch(r"#.*|[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+", line) for line in lines if line)

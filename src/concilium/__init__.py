@@ -1,14 +1,15 @@
 """Concilium trains one medical image segmentation model at several hospitals without moving an image.
 
 import concilium as cc
+cc.check("study.toml").findings             # a table (pandas)
 run = cc.run("study.toml")
-run.summary                                  # a table (pandas)
+run.summary
 run.predict("images", "segmentations")
 """
 
 from __future__ import annotations
 
-from concilium.api import Run, check, open_run, run, table
+from concilium.api import Check, Run, Scores, check, evaluate, open_run, report, run, table, tensorboard
 
-__all__ = ["Run", "check", "open_run", "run", "table"]
+__all__ = ["Check", "Run", "Scores", "check", "evaluate", "open_run", "report", "run", "table", "tensorboard"]
 __version__ = "0.1.0.dev0"

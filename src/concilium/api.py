@@ -1,151 +1,20 @@
-"""Concilium from Python: run a study, look at what came out as tables, use the models. The commands are thin calls of these."""
+"""Concilium from Python: check data, run a study, score, compare. The commands are thin calls of these."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from concilium.errors import StudyError
+from concilium.outcomes import Check, Run, Scores
 
-if TYPE_CHECKING:  # torch and pandas take seconds to load
-    import pandas
-
-    from concilium.data.check import Checked
+if TYPE_CHECKING:  # takes seconds to load
     from concilium.preparation import Event
     from concilium.study import Study
 
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder.
-
-    Raises:
-        StudyError: it is none.
-    """
-
-    folder: Path
-    _read: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not (self.folder / "study.toml").is_file():
-            raise StudyError(f"{self.folder} is no run folder: it has no study.toml. Give the folder that a run wrote.")
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """results.json, as it is (its schema: results.schema.json of the package); the same object until the file changes.
-
-        Raises:
-            StudyError: there is none.
-        """
-        import json
-
-        path = self.folder / "results.json"
-        try:
-            state = path.stat()
-        except FileNotFoundError as e:
-            raise StudyError(
-                f"{self.folder} has no results.json: the run did not come to its end. Go on with it, by the command that began "
-                "it and --resume."
-            ) from e
-        key = state.st_mtime_ns, state.st_size
-        if key not in self._read:
-            self._read.clear()
-            self._read[key] = json.loads(path.read_text(encoding="utf-8"))
-        return self._read[key]
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything was done as asked; `problems` says what was not."""
-        return bool(self.results["complete"])
-
-    @property
-    def exit_code(self) -> int:
-        """That of the command: 0, or 4 where something was not as asked."""
-        return 0 if self.complete else 4
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """What was not as asked."""
-        return tuple(self.results["problems"])
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The models that `predict` and `export` take."""
-        from concilium.finished import finished_models
-
-        return finished_models(self.folder)
-
-    @property
-    def cases(self) -> pandas.DataFrame:
-        """Every score: a row per model, seed, case and label."""
-        return self._table("cases")
-
-    @property
-    def summary(self) -> pandas.DataFrame:
-        """Means over patients, with 95 % intervals: a row per model, site, subset, label and metric."""
-        return self._table("summary")
-
-    @property
-    def comparisons(self) -> pandas.DataFrame:
-        """Paired differences between every two models."""
-        return self._table("comparisons")
-
-    @property
-    def rounds(self) -> pandas.DataFrame:
-        """What every round took and told: a row per model, round and site that answered."""
-        import json
-
-        import pandas
-
-        lines = [json.loads(line) for line in (self.folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-        return pandas.DataFrame(
-            {"model": line["model"], "round": line["round"], "site": site, **took}
-            for line in lines
-            for site, took in line["sites"].items()
-        )
-
-    def predict(
-        self,
-        images: str | Path,
-        out: str | Path,
-        *,
-        model: str | None = None,
-        device: str = "auto",
-        precision: str | None = None,
-        watch: Callable[[str, int, int], None] = lambda *_: None,
-    ) -> list[tuple[str, str]]:
-        """Write a label map for every image of a folder; the cases that could not be segmented, with the reason."""
-        from concilium.predict import predict
-
-        return predict(
-            self.folder, Path(images), Path(out), model=model, device=device, precision=precision, watch=watch
-        )
-
-    @property
-    def report_file(self) -> Path:
-        """Where `report` writes, and a run at its end."""
-        return self.folder / "report.html"
-
-    def report(self, out: str | Path | None = None) -> Path:
-        """Write the report, one HTML file that needs nothing else; where it is."""
-        from concilium.reports.html import write_report
-
-        return write_report(self.folder, out=None if out is None else Path(out))
-
-    def export(
-        self, out: str | Path, *, format: str, model: str | None = None, intended_use: str | None = None
-    ) -> tuple[Path, str]:
-        """Write a model for other programs: the folder, and the command that uses it, with what else to know below."""
-        from concilium.exports import export_run
-
-        return export_run(self.folder, Path(out), format=format, model=model, intended_use=intended_use)
-
-    def _table(self, name: str) -> pandas.DataFrame:
-        import pandas
-
-        return pandas.DataFrame(self.results[name])
+__all__ = [
+    "Check", "Run", "Scores", "check", "evaluate", "open_run", "report", "reported", "run", "table", "tensorboard"
+]  # fmt: skip
 
 
 def run(
@@ -192,36 +61,63 @@ def reported(folder: Path, watch: Callable[[Event], None]) -> Run:
 
 
 def check(
-    what: str | Path | Sequence[str | Path],
+    what: str | Path | Mapping[str, Any] | Study | Sequence[str | Path],
     *,
     test: str | Path | None = None,
     fix: str | Path | None = None,
-    watch: Callable[[int, int, str], None] = lambda done, total, case: None,
-) -> Checked:
-    """Everything that is wrong with the data of a study, or of nnU-Net raw folders, as findings, the gravest first.
+    watch: Callable[[int, int, str], None] = lambda *_: None,
+) -> Check:
+    """Everything that is wrong with data, before anything runs.
 
     Args:
-        test: a held-out set beside raw folders.
+        what: a study as for `run`, or nnU-Net raw folders.
+        test: a held-out set, in place of the study's own.
         fix: a folder for copies of the data sets, in which what can be mended safely is; its FIXES.txt says what.
-        watch: is told the number of cases done, of how many, and the next.
+        watch: is told how many cases are done, of how many, and which is next.
 
     Raises:
-        StudyError: no such study or data set, or `fix` is not empty.
+        StudyError: no such study or folder, a study that does not say where data lie, or `fix` is not empty.
     """
     from dataclasses import replace
 
     from concilium.data.check import check as check_data
     from concilium.data.mend import check_free, mend
-    from concilium.study import data_sets
+    from concilium.study import Study, data_sets, parse_study
 
-    paths = [Path(what)] if isinstance(what, str | Path) else [Path(w) for w in what]
-    data = data_sets(paths, None if test is None else Path(test))
+    if isinstance(what, Mapping):
+        what = parse_study(what, folder=Path.cwd(), check_data=False)
+    elif isinstance(what, str | Path):
+        what = [what]
+    named = what if isinstance(what, Study) else [Path(path) for path in what]
+    data = data_sets(named, None if test is None else Path(test))
     if fix is not None:
         check_free(Path(fix), data.members)
-    checked = check_data(
-        data.sites, test=data.test, folds=data.folds, names=data.names, divide=data.divide, watch=watch
-    )
-    return checked if fix is None else replace(checked, changes=mend(data.members, checked.findings, Path(fix)))
+    found = check_data(data.sites, test=data.test, folds=data.folds, names=data.names, divide=data.divide, watch=watch)
+    return Check(found if fix is None else replace(found, changes=mend(data.members, found.findings, Path(fix))))
+
+
+def evaluate(
+    predictions: str | Path,
+    reference: str | Path,
+    *,
+    labels: str | Path | None = None,
+    tolerance: float = 1.0,
+    watch: Callable[[str, int, int], None] = lambda *_: None,
+) -> Scores:
+    """Score the label maps of a folder against references of the same names, whoever made them.
+
+    Args:
+        labels: dataset.json that names the labels; omitted: one in or beside the folders, if there is one.
+        tolerance: of the surface Dice [mm, or px where the spacing is unknown].
+        watch: is told each case, its number and how many there are.
+
+    Raises:
+        DataError: a folder is missing, holds no label map, or no case is in both; the dataset.json cannot be used.
+    """
+    from concilium.evaluation import evaluate as score_all
+
+    names = None if labels is None else Path(labels)
+    return Scores(score_all(Path(predictions), Path(reference), labels=names, tolerance=tolerance, watch=watch))
 
 
 def table(
@@ -246,6 +142,28 @@ def table(
 
     folders = [run.folder if isinstance(run, Run) else Path(run) for run in runs]
     return to_text(build(read_runs(folders), metrics=metrics, labels=labels, subset=subset, margin=margin), format)
+
+
+def report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of a run, or a site's own from the site's folder of a run; where it is.
+
+    Raises:
+        StudyError: the folder is neither, or what it holds is damaged.
+    """
+    from concilium.reports.html import write_report
+
+    return write_report(Path(folder), out=None if out is None else Path(out))
+
+
+def tensorboard(folder: str | Path) -> Path:
+    """Write losses and Dice of every round, of a run or a site, as TensorBoard's event files; the folder they are in.
+
+    Raises:
+        StudyError: the folder is neither, or the extra `tensorboard` is not installed.
+    """
+    from concilium.reports.tensorboard import write_events
+
+    return write_events(Path(folder))
 
 
 def open_run(folder: str | Path) -> Run:

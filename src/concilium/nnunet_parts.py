@@ -5,6 +5,13 @@ A new release of `nnunetv2` is checked here, line by line; its version is bounde
 
 from __future__ import annotations
 
+from unittest import mock
+
+with mock.patch(
+    "matplotlib.use"
+):  # its logger would take agg here, for all: a notebook would show no figure after a run
+    import nnunetv2.training.logging.nnunet_logger  # noqa: F401
+
 # batches
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform

@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_all_that_is_safe_is_mended_and_nothing_else_changes(tmp_path: Path) -> None:
     folder, out = damaged(tmp_path / "north"), tmp_path / "out"
     before = contents(folder)
-    checked = cc.check([folder], fix=out)
+    checked = cc.check([folder], fix=out).found
     assert contents(folder) == before
     safe = {(f.code, f.case) for f in checked.findings if f.safe}
     assert safe == {
@@ -104,7 +104,7 @@ def test_a_new_header_leaves_voxels_and_their_type(tmp_path: Path) -> None:
 
 
 def test_every_change_is_listed(tmp_path: Path) -> None:
-    checked = cc.check([damaged(tmp_path / "north")], fix=tmp_path / "out")
+    checked = cc.check([damaged(tmp_path / "north")], fix=tmp_path / "out").found
     text = (tmp_path / "out/FIXES.txt").read_text(encoding="utf-8")
     for line in (
         "imagesTr/c0.nii.gz: renamed to c0_0000.nii.gz (unknown_file)",
@@ -124,7 +124,7 @@ def test_the_number_of_cases_is_that_of_the_copy(tmp_path: Path) -> None:
     for said, words in ((17, "numTraining is 9 now, the number of complete cases; it was 17"), (9, ""), ("9", "")):
         rewrite(folder, numTraining=said)
         out = tmp_path / f"out{said}{type(said)}"
-        changes = cc.check([folder], fix=out).changes
+        changes = cc.check([folder], fix=out).found.changes
         assert [c.text for c in changes if c.code == "case_count"] == ([words] if words else [])
         assert json.loads((out / "north/dataset.json").read_text())["numTraining"] == (9 if words else said)
 
@@ -197,7 +197,7 @@ def test_what_only_a_person_can_know_is_left(tmp_path: Path, fault: Callable[[Pa
     folder = site(tmp_path / "a")
     fault(folder)
     rewrite(folder, numTraining=None)
-    checked = cc.check([folder], fix=tmp_path / "out")
+    checked = cc.check([folder], fix=tmp_path / "out").found
     assert checked.findings
     assert not [f for f in checked.findings if f.safe]
     assert not checked.changes

@@ -48,7 +48,7 @@ def told(checked: Checked) -> list[tuple[str, str, str, str | None]]:
 
 def test_what_concerns_the_parts_is_said_of_them(tmp_path: Path) -> None:
     whole(tmp_path / "all")
-    checked = cc.check(study(tmp_path))
+    checked = cc.check(study(tmp_path)).found
     assert checked.cases == {"a": 5, "b": 6, "test": 2}
     assert told(checked) == [("warning", "absent_label", "a", None), ("warning", "few_patients", "a", None)]
     assert "cyst (2)" in checked.findings[0].text
@@ -62,14 +62,14 @@ def test_what_concerns_a_case_is_said_of_its_part_and_the_rest_of_the_whole(tmp_
     for case in ("a0", "b1", "t1"):
         write(folder, case, image)
     write(folder, "b2", label=np.full(SHAPE, 7, np.uint8), seed=50)
-    found = [f for f in told(cc.check(study(tmp_path))) if f[1] not in ("absent_label", "few_patients")]
+    found = [f for f in told(cc.check(study(tmp_path)).found) if f[1] not in ("absent_label", "few_patients")]
     assert found == [
         ("note", "case_count", "partition", None),
         ("error", "in_test_set", "a", "a0"),
         ("error", "duplicate", "b", "b1"),
         ("error", "unknown_label", "b", "b2"),
     ]
-    shown = [text for _, text in lines(cc.check(study(tmp_path)))]
+    shown = [text for _, text in lines(cc.check(study(tmp_path)).found)]
     assert shown[0] == "partition: 1 note."
     assert "a: 5 cases. 1 error, 2 warnings." in shown
     assert "3 data sets, 13 cases. 3 errors, 2 warnings, 1 note." in shown
@@ -80,7 +80,7 @@ def test_a_part_without_a_complete_case(tmp_path: Path) -> None:
     for path in folder.glob("labelsTr/a*"):
         path.unlink()
     rewrite(folder, numTraining=None)
-    found = told(cc.check(study(tmp_path)))
+    found = told(cc.check(study(tmp_path)).found)
     assert ("error", "no_training_cases", "a", None) in found
     assert [f for f in found if f[2] != "a"] == []
 
@@ -95,7 +95,7 @@ def test_a_part_without_a_complete_case(tmp_path: Path) -> None:
 )
 def test_a_division_that_fails_is_a_finding(tmp_path: Path, partition: str, words: str) -> None:
     whole(tmp_path / "all")
-    checked = cc.check(study(tmp_path, partition=partition))
+    checked = cc.check(study(tmp_path, partition=partition)).found
     assert checked.cases == {"partition": 13}
     (finding,) = (f for f in checked.findings if f.code == "partition")
     assert finding.severity == "error"
@@ -107,7 +107,7 @@ def test_what_a_division_notes_is_told(tmp_path: Path) -> None:
     names = [c.name for c in open_dataset(whole(tmp_path / "all")).cases]
     rows = "".join(f"{name},{'a' if name[0] == 'a' else 'b'}\n" for name in [*names, "x9"])
     (tmp_path / "who.csv").write_text(f"case,site\n{rows}")
-    checked = cc.check(study(tmp_path, partition='by = "csv"\nfile = "who.csv"\n'))
+    checked = cc.check(study(tmp_path, partition='by = "csv"\nfile = "who.csv"\n')).found
     found = [f for f in checked.findings if f.code == "partition"]
     assert [(f.severity, f.site) for f in found] == [("note", "partition")]
     assert "x9" in found[0].text
@@ -134,5 +134,5 @@ def test_two_held_out_sets_are_one_too_many(tmp_path: Path) -> None:
 def test_a_divided_data_set_is_mended_as_one(tmp_path: Path) -> None:
     folder = whole(tmp_path / "all")
     rewrite(folder, numTraining=50)
-    assert [c.code for c in cc.check(study(tmp_path), fix=tmp_path / "out").changes] == ["case_count"]
+    assert [c.code for c in cc.check(study(tmp_path), fix=tmp_path / "out").found.changes] == ["case_count"]
     assert len(open_dataset(tmp_path / "out/partition").cases) == 13

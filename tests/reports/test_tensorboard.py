@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("tensorboard")
 
+import concilium
 from concilium.reports.tensorboard import write_events
 
 Make = Callable[..., Path]
@@ -43,6 +44,12 @@ def scalars(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
         for value in event.summary.value:
             found.setdefault(model, {}).setdefault(value.tag, []).append((event.step, value.simple_value))
     return found
+
+
+def test_from_python(run_folder: Make) -> None:
+    folder = run_folder()
+    assert concilium.Run(folder).tensorboard() == folder / "tensorboard"
+    assert set(scalars(folder / "tensorboard")) == {"federated", "local"}
 
 
 def test_losses_of_every_round_and_site(run_folder: Make) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from concilium.cli._shown import console, progress_bar, shown
@@ -52,29 +53,31 @@ def evaluate(
     tolerance: Annotated[float, typer.Option("--tolerance", help="Of the surface Dice, in mm.")] = 1.0,
 ) -> None:
     """Score label maps against references, whoever made them."""
-    from concilium.evaluation import evaluate as score_all
-    from concilium.evaluation import mean_table, write_evaluation
+    from concilium import api
+    from concilium.evaluation import mean_table
 
     with progress_bar() as progress:
         task = progress.add_task("Scoring", total=None, note="")
-        found = score_all(
+        scores = api.evaluate(
             predictions, reference, labels=labels, tolerance=tolerance,
             watch=lambda case, n, total: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
-    header, *rows = mean_table(found)
-    table = Table(*header, title="Means over patients", title_justify="left")
+    header, *rows = mean_table(scores.found)
+    table = Table(title="Means over patients", title_justify="left")
+    for name in header:
+        table.add_column(escape(name), overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     shown.print(table)
-    for case, text in found.warnings:
+    for case, text in scores.warnings:
         console.print(f"Warning: {case}: {text}", style="yellow", markup=False, soft_wrap=True)
-    for case, text in found.problems:
+    for case, text in scores.problems:
         console.print(f"Not scored: {case}: {text}", style="red", markup=False, soft_wrap=True)
     if out is not None:
-        write_evaluation(found, out)
+        scores.write(out)
         shown.print(f"Scores of every case are in {out}", markup=False, soft_wrap=True)
-    if found.problems:
-        raise typer.Exit(4)
+    if scores.exit_code:
+        raise typer.Exit(scores.exit_code)
 
 
 def export(

@@ -50,10 +50,8 @@ def report(
     ] = False,
 ) -> None:
     """Write a run's report as one HTML file; a site's own with its pictures, where the folder is a site's."""
-    from concilium.reports.html import write_report
+    from concilium import api
 
-    shown.print(f"Report: {write_report(folder, out=out)}", markup=False, soft_wrap=True)
+    shown.print(f"Report: {api.report(folder, out)}", markup=False, soft_wrap=True)
     if tensorboard:
-        from concilium.reports.tensorboard import write_events
-
-        shown.print(f"TensorBoard: {write_events(folder)}", markup=False, soft_wrap=True)
+        shown.print(f"TensorBoard: {api.tensorboard(folder)}", markup=False, soft_wrap=True)

@@ -43,7 +43,7 @@ def check(
 ) -> None:
     """Say everything that is wrong with the data, before anything runs. Runs where they lie, sends nothing, changes nothing."""
     from concilium import api
-    from concilium.reports.findings import fixed, lines, to_json
+    from concilium.reports.findings import fixed, lines
 
     with progress_bar() as progress:
         task = progress.add_task("Checking", total=None, note="")
@@ -51,14 +51,14 @@ def check(
             what, test=test, fix=fix,
             watch=lambda n, total, case: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
-    for style, line in lines(checked, most=show):
+    for style, line in lines(checked.found, most=show):
         shown.print(line, style=style, markup=False, soft_wrap=not shown.is_terminal)
     if fix:
-        shown.print(fixed(fix, len(checked.changes)), markup=False, soft_wrap=True)
+        shown.print(fixed(fix, len(checked.found.changes)), markup=False, soft_wrap=True)
     if json:
-        json.write_text(to_json(checked), encoding="utf-8")
-    if checked.n("error"):
-        raise typer.Exit(3)
+        checked.write(json)
+    if checked.exit_code:
+        raise typer.Exit(checked.exit_code)
 
 
 def _run(study: Any, out: Path, *, resume: bool) -> None:

@@ -40,14 +40,16 @@ class DataSets:
         return {**self.sites, **({} if self.test is None else {"test": self.test})}
 
 
-def data_sets(what: Sequence[Path], test: Path | None = None) -> DataSets:
-    """Those of one study file, or raw folders. `test` goes before the study's own.
+def data_sets(what: Study | Sequence[Path], test: Path | None = None) -> DataSets:
+    """Those of one study, or its file, or raw folders. `test` goes before the study's own.
 
     Raises:
         StudyError: no such study or folder, or a study that does not say where data lie.
     """
+    if isinstance(what, Study):
+        return _of_study(what, test)
     if len(what) == 1 and not what[0].is_dir():
-        return _of_study(what[0], test)
+        return _of_study(read_study(what[0], check_data=False), test)
     for path in (*what, *([test] if test else [])):
         if not (path / "dataset.json").exists() and not (path / "imagesTr").exists():
             raise StudyError(
@@ -59,13 +61,13 @@ def data_sets(what: Sequence[Path], test: Path | None = None) -> DataSets:
     return DataSets(dict(zip(names, what, strict=True)), test)
 
 
-def _of_study(path: Path, test: Path | None) -> DataSets:
-    study = read_study(path, check_data=False)
+def _of_study(study: Study, test: Path | None) -> DataSets:
     held_out = test or (study.test.data if study.test else None)
     if study.partition is not None:
         if test and study.partition.test is not None:
             raise StudyError(
-                f"--test {test} was given, and [partition] of {path} holds out a test set of its own. Leave one of them out."
+                f"--test {test} was given, and [partition] of study {study.study.name} holds out a test set of its own. "
+                "Leave one of them out."
             )
         default = Path("runs") / study.study.name  # what a run there has counted need not be counted again
         return DataSets(
@@ -76,7 +78,9 @@ def _of_study(path: Path, test: Path | None) -> DataSets:
         )
     sites = {name: site.data for name, site in study.sites.items() if site.data is not None}
     if not sites:
-        raise StudyError(f"{path} says of no site where its data lie. Expected data = PATH. Give the raw folders.")
+        raise StudyError(
+            f"Study {study.study.name} says of no site where its data lie. Expected data = PATH. Give the raw folders."
+        )
     return DataSets(sites, held_out, study.validation.folds, names_of(study))
 
 
