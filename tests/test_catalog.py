@@ -150,7 +150,10 @@ def test_what_concilium_supplies_is_no_option() -> None:
 
 
 def test_defaults_are_filled_in() -> None:
-    assert fill("losses", "dice_ce", {"ce_weight": 2}, "[loss]") == ({"dice_weight": 1.0, "ce_weight": 2.0}, [])
+    assert fill("losses", "dice_ce", {"ce_weight": 2}, "[loss]") == (
+        {"dice_weight": 1.0, "ce_weight": 2.0, "unannotated": "refuse"},
+        [],
+    )
 
 
 @pytest.mark.parametrize(

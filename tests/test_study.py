@@ -412,7 +412,7 @@ def test_each_error_names_table_key_value_and_what_is_allowed(tables: dict[str, 
 RULE_WITH = {
     "learning_rate": "adam", "momentum": "momentum", "beta1": "adam", "beta2": "yogi", "tau": "adam", "share": "trimmed_mean",
     "faulty": "krum", "keep": "krum", "lag": "agreement", "turn": "agreement", "memory": "agreement", "sharpness": "quality",
-    "cutoff": "quality", "cases": "judged",
+    "cutoff": "quality", "cases": "judged", "mu": "proximal", "weight": "ditto", "temperature": "distill",
 }  # fmt: skip
 """Option -> a plug-in that has it."""
 

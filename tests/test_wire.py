@@ -71,7 +71,8 @@ def example(hint: Any, rng: random.Random) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         is_json = any(
-            isinstance(a, typing.ForwardRef) or (typing.get_origin(a) is tuple and a != tuple[int, ...])
+            isinstance(a, typing.ForwardRef)
+            or (typing.get_origin(a) is tuple and a not in (tuple[int, ...], tuple[str, ...]))
             for a in arguments
         )
         return rng.choice(JSON) if is_json else example(rng.choice(arguments), rng)

@@ -8,7 +8,6 @@ as it was.
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import time
 import traceback
@@ -17,11 +16,12 @@ from typing import Any, cast
 
 import torch
 
-from concilium import catalog, wire
-from concilium.answers import Cancelled, Check, Entry, Job, Policy, Settings
+from concilium import wire
+from concilium.answers import Cancelled, Check, Entry, Job, Settings
 from concilium.answers.evaluate import evaluate
 from concilium.answers.judge import judge
 from concilium.answers.models import Models
+from concilium.answers.permission import check_names, check_policy
 from concilium.answers.statistics import Exclusions, examine, find_cases, prepare
 from concilium.errors import ConciliumError, ContractError, DataError, PrivacyError
 from concilium.messages import (
@@ -121,8 +121,8 @@ class Site:
 
     def answer(self, request: Request, cancelled: Check) -> Reply:
         """The reply to a request; whatever goes wrong is raised."""
-        _check_names(request)
-        self._check_policy(request)
+        check_names(request)
+        check_policy(request, self.settings.policy)
         if not isinstance(request, Front | Tail | Finish):
             self._models.give_up()
         match request:
@@ -146,30 +146,6 @@ class Site:
             case Keep() | Snapshot() | Restore() | Forget():
                 self._store(request)
         return Done()
-
-    def _check_policy(self, request: Request) -> None:
-        """Check that this site allows what is asked.
-
-        Raises:
-            PrivacyError: it does not.
-        """
-        policy = self.settings.policy
-        if isinstance(request, Front):
-            _check_split(request, policy)
-        asked = []
-        match request:
-            case Prepare():
-                asked = [request.network, request.training.loss, request.training.local_update]
-            case Evaluate():
-                asked = list(request.metrics)
-        for code in (name for plug_in in asked for name in catalog.code_from_outside(plug_in.name, plug_in.options)):
-            if policy.plug_ins is not None and code not in policy.plug_ins:
-                known = ", ".join(policy.plug_ins) or "none from outside"
-                raise PrivacyError(
-                    f"{code} would be imported and run. Allowed here: {known}. Add it to the site's own settings, if you "
-                    "trust it.",
-                    rule="plug_ins",
-                )
 
     def _store(self, request: Keep | Snapshot | Restore | Forget) -> None:
         models = self._models
@@ -278,28 +254,3 @@ class Site:
     def _noted(self, name: str) -> Any:
         path = self.settings.folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _check_names(request: Request) -> None:
-    """Check the names of models in a request: they name files here, and come from outside."""
-    names = [getattr(request, "model", "none"), *getattr(request, "members", ())]
-    if isinstance(request, Keep):
-        names += [name for name in (request.source, request.personal) if name]
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
-
-
-def _check_split(request: Front, policy: Policy) -> None:
-    if not policy.split:
-        raise PrivacyError(
-            f"Activations of {request.model} were asked for. This site's policy does not let any leave. Allow split training in "
-            "its own settings, or run another protocol.",
-            rule="split",
-        )
-    if request.reveal_labels and not policy.labels:
-        raise PrivacyError(
-            f"{request.model} would let the server compute labels. This site's policy does not allow it. Take reveal_labels "
-            "out of the study, or allow it in the site's own settings.",
-            rule="labels",
-        )

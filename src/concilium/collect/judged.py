@@ -65,8 +65,8 @@ def collect(
                 scores[update.site, judge] = reply.score
     if len(updates) > 1 and not scores and not failures:
         raise StudyError(
-            "[collect] name = 'judged': no site judged an update. Expected validation cases at two sites or more, and of "
-            "5 patients or more where a site keeps the scores of its cases back. Choose another [aggregation]."
+            f"[collect] name = 'judged': no site judged any of {len(updates)} updates. Expected validation cases at two sites or "
+            "more, and of 5 patients or more where a site keeps the scores of its cases back. Choose another [aggregation]."
         )
     quality = qualities([update.site for update in updates], scores)
     judged = [replace(update, quality=quality[update.site]) for update in updates]
@@ -85,8 +85,8 @@ def _names(blocks: Sequence[Block], sites: Mapping[str, object]) -> Mapping[str,
         or len({tuple(sorted(n.items())) for n in blocks[0].names.values()}) > 1
     ):
         raise StudyError(
-            "[collect] name = 'judged' is not allowed where sites have tensors of their own: a site cannot use another's "
-            "network. Allowed there: 'plain', with another [aggregation] than 'quality'."
+            f"[collect] name = 'judged' is not allowed where sites have tensors of their own (here {len(blocks)} groups of sites "
+            "share some): a site cannot use another's network. Allowed there: 'plain', with another [aggregation] than 'quality'."
         )
     return next(iter(blocks[0].names.values()))
 

@@ -1,0 +1,59 @@
+"""What a site checks of a request before it does anything: the names in it, and its own policy."""
+
+from __future__ import annotations
+
+import re
+
+from concilium import catalog
+from concilium.answers import Policy
+from concilium.errors import ContractError, PrivacyError
+from concilium.messages import Evaluate, Front, Keep, Prepare, Request
+
+
+def check_names(request: Request) -> None:
+    """Check the names of models in a request: they name files here, and come from outside."""
+    names = [getattr(request, "model", "none"), *getattr(request, "members", ())]
+    if isinstance(request, Keep):
+        names += [name for name in (request.source, request.personal) if name]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
+
+
+def _check_split(request: Front, policy: Policy) -> None:
+    if not policy.split:
+        raise PrivacyError(
+            f"Activations of {request.model} were asked for. This site's policy does not let any leave. Allow split training in "
+            "its own settings, or run another protocol.",
+            rule="split",
+        )
+    if request.reveal_labels and not policy.labels:
+        raise PrivacyError(
+            f"{request.model} would let the server compute labels. This site's policy does not allow it. Take reveal_labels "
+            "out of the study, or allow it in the site's own settings.",
+            rule="labels",
+        )
+
+
+def check_policy(request: Request, policy: Policy) -> None:
+    """Check that this site allows what is asked.
+
+    Raises:
+        PrivacyError: it does not.
+    """
+    if isinstance(request, Front):
+        _check_split(request, policy)
+    asked = []
+    match request:
+        case Prepare():
+            asked = [request.network, request.training.loss, request.training.local_update]
+        case Evaluate():
+            asked = list(request.metrics)
+    for code in (name for plug_in in asked for name in catalog.code_from_outside(plug_in.name, plug_in.options)):
+        if policy.plug_ins is not None and code not in policy.plug_ins:
+            known = ", ".join(policy.plug_ins) or "none from outside"
+            raise PrivacyError(
+                f"{code} would be imported and run. Allowed here: {known}. Add it to the site's own settings, if you "
+                "trust it.",
+                rule="plug_ins",
+            )
