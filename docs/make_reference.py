@@ -22,7 +22,7 @@ import typer
 
 from concilium import catalog, errors, messages
 from concilium.cli import app
-from concilium.constraints import RANGES
+from concilium.constraints import OPTION_RANGES, RANGES
 from concilium.data.division_rules import DIVISION_RANGES
 from concilium.data.partition import Partition
 from concilium.data.shifts import Shift
@@ -123,7 +123,8 @@ def required(field: dataclasses.Field[Any]) -> bool:
 def allowed(where: str, key: str, annotation: Any) -> str:
     """Type of a value, and its range."""
     spelt = catalog.spell(annotation)
-    _, text = RANGES.get(f"{where} {key}") or DIVISION_RANGES.get(f"{where} {key}") or (None, "")
+    full = f"{where} {key}"
+    _, text = RANGES.get(full) or DIVISION_RANGES.get(full) or OPTION_RANGES.get(full) or (None, "")
     return spelt + (f": {text}" if text else "")
 
 
@@ -194,6 +195,7 @@ def plug_ins() -> str:
     ]
     for kind in sorted(catalog.ENTRIES):
         parts += [f"## {kind}", first(importlib.import_module(f"concilium.{kind}").__doc__)]
+        table = next((f"[{table}]" for table, of in PLUG_INS.items() if of == kind), "")
         for name in catalog.names(kind):
             module = importlib.import_module(f"concilium.{kind}.{name}")
             about = inspect.cleandoc(module.__doc__ or "").split("\n\n")
@@ -205,7 +207,7 @@ def plug_ins() -> str:
                 rows = (
                     (
                         f"`{key}`",
-                        catalog.spell(p.annotation),
+                        allowed(table, key, p.annotation),
                         "**required**" if p.default is p.empty else code(p.default),
                         capital(said.get(key, "")),
                     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
@@ -43,8 +44,8 @@ precision = "bfloat16"
 """
 
 
-def load(name: str) -> ModuleType:
-    spec = spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+def load(name: str, folder: Path = FOLDER) -> ModuleType:
+    spec = spec_from_file_location(f"benchmarks_{name}", folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -259,6 +260,48 @@ def test_metrics_runs_and_both_sides_score_the_same_masks(tmp_path: Path, capsys
     torch.set_num_threads(threads)
 
 
+# ---------------------------------------------------------------------------------------------------------------- exports
+
+
+def test_exports_runs_every_program_of_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = load("made", Path(__file__).parent / "exports")
+    data = made.write_volumes(tmp_path / "data", n=2, spacing=(1.0, 1.1, 1.2))
+    run = made.make_run(tmp_path / "run", data, patch=[16, 24, 24], precision="bfloat16")
+    figures = load("exports").main(
+        [str(run), str(data / "imagesTr"), "--cases", "1", "--out", str(tmp_path / "f.json")]
+    )
+    assert json.loads((tmp_path / "f.json").read_text()) == figures
+    rows = {row["program"]: row for row in figures["programs"]}
+    ours = ["concilium predict, float32", "concilium predict, bfloat16"]
+    assert list(rows) == [*ours, "monai", "nnunet", "onnx", "onnx, plain.py"]
+    assert figures["refused"] == {}
+    for program, row in rows.items():
+        assert row["cases"] == 1
+        assert row["voxels"] == 14 * 40 * 36
+        assert row["seconds_per_case"] > 0
+        assert row["differ"] <= {"onnx": 2, "onnx, plain.py": 2, ours[1]: 2000}.get(program, 0)
+    assert rows[ours[1]]["differ"] > 0  # two precisions of a network that was never trained
+    assert "1 of 1 identical   0 of 20,160 voxels differ" in capsys.readouterr().out
+
+
+def test_a_voxel_that_differs_is_counted(tmp_path: Path) -> None:
+    labels = np.zeros((2, 3, 4), np.uint8)
+    labels[0, 0, :3] = 1
+    for folder, n_changed in (("expected", 0), ("found", 1)):
+        (tmp_path / folder).mkdir()
+        for case in ("a", "b"):
+            written = labels.copy()
+            written.flat[: n_changed if case == "b" else 0] = 0
+            sitk.WriteImage(sitk.GetImageFromArray(written), str(tmp_path / folder / f"{case}.nii.gz"))
+    compare = load("exports").compare
+    assert compare(tmp_path / "found", tmp_path / "expected", ".nii.gz") == {
+        "cases": 2, "identical": 1, "voxels": 48, "differ": 1, "lowest_dice": pytest.approx(2 * 2 / 5),
+    }  # fmt: skip
+    (tmp_path / "found" / "b.nii.gz").unlink()
+    with pytest.raises(RuntimeError, match=r"b\.nii\.gz was not segmented"):
+        compare(tmp_path / "found", tmp_path / "expected", ".nii.gz")
+
+
 # ------------------------------------------------------------------------------------------------------------ stock nnU-Net
 
 
@@ -293,3 +336,18 @@ def test_stock_nnunet_trains_on_the_same_cases(
 def test_cases_of_the_same_name_are_not_pooled(phantom: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is in two data sets"):
         load("stock_nnunet").pool([phantom / "north", phantom / "north"], tmp_path / "pooled")
+
+
+# ------------------------------------------------------------------------------------------------------------ local updates
+
+
+def test_local_updates_run_and_count_what_they_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--patch", "16", "16", "--features", "4", "--steps", "2", "--out", str(tmp_path / "figures.json")]
+    found = load("local_updates").main(small)
+    assert json.loads((tmp_path / "figures.json").read_text()) == found
+    held = {name: round(f["held"], 2) for name, f in found["updates"].items()}
+    # a teacher; a network, its gradient and AdamW's two moments; c, c_i, c - c_i and the sum of directions
+    assert held == {"plain": 0, "proximal": 0, "distill": 1, "ditto": 4, "scaffold": 4}
+    assert {name for name, f in found["updates"].items() if f["sent"] == 1} == {"scaffold"}
+    assert min(f["ratio"] for f in found["updates"].values()) > 0
+    assert "| scaffold |" in capsys.readouterr().out

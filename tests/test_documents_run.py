@@ -51,6 +51,7 @@ BLOCK_OR_COMMAND = re.compile(r"^```([^\n]*)\n(.*?)^```$|^ {4}(\S[^\n]*)$", re.D
 SLOW = {
     "README.md",
     "docs/compare-methods.md",
+    "docs/explanation/local-updates.md",
     "docs/first-federation.ipynb",
     "docs/get-started.md",
     "docs/measured.md",

@@ -9,12 +9,14 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import concilium
-from concilium.constraints import RANGES
+from concilium import constraints
+from concilium.constraints import OPTION_RANGES, RANGES
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
 from concilium.study import RESERVED, StartTable, Study, parse_study, read_study, to_toml, training_of
@@ -331,6 +333,37 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         {"protocol": {"name": "splitfed"}, "local_update": {"name": "collections:Counter"}},
         "[local_update] name = 'collections:Counter' is not allowed with splitfed: ",
     ),
+    (
+        {"protocol": {"name": "splitfed"}, "local_update": {"name": "scaffold"}},
+        "[local_update] name = 'scaffold' is not allowed with splitfed: ",
+    ),
+    (
+        {"protocol": {"name": "local"}, "local_update": {"name": "ditto"}},
+        "[local_update] name = 'ditto' is not allowed with protocol 'local', which shares no weights for it to refer to. Allowed",
+    ),
+    (
+        {"local_update": {"name": "proximal", "weight": 1}},
+        "[local_update] weight = 1 is not known. Known: mu.",
+    ),
+    *(
+        (
+            {"protocol": {"name": "splitfed"}, "aggregation": {"name": rule}},
+            f"[aggregation] name = '{rule}' is not allowed with splitfed: it must see each site's update",
+        )
+        for rule in ("fednova", "median", "trimmed_mean", "krum", "agreement")
+    ),
+    (
+        {"aggregation": {"name": "quality"}},
+        "[aggregation] name = 'quality' is not allowed with [collect] name = 'plain': nobody judges the updates.",
+    ),
+    (
+        {"collect": {"name": "judged"}},
+        "[aggregation] name = 'mean' is not allowed with [collect] name = 'judged': it does not look at single updates",
+    ),
+    (
+        {"aggregation": {"name": "krum", "faulty": 1}},
+        "[aggregation] faulty = 1 is not allowed with 2 sites. Allowed: 0 to 0, since krum needs 2 · faulty + 3 sites.",
+    ),
     ({"protocol": {"min_sites": 3}}, "[protocol] min_sites = 3 is not allowed. Allowed: 1 to 2, the number of sites."),
     (
         {"protocol": {"compare": ["locl"]}},
@@ -376,6 +409,45 @@ def test_each_error_names_table_key_value_and_what_is_allowed(tables: dict[str, 
     assert line.startswith(expected)
 
 
+RULE_WITH = {
+    "learning_rate": "adam", "momentum": "momentum", "beta1": "adam", "beta2": "yogi", "tau": "adam", "share": "trimmed_mean",
+    "faulty": "krum", "keep": "krum", "lag": "agreement", "turn": "agreement", "memory": "agreement", "sharpness": "quality",
+    "cutoff": "quality", "cases": "judged",
+}  # fmt: skip
+"""Option -> a plug-in that has it."""
+
+
+@pytest.mark.parametrize("full", OPTION_RANGES)
+def test_every_range_of_an_option_is_checked(full: str) -> None:
+    table, key = full[1:].split("] ")
+    other = {"aggregation": {"name": "quality"}} if key == "cases" else {}
+    other |= {"collect": {"name": "judged"}} if RULE_WITH[key] == "quality" else {}
+    (line,) = errors(raw(**{table: {"name": RULE_WITH[key], key: -1}} | other))
+    given = -1 if key in ("faulty", "keep", "cases") else -1.0
+    assert line == f"{full} = {given} is not allowed. Allowed: {OPTION_RANGES[full][1]}."
+    study = parse(**{table: {"name": RULE_WITH[key]}} | other)
+    assert key in getattr(study, table).options, "its own default is in the range"
+
+
+def test_options_of_a_rule_from_outside_have_no_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may mean something else by the same word."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rule_elsewhere.py").write_text(
+        "def rule(total, state, *, before, share: float): return total.mean(), state"
+    )
+    study = parse(aggregation={"name": "rule_elsewhere:rule", "share": -3})
+    assert study.aggregation.options == {"share": -3.0}
+
+
+def test_what_suits_is_allowed() -> None:
+    parse(aggregation={"name": "quality"}, collect={"name": "judged", "cases": 2})
+    parse(aggregation={"name": "median"}, collect={"name": "judged"})
+    parse(protocol={"name": "splitfed"}, aggregation={"name": "adam"})
+    sites = {f"s{i}": {"data": "d"} for i in range(5)}
+    document = raw(aggregation={"name": "krum", "faulty": 1}) | {"sites": sites}
+    assert parse_study(document, folder=Path("/"), check_data=False).aggregation.options["faulty"] == 1
+
+
 @pytest.mark.parametrize("full", RANGES)
 def test_every_range_is_checked(full: str) -> None:
     """Values that are out of each range, or have no end; and one that is in it."""
@@ -389,6 +461,7 @@ def test_every_range_is_checked(full: str) -> None:
     }
     extra: dict[str, Any] = {
         "epochs": {"steps": None}, "exchange_seconds": {"name": "splitfed"}, "min_matched": {"weights": "w"},
+        "mu": {"name": "proximal"}, "weight": {"name": "ditto"}, "temperature": {"name": "distill"},
     }.get(key, {})  # fmt: skip
     given = outside.get(key, -1)
     (line,) = errors(raw(**{table: {key: given} | extra}))
@@ -396,7 +469,9 @@ def test_every_range_is_checked(full: str) -> None:
     assert line.endswith(f" is not allowed. Allowed: {RANGES[full][1]}.")
     inside = {"patch_size": [16, 16, 8], "folds": 2}.get(key, 0 if key in ("foreground", "momentum", "fold") else 1)
     parse(**{table: {key: inside} | extra})
-    without_default = ("epochs", "memory_gb", "round_seconds", "exchange_seconds", "min_matched")
+    without_default = (
+        *("epochs", "memory_gb", "round_seconds", "exchange_seconds", "min_matched"), *("mu", "weight", "temperature"),
+    )  # fmt: skip
     if key in without_default or not isinstance(getattr(getattr(parse(), table), key), int | None):
         for endless in (float("nan"), float("inf")):
             assert errors(raw(**{table: {key: endless} | extra}))[0].startswith(f"{full} = {endless!r} is not allowed.")
@@ -543,3 +618,31 @@ def test_the_check_of_messages_sees_a_bad_one() -> None:
     assert read("E(f'{x!r} is ' 'wrong')") == "{} is wrong"
     assert read("E('; '.join(x) + '. Mend it.')") == "{}. Mend it."
     assert read("E(text)") is None
+
+
+BROUGHT = """
+def bring(*, plan, labels, channels, device): ...
+def step(local, batch): ...
+"""
+
+
+@pytest.mark.parametrize("more", ["def finish(local, *, steps): ...", "PERSONAL = True", "TOGETHER = True"])
+def test_a_local_update_that_brings_its_network_has_nothing_beside(
+    more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"brought_{abs(hash(more))}"
+    (tmp_path / f"{name}.py").write_text(BROUGHT + more)
+    (line,) = errors(raw(local_update={"name": f"{name}:step"}))
+    assert line.startswith(
+        f"[local_update] name = '{name}:step' is not allowed: beside `bring` it has finish, PERSONAL or "
+    )
+
+
+def test_what_is_exchanged_beside_the_weights_needs_a_protocol_that_does() -> None:
+    found = {"protocol": SimpleNamespace(name="another"), "local_update": PlugIn("scaffold")}
+    (line,) = constraints._cannot_update(found)
+    assert line.startswith(
+        "[local_update] name = 'scaffold' is not allowed with protocol 'another', which exchanges weights alone."
+    )
+    assert constraints._cannot_update({**found, "protocol": SimpleNamespace(name="federated")}) == []

@@ -33,6 +33,8 @@ from concilium.messages import (
     Excluded,
     Front,
     Gradients,
+    Judge,
+    Judged,
     Keep,
     Maps,
     PlugIn,
@@ -372,6 +374,8 @@ def messages_to_damage() -> Iterator[bytes]:
     yield wire.pack(Train("m", 1, 0, 5, 10, {"a": TENSORS[0]}, True))
     yield wire.pack(Front("m", 1, ("down0", "up0"), False, 1, 5, 0, 10, {}, (TENSORS[6],)))
     yield wire.pack(Maps((TENSORS[0],)))
+    yield wire.pack(Judge("m", 1, {"a": TENSORS[0]}, 8))
+    yield wire.pack(Judged(0.5, 8))
 
 
 def harmless(packed: bytes) -> None:

@@ -12,8 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from concilium.aggregation import must_see_updates
 from concilium.catalog import allowed, names
 from concilium.data.division_rules import DIVISION_RANGES
+from concilium.errors import StudyError
+from concilium.local_updates import exchanges, has_personal, is_more_than_a_step, needs_others
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
@@ -45,6 +48,27 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Table and key -> test of a value of the right type, and what is allowed; no number may be without end."""
 
+OPTION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "[aggregation] learning_rate": (lambda x: x > 0, "more than 0"),
+    "[aggregation] momentum": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[aggregation] beta1": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[aggregation] beta2": (lambda x: 0 <= x <= 1, "0 to 1"),
+    "[aggregation] tau": (lambda x: x > 0, "more than 0"),
+    "[aggregation] share": (lambda x: 0 <= x < 0.5, "0 to below 0.5"),
+    "[aggregation] faulty": (lambda x: x is None or x >= 0, "0 or more"),
+    "[aggregation] keep": (lambda x: x >= 1, "1 or more"),
+    "[aggregation] lag": (lambda x: x > 0, "more than 0"),
+    "[aggregation] turn": (lambda x: x > 0, "more than 0"),
+    "[aggregation] sharpness": (lambda x: x >= 0, "0 or more"),
+    "[aggregation] cutoff": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[aggregation] memory": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[collect] cases": (lambda x: x >= 1, "1 or more"),
+    "[local_update] mu": (lambda x: x >= 0, "0 or more"),
+    "[local_update] weight": (lambda x: x >= 0, "0 or more"),
+    "[local_update] temperature": (lambda x: x > 0, "more than 0"),
+}
+"""The same for options of plug-ins that are Concilium's."""
+
 
 def check_range(where: str, key: str, value: Any) -> None:
     """Raise ValueError, which says what is allowed, where a value is of the right type and still none of those."""
@@ -60,7 +84,8 @@ def check_range(where: str, key: str, value: Any) -> None:
         )
         raise ValueError((cascade if value == "3d_cascade_fullres" else "") + allowed(value, known))
     anywhere = re.sub(r"^\[(sites\.[^.\]]*|test)(?=[.\]])", "[sites.NAME", full)
-    fine, text = RANGES.get(full) or DIVISION_RANGES.get(anywhere) or (lambda _: True, "")
+    known_ranges = (RANGES.get(full), DIVISION_RANGES.get(anywhere), OPTION_RANGES.get(full))
+    fine, text = next((r for r in known_ranges if r), (lambda _: True, ""))
     if not fine(value) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"Allowed: {text}.")
 
@@ -94,7 +119,9 @@ def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
         problems.append(
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )
-    return problems + _misresized(found) + _cannot_split(found)
+    return (
+        problems + _misresized(found) + _cannot_split(found) + _cannot_update(found) + _cannot_aggregate(found, n_sites)
+    )
 
 
 def _misresized(found: Mapping[str, Any]) -> list[str]:
@@ -162,6 +189,70 @@ def _cannot_split(found: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"[local_update] name = {update.name!r} is not allowed with splitfed: no owner of a part sees the whole step. "
             "Allowed: 'plain'."
+        )
+    return problems
+
+
+def _cannot_aggregate(found: Mapping[str, Any], n_sites: int) -> list[str]:
+    """What a rule does not get from the protocol or from the way of collecting that the study names."""
+    p, rule, collect = found["protocol"], found["aggregation"], found["collect"]
+    problems = []
+    sees = _must_see(rule.name)
+    where = f"[aggregation] name = {rule.name!r} is not allowed with"
+    if p and p.name == "splitfed" and sees:
+        problems.append(
+            f"{where} splitfed: it must see each site's update, and only sums are formed there. Allowed: a rule for which the "
+            "sum is enough, such as 'mean'."
+        )
+    if rule.name == "quality" and collect.name == "plain":
+        problems.append(
+            f"{where} [collect] name = 'plain': nobody judges the updates. Allowed: 'judged'. Add [collect] name = 'judged'."
+        )
+    if collect.name == "judged" and not sees:
+        problems.append(
+            f"{where} [collect] name = 'judged': it does not look at single updates, which would be judged for nothing. Allowed: "
+            "'quality'. Choose it, or take [collect] out."
+        )
+    faulty = rule.options.get("faulty") if rule.name == "krum" else None
+    if faulty and n_sites < 2 * faulty + 3:
+        problems.append(
+            f"[aggregation] faulty = {faulty} is not allowed with {n_sites} sites. Allowed: 0 to {max(0, (n_sites - 3) // 2)}, "
+            "since krum needs 2 · faulty + 3 sites."
+        )
+    return problems
+
+
+def _must_see(rule: str) -> bool:
+    try:
+        return must_see_updates(rule)
+    except StudyError:  # there is no such rule, which is told elsewhere
+        return False
+
+
+def _cannot_update(found: Mapping[str, Any]) -> list[str]:
+    """What local updates cannot do under a protocol, or with another part of their own."""
+    p, name = found["protocol"], found["local_update"].name
+    try:
+        more, exchange, personal, together = (
+            is_more_than_a_step(name), exchanges(name), has_personal(name), needs_others(name)
+        )  # fmt: skip
+    except StudyError:  # no such update, which was said already
+        return []
+    problems = []
+    if more and (exchange or personal or together):
+        problems.append(
+            f"[local_update] name = {name!r} is not allowed: beside `bring` it has finish, PERSONAL or TOGETHER, of which "
+            "a network that is brought knows nothing. Allowed: one or the other. Make two files of it."
+        )
+    if p and p.name == "local" and together:
+        problems.append(
+            f"[local_update] name = {name!r} is not allowed with protocol 'local', which shares no weights for it to refer to. "
+            "Allowed: 'plain'. As a baseline, 'local' trains by 'plain' anyway: [protocol] compare = ['local']."
+        )
+    elif p and p.name not in ("federated", "splitfed") and exchange:
+        problems.append(
+            f"[local_update] name = {name!r} is not allowed with protocol {p.name!r}, which exchanges weights alone. Allowed: "
+            "'federated'."
         )
     return problems
 

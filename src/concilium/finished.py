@@ -14,7 +14,7 @@ from concilium.data.plan import Plan, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Tensors
 from concilium.networks import Stages, make_network
-from concilium.schedule import folds_of
+from concilium.schedule import BEST, PERSONAL, folds_of, names, settings
 from concilium.statistics import WITHOUT
 from concilium.study import Study, read_study
 from concilium.wire import read_tensors
@@ -74,9 +74,11 @@ class Finished:
 def finished_models(run: Path) -> tuple[str, ...]:
     """The names of the models in a run folder, as `open_finished` opens them: `federated`, `federated.s8`, `local:north`."""
     at_server = [_without_fold(p) for p in sorted((run / "weights").glob("*.safetensors"))]
-    at_sites = [
-        f"{_without_fold(p)}:{p.parts[-3]}" for p in sorted((run / "sites").glob("*/models/local*.safetensors"))
-    ]
+    study = read_study(run / "study.toml", check_data=False)
+    known = [names(setting) for members in settings(study) for setting in members]
+    stay = {name for each in known for name, (_, stays) in each.items() if stays}
+    kept = (p for p in sorted((run / "sites").glob("*/models/*.safetensors")) if p.name.partition(".")[0] in stay)
+    at_sites = [f"{_without_fold(p)}:{p.parts[-3]}" for p in kept if not p.stem.endswith(BEST)]
     return tuple(dict.fromkeys(at_server + at_sites))
 
 
@@ -94,7 +96,9 @@ def open_finished(run: Path, name: str | None = None) -> Finished:
     study = read_study(run / "study.toml", check_data=False)
     name = name or study.protocol.name
     about = json.loads((run / "dataset.json").read_text(encoding="utf-8"))
-    title = name.partition(":")[0].partition(".")[0]
+    title = (
+        name.partition(":")[0].partition(".")[0].removesuffix(PERSONAL)
+    )  # what is trained beside a model has its plan
     own_plan = run / "plans" / f"{title}.json"
     return Finished(
         run,

@@ -164,22 +164,25 @@ def _finished(record: Record, key: str) -> dict[str, Any] | None:
 
 
 def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
-    """Train one model and score it at every site; on resumption, take what is there, and score again what failed to be."""
+    """Train one model and score it at every site; on resumption, take what is there, and score again what failed to be.
+
+    What sites train of their own beside a model comes right after it, and is only given and scored: it is trained by then.
+    """
     finished = _finished(work.record, model.key)
     if finished is None:
         training, scoring = Ledger(), Ledger()
-        last = _train(work, model, training)
+        last = start_with({}) if model.beside else _train(work, model, training)
         give(work, model, last, scoring)
         scored = score(work, [model], scoring)
-        rounds, batch_size = work.record.rounds(model.key), work.plans.batch_size
+        rounds, batch_size = work.record.rounds(model.beside or model.key), work.plans.batch_size
         best = None if model.stays else work.record.best_rounds(model.key).get(POOL)
         select = best[0] if best and work.study.validation.select == "best" else None
         about = account(model, rounds, batch_size=batch_size, selected=select)
         about["parameters"] = sum(t.numel() for t in initial_weights(model.setting.study, work.plans).values())
         finished = {"model": about} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
-    if not finished["again"]:  # told once more on resumption: a kill may have come between
-        tell(work.engine, dict.fromkeys(model.steps, Forget(model.key)))
+    if not finished["again"] and model.personal is None:  # told once more on resumption: a kill may have come between
+        tell(work.engine, dict.fromkeys(model.steps, Forget(model.beside or model.key)))
     return finished
 
 
@@ -211,12 +214,15 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
     if done.number:
         work.watch(Event("stage", f"{model.key}: going on after round {done.number}", model=model.key))
     rounds = _rounds(work, model, done)
-    watch_validation(work, model, done, ledger)  # a kill may have come between
+    _watch(work, model, done, ledger)  # a kill may have come between
     began = time.monotonic()
     missing = [site for site in model.setting.sites if site not in model.steps and model.protocol != "centralized"]
     for done in rounds:
-        # a site may have trained although its answer came late or could not be used: it goes back to where it was
-        failed = [site for site, failure in done.failures.items() if not isinstance(failure, SiteLost)]
+        # a site may have trained although its answer came late or could not be used: it goes back to where it was; not so one
+        # whose update counts, and that failed afterwards
+        failed = [
+            s for s, failure in done.failures.items() if not isinstance(failure, SiteLost) and s not in done.answers
+        ]
         unsaved = tell(engine, dict.fromkeys(failed, Restore(model.key, done.number - 1)), p.round_seconds)
         there = [site for site in model.steps if site not in unsaved]
         unsaved |= tell(engine, dict.fromkeys(there, Snapshot(model.key, done.number)), p.round_seconds)
@@ -227,12 +233,18 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
         work.watch(Event("round", model=model.key, round=done.number, rounds=p.rounds, loss=loss))
         for site, failure in done.failures.items():
             work.watch(Event("warning", f"{model.key}, round {done.number}: {failure_line(record, site, failure)}"))
-        watch_validation(work, model, done, ledger)
+        _watch(work, model, done, ledger)
         began = time.monotonic()
     for line in record.rounds(model.key):
         failed = line["failures"].items()
         ledger.problems += [f"{model.key}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
     return done
+
+
+def _watch(work: Work, model: Model, done: Round, ledger: Ledger) -> None:
+    for each in (model, model.personal):
+        if each is not None:
+            watch_validation(work, each, done, ledger)
 
 
 def _rounds(work: Work, model: Model, done: Round) -> Iterator[Round]:

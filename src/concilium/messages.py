@@ -194,6 +194,8 @@ class Train:
     send_weights: bool
     control: Tensors = field(default_factory=dict)
     """What a local update exchanges beside the weights: the server's total."""
+    alone: bool = False
+    """Whether nothing of this model is shared: a local update that needs the shared weights then gives way to `plain`."""
 
 
 @dataclass(frozen=True)
@@ -257,12 +259,24 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """Say how well these weights, another site's update of `model` in this round, fit the first `cases` validation cases."""
+
+    model: str
+    round: int
+    weights: Tensors
+    cases: int
+
+
+@dataclass(frozen=True)
 class Keep:
     """Store these weights as the finished model; without weights, those of the finished model `source`, or of what is trained."""
 
     model: str
     weights: Tensors
     source: str = ""
+    personal: str = ""
+    """The model in training whose second network, the site's own, is meant; else it is the one that is called so."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +303,9 @@ class Forget:
     finished: bool = False
 
 
-Request: TypeAlias = Examine | Prepare | Train | Front | Tail | Finish | Evaluate | Keep | Snapshot | Restore | Forget
+Request: TypeAlias = (
+    Examine | Prepare | Train | Front | Tail | Finish | Evaluate | Judge | Keep | Snapshot | Restore | Forget
+)
 
 # ------------------------------------------------------------------------------------------------------------- replies
 
@@ -353,6 +369,14 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """The mean soft Dice over cases, and how many; none where the site has none, or too few to tell an average of them."""
+
+    score: float
+    n_cases: int
+
+
+@dataclass(frozen=True)
 class Done:
     pass
 
@@ -389,7 +413,7 @@ class SiteError:
 
 
 Failure: TypeAlias = SiteTimeout | SiteLost | SiteRefused | SiteError
-Reply: TypeAlias = Examined | Prepared | Trained | Maps | Gradients | Evaluated | Done
+Reply: TypeAlias = Examined | Prepared | Trained | Maps | Gradients | Evaluated | Judged | Done
 
 REQUESTS: tuple[type, ...] = (
     Examine,
@@ -399,12 +423,13 @@ REQUESTS: tuple[type, ...] = (
     Tail,
     Finish,
     Evaluate,
+    Judge,
     Keep,
     Snapshot,
     Restore,
     Forget,
 )
-REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Maps, Gradients, Evaluated, Done)
+REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Maps, Gradients, Evaluated, Judged, Done)
 FAILURES: tuple[type, ...] = (SiteTimeout, SiteLost, SiteRefused, SiteError)
 
 

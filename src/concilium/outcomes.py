@@ -142,7 +142,7 @@ class Run:
     def export(
         self, out: str | Path, *, format: str, model: str | None = None, intended_use: str | None = None
     ) -> tuple[Path, str]:
-        """Write a model for other programs: the folder, and the command that uses it next."""
+        """Write a model for other programs: the folder, and the command that uses it, with what else to know below."""
         from concilium.exports import export_run
 
         return export_run(self.folder, Path(out), format=format, model=model, intended_use=intended_use)

@@ -154,9 +154,10 @@ class Record:
         """Whether this round was scored."""
         return any(line["round"] == number for line in self.curve(model))
 
-    def add_curve(self, model: str, number: int, dice: Mapping[str, float]) -> None:
-        """Note the mean validation Dice of each site after a round."""
-        self._append("curves.jsonl", {"model": model, "round": number, "dice": dict(dice)})
+    def add_curve(self, model: str, number: int, dice: Mapping[str, float], *, beside: str = "") -> None:
+        """Note the mean validation Dice of each site after a round, which is that of the model `beside` where it is named."""
+        told = {"beside": beside} if beside else {}
+        self._append("curves.jsonl", {"model": model, "round": number, "dice": dict(dice), **told})
 
     def best_rounds(self, model: str) -> dict[str, tuple[int, float]]:
         """Site -> the round after which its validation Dice was best, the earliest of equals, and that Dice."""
@@ -201,8 +202,9 @@ class Record:
                 continue
             before = path.read_bytes()
             read = [(text, _parsed(text)) for text in before.decode(errors="replace").splitlines()]
-            last = {model: self._last_number(model) for model in {line["model"] for _, line in read if line}}
-            kept = [text + "\n" for text, line in read if line and line["round"] <= last[line["model"]]]
+            lines = [(text, line["round"], line.get("beside", line["model"])) for text, line in read if line]
+            last = {model: self._last_number(model) for model in {model for *_, model in lines}}
+            kept = [text + "\n" for text, number, model in lines if number <= last[model]]
             after = "".join(kept).encode()
             if after != before:
                 self._write(path, after)

@@ -7,8 +7,14 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import cast
 
+from concilium.local_updates import has_personal
 from concilium.statistics import WITHOUT
 from concilium.study import Study
+
+PERSONAL = "-personal"
+"""Ends the name of the networks that sites train of their own beside a model."""
+BEST = ".best"
+"""Ends the name under which a site keeps the best weights so far of a model that stays."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,10 @@ class Model:
     """Whether it stays at its site (and is a different one at each)."""
     cases: Mapping[str, int] = field(default_factory=dict)
     """How many training cases each site has."""
+    personal: Model | None = None
+    """The networks that sites train of their own beside it."""
+    beside: str = ""
+    """Of such networks: the key of the model beside which they are trained."""
 
     @property
     def fold(self) -> int:
@@ -92,7 +102,8 @@ def folds_of(study: Study) -> tuple[int, ...]:
 
 
 def models(setting: Setting, cases: Mapping[str, int], batch_size: int) -> Iterator[Model]:
-    """The setting's own model, then the baselines: `centralized` with one site's steps, `centralized_long` with those of all.
+    """The setting's own model, what sites train of their own beside it, then the baselines: `centralized` with one site's steps,
+    `centralized_long` with those of all.
 
     `cases`: how many training cases each site has; sites that are not in it take no part.
     """
@@ -102,17 +113,26 @@ def models(setting: Setting, cases: Mapping[str, int], batch_size: int) -> Itera
         return p.steps or max(1, -(-int(cases[name] * cast(float, p.epochs)) // batch_size))
 
     steps = {name: n_steps(name) for name in setting.sites if name in cases}
+    made: dict[str, Model] = {}
     for name, (protocol, stays) in names(setting).items():
         taken = steps
         if protocol == "centralized":
             taken = {"pooled": max(steps.values()) if name == "centralized" else sum(steps.values())}
-        yield Model(name, name + setting.suffix, setting, protocol, taken, stays, cases)
+        made[name] = Model(name, name + setting.suffix, setting, protocol, taken, stays, cases)
+    shared, own = made[setting.title], made.get(setting.title + PERSONAL)
+    if own is not None:
+        own = replace(own, beside=shared.key)
+        made |= {own.name: own, shared.name: replace(shared, personal=own)}
+    yield from made.values()
 
 
 def names(setting: Setting) -> dict[str, tuple[str, bool]]:
     """Name -> protocol, and whether it stays at its site: the models of a setting."""
     p = setting.study.protocol
     found = {setting.title: (p.name, p.name == "local")}
+    # without a site the models are trained for that site's sake, which has no network of its own
+    if setting.unseen is None and has_personal(setting.study.local_update.name):
+        found[setting.title + PERSONAL] = (p.name, True)
     if setting.is_base:
         if "local" in p.compare:
             found.setdefault("local", ("local", True))

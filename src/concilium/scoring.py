@@ -25,11 +25,9 @@ from concilium.messages import (
 from concilium.preparation import Event, Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round
 from concilium.results import METRICS, score_rows
-from concilium.schedule import Model, ensemble_key
+from concilium.schedule import BEST, Model, ensemble_key
 from concilium.wire import part
 
-BEST = ".best"
-"""Ends the name under which a site keeps the best weights so far of a model that stays."""
 Names: TypeAlias = Mapping[int, Mapping[str, str]]
 POOL = "all"
 """Stands in a curve where a site stands: all that train."""
@@ -47,7 +45,7 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
     best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
     if model.stays:
         for site in model.steps:
-            requests[site] = Keep(model.key, {}, model.key + BEST if site in best else "")
+            requests[site] = Keep(model.key, {}, model.key + BEST if site in best else "", model.beside)
     else:
         weights = work.record.best_weights(model.key) or part(last.tensors, WEIGHTS)
         work.record.save_weights(model.key, weights)
@@ -147,7 +145,7 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
     weights = part(done.tensors, WEIGHTS)
     pooled = model.protocol == "centralized"  # trained where the server cannot see it, and scored there
     sites = list(model.steps) if model.stays or pooled else [*model.setting.sites, *_unseen(model)]
-    keep = Keep(model.key, {} if model.stays or pooled else weights)
+    keep = Keep(model.key, {} if model.stays or pooled else weights, personal=model.beside)
     failures = tell(work.engine, dict.fromkeys(sites, keep))
     request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False)
     replies = dict(ask(work.engine, {site: request for site in sites if site not in failures}))
@@ -163,7 +161,7 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
     curve = _curve(scored, [*model.steps])
     if v.select == "best" and not pooled:
         _keep_best(work, model, done.number, weights, curve, ledger)
-    work.record.add_curve(model.key, done.number, curve)
+    work.record.add_curve(model.key, done.number, curve, beside=model.beside)
 
 
 def _unseen(model: Model) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import torch
 from concilium import catalog, wire
 from concilium.answers import Cancelled, Check, Entry, Job, Policy, Settings
 from concilium.answers.evaluate import evaluate
+from concilium.answers.judge import judge
 from concilium.answers.models import Models
 from concilium.answers.statistics import Exclusions, examine, find_cases, prepare
 from concilium.errors import ConciliumError, ContractError, DataError, PrivacyError
@@ -32,6 +33,7 @@ from concilium.messages import (
     Finish,
     Forget,
     Front,
+    Judge,
     Keep,
     Prepare,
     Reply,
@@ -139,6 +141,8 @@ class Site:
                 return self._train(request, cancelled)
             case Evaluate():
                 return self._evaluate(request, cancelled)
+            case Judge():
+                return judge(self.settings, self._prepared_job(), request, device=self.device, cancelled=cancelled)
             case Keep() | Snapshot() | Restore() | Forget():
                 self._store(request)
         return Done()
@@ -170,9 +174,13 @@ class Site:
     def _store(self, request: Keep | Snapshot | Restore | Forget) -> None:
         models = self._models
         match request:
-            case Keep(model, weights, source):
+            case Keep(model, weights, source, personal):
                 own = weights or (models.finished(source) if source else None)
-                models.keep(model, own or models.learner(self._prepared_job(), model).trained_weights())
+                if not own:
+                    own = models.learner(self._prepared_job(), personal or model).trained_weights(
+                        personal=bool(personal)
+                    )
+                models.keep(model, own)
             case Snapshot(model, number):
                 models.snapshot(model, number)
             case Restore(model, number):
@@ -275,7 +283,9 @@ class Site:
 def _check_names(request: Request) -> None:
     """Check the names of models in a request: they name files here, and come from outside."""
     names = [getattr(request, "model", "none"), *getattr(request, "members", ())]
-    for name in [*names, request.source] if isinstance(request, Keep) and request.source else names:
+    if isinstance(request, Keep):
+        names += [name for name in (request.source, request.personal) if name]
+    for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
 

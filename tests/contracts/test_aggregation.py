@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -41,10 +43,15 @@ def network(seed: int) -> dict[str, Tensor]:
     }
 
 
+def seen(weights: Tensors, n_cases: int, site: str) -> Update:
+    """An update as a way of collecting gives it that has asked others for its quality."""
+    return Update(weights, n_cases, 4, 0.5, quality=0.8, site=site)
+
+
 def given(name: str, updates: Sequence[Tensors], order: Sequence[int] = (0, 1, 2)) -> Given:
-    """What a rule gets for these updates: their sum in this order of arrival, or each."""
+    """What a rule gets for these updates: their sum in this order of arrival, or each, of equal quality."""
     if must_see_updates(name):
-        return [Update(u, n, 4, 0.5) for u, n in zip(updates, N_CASES, strict=True)]
+        return [seen(u, N_CASES[site], f"s{site}") for site, u in enumerate(updates)]
     total, weigh = Sum(), weight_of(name)
     for site in order:
         total.add(updates[site], weigh(N_CASES[site], 1.0))
@@ -59,8 +66,8 @@ def bits(tensors: Tensors) -> Mapping[str, list[int]]:
     return {name: t.contiguous().view(-1).view(torch.uint8).tolist() for name, t in sorted(tensors.items())}
 
 
-def test_the_mean_is_found() -> None:
-    assert "mean" in catalog.names("aggregation")
+def test_the_rules_are_found() -> None:
+    assert {"mean", "adam", "median"} <= set(catalog.names("aggregation"))
 
 
 @every_rule
@@ -119,13 +126,47 @@ def test_where_no_site_moved_nothing_moves(name: str) -> None:
 def test_a_single_update_is_possible(name: str) -> None:
     """Where others failed, or few take part."""
     if must_see_updates(name):
-        alone: Given = [Update(network(1), 3, 4, 0.5)]
+        alone: Given = [seen(network(1), 3, "s0")]
     else:
         alone = Sum()
         alone.add(network(1), 3)
     weights, _ = rule_of(name)(alone, {})
     check_like(weights, network(0))
     assert all(t.isfinite().all() for t in weights.values())
+
+
+class OnDisk(Mapping[str, Tensor]):
+    """Tensors that exist from when they are read until nobody holds them; `alive` are those of all updates."""
+
+    def __init__(self, weights: Tensors, alive: list[weakref.ref[Tensor]], most: list[int]) -> None:
+        self.weights, self.alive, self.most = weights, alive, most
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.weights[name].clone()
+        self.alive[:] = [ref for ref in self.alive if ref() is not None] + [weakref.ref(tensor)]
+        self.most.append(len(self.alive))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+@every_rule
+def test_it_holds_a_tensor_of_each_site_and_no_network(name: str) -> None:
+    if not must_see_updates(name):
+        return  # it never sees one
+    alive: list[weakref.ref[Tensor]] = []
+    most: list[int] = []
+    tensors = [{f"{n}.{i}": t for i in range(5) for n, t in network(10 + site).items()} for site in range(3)]
+    before = {f"{n}.{i}": t for i in range(5) for n, t in network(99).items()}
+    updates = [seen(OnDisk(t, alive, most), N_CASES[site], f"s{site}") for site, t in enumerate(tensors)]
+    gc.collect()
+    weights, _ = rule_of(name)(updates, {}, before=before)
+    check_like(weights, before)
+    assert max(most) <= 3 + 2, "the next one may be read while those are held"
 
 
 @every_rule

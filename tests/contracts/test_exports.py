@@ -152,14 +152,35 @@ def test_a_run_without_results_is_refused_with_the_way_on(run: Path, tmp_path: P
         export_run(copy, tmp_path / "out", format="safetensors")
 
 
-def test_labels_that_no_largest_logit_decides_are_refused(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    about = json.loads((copy / "dataset.json").read_text())
-    (copy / "dataset.json").write_text(json.dumps({**about, "labels": {"background": 0, "organ": 1, "ignore": 2}}))
-    for format in ("onnx", "monai"):
-        with pytest.raises(StudyError, match="Export them as nnunet"):
-            export_run(copy, tmp_path / "out", format=format)
+def test_what_is_resized_is_refused_by_nnunet_with_the_formats_that_can(run: Path, tmp_path: Path) -> None:
+    resize = {"size": (32, 32), "intensity": "zscore"}
+    resized = make_run(tmp_path / "run", run.parent / "secret_data", configuration="2d", resize=resize)
+    with pytest.raises(StudyError, match=r"knows no other way.*Export it as onnx, monai or safetensors, or train with"):
+        export_run(resized, tmp_path / "nnunet", format="nnunet")
+    for format in ("onnx", "monai", "safetensors"):
+        assert export_run(resized, tmp_path / format, format=format)[0].is_dir()
+
+
+@every_format
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_it_says_what_to_compare_with_where_the_study_computes_otherwise(
+    precision: str, format: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = run.parent / "secret_data"
+    own = make_run(tmp_path / "run", data, configuration="2d", patch=[32, 32], precision=precision)
+    _, after = export_run(own, tmp_path / "out", format=format)
+    command, *more = after.splitlines()
+    assert "Compare with" not in command
+    assert bool(more) == (precision == "bfloat16" and format != "safetensors")
+    if more:
+        told = more[0].replace("IMAGES", str(data / "imagesTr")).replace("LABEL_MAPS", str(tmp_path / "maps"))
+        assert told.startswith("Compare with: concilium predict")
+        assert told.endswith("--precision float32")
+        monkeypatch.setattr(sys, "argv", told.partition(": ")[2].split())
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        assert e.value.code == 0
+        assert len(list((tmp_path / "maps").iterdir())) == 2
 
 
 def test_the_command_says_where_it_is_and_what_comes_next(

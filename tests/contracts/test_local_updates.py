@@ -17,12 +17,20 @@ from torch import Tensor, nn
 from concilium import catalog
 from concilium.answers.objective import make_objective
 from concilium.data.patches import Batch
-from concilium.local_updates import Local, is_more_than_a_step
+from concilium.errors import ContractError
+from concilium.local_updates import Local, exchanges, finish_of, is_more_than_a_step, needs_others, when_alone
 from concilium.messages import PlugIn
 
-every_update = pytest.mark.parametrize(
-    "name", [name for name in catalog.names("local_updates") if not is_more_than_a_step(name)]
-)
+FOUND = [name for name in catalog.names("local_updates") if not is_more_than_a_step(name)]
+NEUTRAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "proximal": {"mu": 0.0},
+    "scaffold": {},  # in a first round: nothing has been exchanged
+    "ditto": {"weight": 3.0},  # the shared network is as ever, whatever the other is held to
+    "distill": {"weight": 0.0},
+}
+"""Options under which a local update is `plain`, where nothing has been exchanged. A new one is added here."""
+every_update = pytest.mark.parametrize("name", FOUND)
 
 
 class Small(nn.Module):
@@ -45,12 +53,33 @@ def objective(logits: Sequence[Tensor], batch: Batch) -> Tensor:
 
 
 def lent(
-    *, clip_norm: float = 12.0, rate: float = 0.1, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    *,
+    clip_norm: float = 12.0,
+    rate: float = 0.1,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    exchanged: bool = True,
 ) -> Local:
+    """All that a step may ask for; `exchanged`: as in a later round, when the server has something of what sites sent."""
     torch.manual_seed(0)
-    network = Small().train()
+    network, teacher = Small().train(), Small()
     received = {n: t.clone() for n, t in network.state_dict().items()}
-    return Local(network, torch.optim.SGD(network.parameters(), rate), objective, autocast, received, clip_norm)
+    teacher.load_state_dict(received)
+    teacher.eval().requires_grad_(requires_grad=False)
+    control = {n: 0.01 * torch.randn_like(p) for n, p in network.named_parameters()} if exchanged else {}
+    own = Small().train()
+    return Local(
+        network,
+        optimizer(network.parameters(), rate),
+        objective,
+        autocast,
+        received,
+        clip_norm,
+        teacher=teacher,
+        control={n: t.detach() for n, t in control.items()},
+        personal=Local(own, optimizer(own.parameters(), rate), objective, autocast, received, clip_norm),
+        labels={"background": 0, "organ": 1},
+    )
 
 
 def batch(seed: int = 0) -> Batch:
@@ -60,8 +89,8 @@ def batch(seed: int = 0) -> Batch:
     return Batch(image, (labels, labels[..., ::2, ::2]))
 
 
-def step_of(name: str) -> Callable[..., Tensor]:
-    options, problems = catalog.fill("local_updates", name, {}, "[local_update]")
+def step_of(name: str, **given: Any) -> Callable[..., Tensor]:
+    options, problems = catalog.fill("local_updates", name, given, "[local_update]")
     assert not problems
     return partial(catalog.load("local_updates", name), **options)
 
@@ -136,11 +165,16 @@ def test_the_same_step_from_the_same_state_is_the_same(name: str) -> None:
 @every_update
 def test_what_it_is_given_stays_as_it_is(name: str) -> None:
     local = lent()
-    received = {n: t.clone() for n, t in local.received.items()}
+    teacher: Any = local.teacher
+    given = (local.received, local.control, teacher.state_dict())
+    copies = copy.deepcopy(given)
     image, labels, _ = drawn = batch()
     before = image.clone(), [y.clone() for y in labels]
-    step_of(name)(local, drawn)
-    assert all(torch.equal(local.received[n], t) for n, t in received.items())
+    for _ in range(2):
+        step_of(name)(local, drawn)
+    for tensors, as_it_was in zip(given, copies, strict=True):
+        assert tensors.keys() == as_it_was.keys()
+        assert all(torch.equal(tensors[n], t) for n, t in as_it_was.items())
     assert torch.equal(image, before[0])
     assert all(torch.equal(a, b) for a, b in zip(labels, before[1], strict=True))
 
@@ -162,6 +196,70 @@ def test_the_forward_pass_is_in_the_precision_that_was_asked_for(name: str) -> N
     assert len(seen) >= 3
     assert loss.dtype == torch.float32
     assert all(t.dtype == local.received[n].dtype for n, t in weights(local).items())
+
+
+@every_update
+def test_a_batch_of_which_nothing_is_known_changes_nothing(name: str) -> None:
+    """Also where momentum would go on: neither network, nor what is sent in the end."""
+    local, other = (lent(optimizer=partial(torch.optim.SGD, momentum=0.9)) for _ in range(2))
+    unknown = batch()._replace(annotated=torch.zeros(2, 2, dtype=torch.bool))
+    step = step_of(name)
+    for drawn in (unknown, batch(0), unknown, batch(1), unknown):
+        loss = step(local, drawn)
+        assert (float(loss) == 0) == (drawn is unknown)
+    for drawn in (batch(0), batch(1)):
+        step(other, drawn)
+    assert all(torch.equal(weights(local)[n], t) for n, t in weights(other).items())
+    own, others = local.personal, other.personal
+    assert own is not None
+    assert others is not None
+    assert all(torch.equal(weights(own)[n], t) for n, t in weights(others).items())
+    sent, expected = finish_of(PlugIn(name), local, steps=5), finish_of(PlugIn(name), other, steps=2)
+    assert sent.keys() == expected.keys()
+    assert all(torch.equal(sent[n], t) for n, t in expected.items())
+
+
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=0.9, nesterov=True), torch.optim.AdamW])
+@every_update
+def test_the_neutral_setting_equals_plain(name: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    """Bit for bit: weights, running statistics and losses."""
+    local, plain = (lent(optimizer=optimizer, rate=0.01, exchanged=False) for _ in range(2))
+    for number in range(3):
+        a = step_of(name, **NEUTRAL[name])(local, batch(number))
+        b = step_of("plain")(plain, batch(number))
+        assert torch.equal(a, b)
+    assert all(torch.equal(weights(local)[n], t) for n, t in weights(plain).items())
+
+
+@every_update
+def test_what_is_sent_beside_the_weights_is_named_and_shaped_as_they_are(name: str) -> None:
+    """And what is kept can go to disk: tensors, of which none is of the round that is over."""
+    local = lent()
+    local.network.norm.bias.requires_grad_(requires_grad=False)
+    step_of(name)(local, batch())
+    sent = finish_of(PlugIn(name), local, steps=1)
+    assert bool(sent) == exchanges(name)
+    assert "norm.bias" not in sent, "what does not train has nothing to tell"
+    for key, tensor in sent.items():
+        assert (tensor.shape, tensor.dtype) == (local.received[key].shape, local.received[key].dtype)
+        assert bool(torch.isfinite(tensor).all())
+    kept = {n: t.shape for n, t in local.memory.items()}
+    assert all(isinstance(t, Tensor) and not t.requires_grad for t in local.memory.values())
+    step_of(name)(local, batch())
+    finish_of(PlugIn(name), local, steps=1)
+    assert {n: t.shape for n, t in local.memory.items()} == kept
+
+
+@every_update
+def test_a_model_that_trains_alone_takes_steps_that_need_no_others(name: str) -> None:
+    assert when_alone(PlugIn(name)) == PlugIn("plain" if needs_others(name) else name)
+    assert needs_others(name) == (name != "plain")
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("ditto", "personal"), ("distill", "teacher")])
+def test_what_is_not_lent_is_missed(name: str, lacks: str) -> None:
+    with pytest.raises(ContractError, match=name):
+        step_of(name)(Local(**{**vars(lent()), lacks: None}), batch())
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,10 @@ def test_cases_say_what_was_looked_for_in_the_words_of_the_study(tmp_path: Path)
         tmp_path, {"background": 0, "leber": 1, "kidney": 2}, annotated={"a": ["leber"], "b": ["leber", "kidney"]}
     )
     dataset = open_dataset(folder, Names(labels={"leber": "liver"}))
-    assert [case.annotated for case in dataset.cases] == [("liver",), None, None]
-    assert dataset.space.annotated is None, "some case has everything"
+    assert [case.annotated for case in dataset.cases] == [("liver",), ("liver", "kidney"), None]
+    assert dataset.space.annotated is None, "in some case everything was looked for"
+    cases = translated(dataset, Space(("CT",), dict(LABELS))).cases
+    assert [case.annotated for case in cases] == [("liver",), None, None], "all of the study's labels is all"
     assert open_dataset(site(tmp_path / "part", annotated=["liver"])).space.annotated == ("liver",)
 
 
@@ -112,7 +114,7 @@ def test_every_label_is_looked_for_somewhere() -> None:
     assert annotation_notes(LABELS, {"a": None, "b": ("liver",)}) == [
         "b annotates liver only: other labels are unknown there, not background."
     ]
-    assert annotation_notes(LABELS, {"a": None, "b": None}) == []
+    assert annotation_notes(LABELS, {"a": None, "b": ("kidney", "liver")}) == []
     with pytest.raises(DataError, match="No site annotates kidney"):
         annotation_notes(LABELS, {"a": ("liver",), "b": ("liver",)})
 

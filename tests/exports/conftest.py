@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from made import make_run, write_pictures, write_volumes
+from made import BOTH, make_run, write_pictures, write_volumes
 
 from concilium.predict import predict
 
@@ -42,6 +42,33 @@ def volume_run(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def picture_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("run") / "pictures", pictures, configuration="2d", patch=[48, 48])
+
+
+@pytest.fixture(scope="session")
+def regions_run(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Regions, and voxels to be ignored."""
+    return make_run(tmp_path_factory.mktemp("run") / "regions", volumes, patch=[8, 24, 24], labels=BOTH)
+
+
+@pytest.fixture(scope="session")
+def resized_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures at one size, that is larger along one axis and smaller along the other."""
+    resize = {"size": (64, 32), "intensity": "zscore"}
+    return make_run(tmp_path_factory.mktemp("run") / "resized", pictures, configuration="2d", resize=resize)
+
+
+@pytest.fixture(scope="session")
+def resized_volume_run(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Volumes at one size, with regions."""
+    resize = {"size": (16, 32, 48), "intensity": (20.0, 130.0)}
+    return make_run(tmp_path_factory.mktemp("run") / "resized_volumes", volumes, labels=BOTH, resize=resize)
+
+
+@pytest.fixture(params=["volume", "picture", "regions", "resized", "resized_volume"])
+def run_and_data(request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """Every kind of run, with the data set that it is of."""
+    data = "pictures" if request.param in ("picture", "resized") else "volumes"
+    return request.getfixturevalue(f"{request.param}_run"), request.getfixturevalue(data)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import torch
 
 from concilium.data.dataset import Dataset, open_dataset, read_case
 from concilium.data.fingerprint import fingerprint_of_case, merge, to_json
+from concilium.data.labels import from_nnunet, ids_of, n_heads, to_nnunet
 from concilium.data.plan import make_plans, open_plan
 from concilium.finished import Finished, open_finished
 from concilium.networks import make_network
@@ -23,6 +24,17 @@ from concilium.study import Study, parse_study, to_toml
 from concilium.wire import write_tensors
 
 Edit = Callable[[dict[str, Any]], None]
+
+REGIONS = {"labels": {"background": 0, "whole": [1, 2], "back": 2}, "regions_class_order": [1, 2]}
+IGNORE = {"labels": {"background": 0, "front": 1, "back": 2, "ignore": 3}}
+BOTH = {"labels": {"background": 0, "whole": [1, 2], "back": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+"""Other label spaces of the volumes, as a `dataset.json` says them."""
+REAL: list[tuple[str, str, dict[str, Any] | None]] = [
+    ("hippocampus", "3d_fullres", None),
+    ("polyps", "2d", None),
+    ("polyps", "2d", {"size": (128, 160), "intensity": "0-1"}),
+]
+"""Federation, configuration and, where images are resized, how: real cases to compare on."""
 
 
 def make_run(
@@ -34,9 +46,15 @@ def make_run(
     patch: list[int] | None = None,
     n_cases: int = 3,
     edit: Edit | None = None,
+    resize: dict[str, Any] | None = None,
+    labels: dict[str, Any] | None = None,
     **training: Any,
 ) -> Path:
-    """A run folder of one site; `edit` changes the plan's configuration, keyword arguments the study's `[training]`."""
+    """A run folder of one site; `edit` changes the plan's configuration, keyword arguments the study's `[training]`.
+
+    `resize`: `size` and `intensity`, in place of nnU-Net's preprocessing. `labels`: what a `dataset.json` says of them, in
+    place of the data's own.
+    """
     study = parse_study(
         {
             "study": {"name": "small", "seed": 1},
@@ -46,10 +64,13 @@ def make_run(
             "network": network or {"base_features": 4},
             "training": {"batch_size": 2, "mirror": False} | ({"patch_size": patch} if patch else {}) | training,
             "engine": {"threads": 1, "device": "cpu"},
-        },
+        }
+        | ({"preprocessing": {"name": "resize", **resize}} if resize else {}),
         folder=folder,
     )
     dataset = open_dataset(data)
+    if labels is not None:
+        dataset = dataclasses.replace(dataset, labels=from_nnunet(labels))
     parts = []
     for case in dataset.cases[:n_cases]:
         image, label, properties = read_case(case, dataset)
@@ -59,7 +80,7 @@ def make_run(
         make_plans(
             merged, channels=dataset.channels, labels=dataset.labels, file_ending=dataset.file_ending,
             configuration=configuration, base_features=study.network.options.get("base_features"),
-            batch_size=2, patch_size=study.training.patch_size,
+            batch_size=2, patch_size=study.training.patch_size, resize=resize,
         )
     )  # fmt: skip
     if edit is not None:
@@ -74,7 +95,7 @@ def drawn(run: Path, *, seed: int) -> dict[str, torch.Tensor]:
     finished = dataclasses.replace(open_finished_without_weights(run))
     torch.manual_seed(seed)
     network = make_network(
-        finished.study.network, n_channels=len(finished.channels), n_labels=len(finished.labels),
+        finished.study.network, n_channels=len(finished.channels), n_labels=n_heads(finished.labels),
         plan=finished.plan.architecture, deep_supervision=finished.study.training.deep_supervision,
     )  # fmt: skip
     weights = {k: v + 0.2 * torch.randn_like(v) for k, v in network.state_dict().items()}
@@ -107,7 +128,7 @@ def _write(folder: Path, study: Study, dataset: Dataset, plans: str, fingerprint
     open_plan(plans, study.plan.configuration)
     about = {
         "channel_names": {str(i): c for i, c in enumerate(dataset.channels)},
-        "labels": dict(dataset.labels),
+        **to_nnunet(dataset.labels),
         "file_ending": dataset.file_ending,
     }
     (folder / "dataset.json").write_text(json.dumps(about))
@@ -120,7 +141,7 @@ def _write(folder: Path, study: Study, dataset: Dataset, plans: str, fingerprint
 
 def results(dataset: Dataset) -> dict[str, Any]:
     """results.json: 7 patients, of whom one was imaged twice, with Dice 0.1 to 0.7 (the twice imaged: mean of 0.6 and 0.8)."""
-    label = next(name for name, value in dataset.labels.items() if value == 1)
+    label = next(name for name, value in dataset.labels.items() if 1 in ids_of(value))
     scores = [(f"secret_{i}", f"secret_{i}", 0.1 * (i + 1)) for i in range(6)]
     scores += [("secret_6a", "secret_6", 0.6), ("secret_6b", "secret_6", 0.8)]
     cases = [
@@ -140,6 +161,14 @@ def results(dataset: Dataset) -> dict[str, Any]:
         "summary": summarize(cases, SCALES), "comparisons": [], "excluded": [], "warnings": [],
         "problems": [],
     }  # fmt: skip
+
+
+def two_images(data: Path, folder: Path) -> Path:
+    """The first two images of a data set whose cases have one file each, as a data set of their own."""
+    (folder / "imagesTr").mkdir(parents=True)
+    for image in sorted((data / "imagesTr").iterdir())[:2]:
+        (folder / "imagesTr" / image.name).symlink_to(image)
+    return folder
 
 
 def write_volumes(folder: Path, *, n: int = 3, spacing: tuple[float, float, float] = (0.8, 1.1, 2.5)) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made import two_members
+from made import REAL, make_run, two_images, two_members
 
 from concilium.exports import export_run, monai
 from concilium.finished import open_finished
@@ -69,16 +70,14 @@ def run_bundle(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
-@pytest.mark.parametrize("kind", ["volume", "picture"])
 def test_the_bundle_gives_the_same_label_maps(
-    kind: str,
-    request: pytest.FixtureRequest,
+    run_and_data: tuple[Path, Path],
     run_bundle: Callable[..., None],
     predicted: Callable[[Path, Path], Path],
     same_label_maps: Callable[[Path, Path], None],
     tmp_path: Path,
 ) -> None:
-    run, data = request.getfixturevalue(f"{kind}_run"), request.getfixturevalue(f"{kind}s")
+    run, data = run_and_data
     folder, _ = export_run(run, tmp_path / "out", format="monai")
     run_bundle(folder, data / "imagesTr", tmp_path / "found")
     same_label_maps(predicted(run, data), tmp_path / "found")
@@ -134,3 +133,30 @@ def test_members_are_one_network_with_the_mean_of_their_logits(
     state = torch.load(tmp_path / "out" / "models" / "model.pt", weights_only=True)
     assert {name.split(".")[1] for name in state} == {"0", "1"}
     assert len(open_finished(picture_run).files) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("federation_name", "configuration", "resize"), REAL)
+def test_the_command_on_real_cases(
+    federation_name: str,
+    configuration: str,
+    resize: dict[str, Any] | None,
+    federation: Callable[[str], Path],
+    predicted: Callable[[Path, Path], Path],
+    same_label_maps: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    data = federation(federation_name) / "test"
+    run = make_run(tmp_path / "run", data, configuration=configuration, n_cases=2, resize=resize)
+    two = two_images(data, tmp_path / "data")
+    _, after = export_run(run, tmp_path / "out", format="monai")
+    command = after.replace("IMAGES", str(two / "imagesTr")).replace("SEGMENTATIONS", str(tmp_path / "found"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    share = 1e-4 if resize else 0.0  # PyTorch's sums of weighted pixels may differ in the last bit
+    same_label_maps(predicted(run, two), tmp_path / "found", share=share)

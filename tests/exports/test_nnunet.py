@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from made import make_run, two_members
+from made import make_run, two_images, two_members
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -112,12 +112,9 @@ def test_the_stock_command_on_real_cases(
 ) -> None:
     data = federation(federation_name) / "test"
     run = make_run(tmp_path / "run", data, configuration=configuration, n_cases=2)
-    two = tmp_path / "data" / "imagesTr"
-    two.mkdir(parents=True)
-    for image in sorted((data / "imagesTr").iterdir())[:2]:
-        (two / image.name).symlink_to(image)
+    two = two_images(data, tmp_path / "data")
     folder, after = export_run(run, tmp_path / "out", format="nnunet")
-    command = after.replace("IMAGES", str(two)).replace("SEGMENTATIONS", str(tmp_path / "found")).split()
+    command = after.replace("IMAGES", str(two / "imagesTr")).replace("SEGMENTATIONS", str(tmp_path / "found")).split()
     program = str(Path(sys.executable).with_name(command[0]))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
@@ -126,4 +123,4 @@ def test_the_stock_command_on_real_cases(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert str(folder) in command
-    same_label_maps(predicted(run, two.parent), tmp_path / "found")
+    same_label_maps(predicted(run, two), tmp_path / "found")

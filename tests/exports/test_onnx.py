@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made import make_run, two_members
+from made import REAL, make_run, two_images, two_members, write_volumes
 
 from concilium.errors import StudyError
 from concilium.exports import export_run
@@ -27,9 +27,9 @@ Same = Callable[..., None]
 SHARE = 1e-4
 
 
-def segment(folder: Path, images: Path, out: Path) -> None:
+def segment(folder: Path, images: Path, out: Path, script: str = "predict.py") -> None:
     """Run the exported script; -I: nothing of this environment's paths, so Concilium cannot come in."""
-    command = [sys.executable, "-I", str(folder / "predict.py"), str(images), str(out)]
+    command = [sys.executable, "-I", str(folder / script), str(images), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -39,20 +39,50 @@ def exported(picture_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return export_run(picture_run, tmp_path_factory.mktemp("onnx") / "out", format="onnx")[0]
 
 
-def test_the_script_gives_the_same_label_maps_of_pictures(
-    exported: Path, picture_run: Path, pictures: Path, predicted: Predicted, same_label_maps: Same, tmp_path: Path
+def test_the_script_gives_the_same_label_maps(
+    run_and_data: tuple[Path, Path], predicted: Predicted, same_label_maps: Same, tmp_path: Path
 ) -> None:
-    segment(exported, pictures / "imagesTr", tmp_path)
-    same_label_maps(predicted(picture_run, pictures), tmp_path, share=SHARE)
-
-
-def test_the_script_gives_the_same_label_maps_of_volumes(
-    volume_run: Path, volumes: Path, predicted: Predicted, same_label_maps: Same, tmp_path: Path
-) -> None:
-    folder, after = export_run(volume_run, tmp_path / "out", format="onnx")
+    run, data = run_and_data
+    folder, after = export_run(run, tmp_path / "out", format="onnx")
     assert after == f"python {folder}/predict.py IMAGES SEGMENTATIONS"
-    segment(folder, volumes / "imagesTr", tmp_path / "found")
-    same_label_maps(predicted(volume_run, volumes), tmp_path / "found", share=SHARE)
+    assert not (folder / "plain.py").exists()
+    segment(folder, data / "imagesTr", tmp_path / "found")
+    same_label_maps(predicted(run, data), tmp_path / "found", share=SHARE)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run whose model the plain script can follow, and its data."""
+
+    def other_spacing(plans: dict[str, Any]) -> None:
+        plans["configurations"]["3d_fullres"].update(
+            spacing=[2.2, 1.0, 0.9],
+            normalization_schemes=["CTNormalization", "ZScoreNormalization"],
+            use_mask_for_norm=[False, True],
+        )
+
+    data = write_volumes(tmp_path_factory.mktemp("even"), spacing=(0.8, 1.1, 2.0))
+    return make_run(tmp_path_factory.mktemp("run") / "plain", data, patch=[24, 24, 24], edit=other_spacing), data
+
+
+def test_the_plain_script_gives_the_same_label_maps_too(
+    plain: tuple[Path, Path], predicted: Predicted, same_label_maps: Same, tmp_path: Path
+) -> None:
+    run, data = plain
+    folder, _ = export_run(run, tmp_path / "out", format="onnx")
+    segment(folder, data / "imagesTr", tmp_path / "found", script="plain.py")
+    same_label_maps(predicted(run, data), tmp_path / "found", share=SHARE)
+
+
+def test_the_plain_script_stops_at_images_that_it_would_resample_otherwise(
+    plain: tuple[Path, Path], volumes: Path, tmp_path: Path
+) -> None:
+    folder, _ = export_run(plain[0], tmp_path / "out", format="onnx")
+    command = [sys.executable, str(folder / "plain.py"), str(volumes / "imagesTr"), str(tmp_path / "found")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Use predict.py" in done.stderr
+    assert list((tmp_path / "found").iterdir()) == []
 
 
 def test_logits_are_those_of_torch_at_any_batch_and_size(exported: Path, picture_run: Path) -> None:
@@ -150,21 +180,21 @@ def test_a_network_that_cannot_be_traced_is_refused(picture_run: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("federation_name", "configuration"), [("hippocampus", "3d_fullres"), ("polyps", "2d")])
+@pytest.mark.parametrize(("federation_name", "configuration", "resize"), REAL)
 def test_the_script_on_real_cases(
     federation_name: str,
     configuration: str,
+    resize: dict[str, Any] | None,
     federation: Callable[[str], Path],
     predicted: Predicted,
     same_label_maps: Same,
     tmp_path: Path,
 ) -> None:
     data = federation(federation_name) / "test"
-    run = make_run(tmp_path / "run", data, configuration=configuration, n_cases=2)
-    two = tmp_path / "data" / "imagesTr"
-    two.mkdir(parents=True)
-    for image in sorted((data / "imagesTr").iterdir())[:2]:
-        (two / image.name).symlink_to(image)
+    run = make_run(tmp_path / "run", data, configuration=configuration, n_cases=2, resize=resize)
+    two = two_images(data, tmp_path / "data")
     folder, _ = export_run(run, tmp_path / "out", format="onnx")
-    segment(folder, two, tmp_path / "found")
-    same_label_maps(predicted(run, two.parent), tmp_path / "found", share=SHARE)
+    assert (folder / "plain.py").exists() == (configuration == "3d_fullres")
+    for script in ("predict.py", "plain.py") if configuration == "3d_fullres" else ("predict.py",):
+        segment(folder, two / "imagesTr", tmp_path / script, script=script)
+        same_label_maps(predicted(run, two), tmp_path / script, share=SHARE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made import make_run
+from made import BOTH, IGNORE, REGIONS, make_run
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from concilium.data._resize import _linear
 from concilium.data.dataset import open_dataset, read_case
 from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess, restore
@@ -38,8 +39,11 @@ def configure(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
-def compare(finished: Finished, data: Path) -> None:
-    """Every step of every case against nnU-Net's own."""
+def compare(finished: Finished, data: Path, *, ulps: int = 0) -> None:
+    """Every step of a case against nnU-Net's own, or Concilium's where it resizes.
+
+    `ulps`: of the image's largest value, by which what the network sees may differ.
+    """
     about = sidecar(finished, [])
     dataset = open_dataset(data)
     (network,) = finished.networks()
@@ -48,7 +52,8 @@ def compare(finished: Finished, data: Path) -> None:
         expected, geometry = preprocess(case, dataset, finished.plan)
         x, own = _steps.preprocess(image, properties["spacing"], about)
         assert x.dtype == np.float32
-        assert np.array_equal(x, expected)
+        assert x.shape == expected.shape
+        assert np.abs(x - expected).max() <= ulps * np.spacing(np.abs(expected).max())
 
         mirror = finished.study.training.mirror
         expected_logits = predict_logits(
@@ -59,11 +64,14 @@ def compare(finished: Finished, data: Path) -> None:
             with torch.inference_mode():
                 return network(torch.from_numpy(part))[0].numpy()
 
-        logits = _steps.slide(x, run, about)
+        logits = _steps.slide(expected, run, about)
         assert logits.dtype == np.float16
         assert np.array_equal(logits, expected_logits.numpy())
         labels = _steps.restore(logits, own, about)
-        assert np.array_equal(labels, restore(expected_logits, finished.plan, finished.labels, geometry))
+        by_name = restore(expected_logits, finished.plan, finished.labels, geometry)
+        assert labels.dtype == by_name.dtype
+        assert len(np.unique(labels)) > 1
+        assert np.array_equal(labels, by_name)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +133,59 @@ def test_volumes_are_segmented_slice_by_slice_as_nnunet_does(volumes: Path, tmp_
     compare(finished, volumes)
 
 
+@pytest.mark.parametrize("labels", [REGIONS, IGNORE, BOTH], ids=["regions", "ignore", "both"])
+def test_label_spaces_are_decided_as_nnunet_does(labels: dict[str, Any], volumes: Path, tmp_path: Path) -> None:
+    finished = open_finished(make_run(tmp_path / "run", volumes, patch=[8, 24, 24], labels=labels, mirror=False))
+    about = sidecar(finished, [])
+    assert "ignore" not in about["labels"]
+    assert about["outputs"] == (3 if labels is IGNORE else 2)
+    assert about["regions_class_order"] == labels.get("regions_class_order")
+    compare(finished, volumes)
+
+
+def test_a_region_is_where_nnunet_finds_one(volumes: Path) -> None:
+    """For every float16 there is, and float32 around 0, where the sigmoid is rounded to 0.5."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    small = np.linspace(-4e-7, 4e-7, 801, dtype=np.float32)
+    manager = LabelManager({"background": 0, "whole": [1, 2], "back": 2}, [1, 2])
+    for values in (halves[np.isfinite(halves)], small):
+        logits = np.stack([values, values[::-1]])
+        expected = manager.convert_logits_to_segmentation(torch.from_numpy(logits.copy())).numpy()
+        assert np.array_equal(_steps.decide(logits, [1, 2]), expected)
+
+
+@pytest.mark.parametrize("intensity", ["zscore", "0-1", (20.0, 130.0)], ids=str)
+@pytest.mark.parametrize("kind", ["volume", "slices", "picture"])
+def test_images_at_one_size_are_those_of_a_study(
+    kind: str, intensity: Any, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """To the last bits of float32: PyTorch sums in an order that depends on the processor."""
+    data = request.getfixturevalue("pictures" if kind == "picture" else "volumes")
+    resize = {"size": (16, 48, 24) if kind == "volume" else (48, 24), "intensity": intensity}
+    configuration = "3d_fullres" if kind == "volume" else "2d"
+    labels = REGIONS if kind == "volume" else None
+    run = make_run(tmp_path / "run", data, configuration=configuration, resize=resize, labels=labels, mirror=True)
+    compare(open_finished(run), data, ulps=4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(256, 128), (128, 256), (301, 128), (7, 100), (9, 3), (2, 5), (5, 1)], ids=str
+)
+def test_the_weights_of_a_size_are_pytorchs(old: int, new: int) -> None:
+    expected = _linear(torch.eye(old)[None, :, :, None], (new, old, 1))[0, :, :, 0]
+    assert np.array_equal(_steps.linear_weights(old, new), expected.numpy())
+
+
+@pytest.mark.parametrize("kind", ["volume", "picture"])
+def test_the_order_in_memory_changes_no_bit(kind: str, request: pytest.FixtureRequest) -> None:
+    """MONAI's arrays are transposed, and numpy's means are taken in the order of memory."""
+    about = sidecar(open_finished(request.getfixturevalue(f"{kind}_run")), [])
+    image = np.random.default_rng(0).normal(100, 40, (len(about["channels"]), 1, 211, 307)).astype(np.float32)
+    expected, _ = _steps.preprocess(image, (2.5, 1.1, 0.8), about)
+    found, _ = _steps.preprocess(np.asfortranarray(image), (2.5, 1.1, 0.8), about)
+    assert np.array_equal(found, expected)
+
+
 def test_an_empty_image_passes(volume_run: Path) -> None:
     finished = open_finished(volume_run)
     about = sidecar(finished, [])
@@ -134,14 +195,23 @@ def test_an_empty_image_passes(volume_run: Path) -> None:
     assert np.array_equal(_steps.restore(logits, geometry, about), np.ones((9, 30, 31), np.uint8))
 
 
-def test_the_script_needs_four_packages_and_is_short() -> None:
-    tree = ast.parse(inspect.getsource(_steps))
+@pytest.mark.parametrize(("script", "n_lines"), [("_steps.py", 190), ("_plain.py", 90)])
+def test_the_scripts_need_four_packages_and_are_short(script: str, n_lines: int) -> None:
+    text = Path(_steps.__file__).with_name(script).read_text()
     imported = {
         (a.name if isinstance(n, ast.Import) else str(n.module)).split(".")[0]
-        for n in ast.walk(tree)
+        for n in ast.walk(ast.parse(text))
         if isinstance(n, ast.Import | ast.ImportFrom)
         for a in n.names
     }
     standard = {"__future__", "itertools", "json", "math", "pathlib", "sys", "typing"}
     assert imported - standard == {"numpy", "scipy", "onnxruntime", "SimpleITK"}
-    assert len(inspect.getsource(_steps).splitlines()) <= 150
+    assert len(text.splitlines()) <= n_lines
+
+
+def test_the_plain_script_has_65_lines_of_code() -> None:
+    """As docs/export.md says: neither blank lines nor documentation."""
+    text = Path(_steps.__file__).with_name("_plain.py").read_text()
+    documented = [n.body[0] for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Module | ast.FunctionDef)]
+    n_lines = sum(bool(line.strip()) for line in text.splitlines())
+    assert n_lines - sum((n.end_lineno or 0) - n.lineno + 1 for n in documented) <= 65

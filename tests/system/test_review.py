@@ -226,7 +226,8 @@ def test_a_model_cannot_be_called_by_a_path(name: str, site: Site, tmp_path: Pat
     name = str(tmp_path / "x") if name == "absolute" else name
     before = sorted(tmp_path.rglob("*"))
     weights = {"w": torch.ones(1)}
-    for request in (Forget(name), Keep(name, weights), Restore(name, 0), Snapshot(name, 1)):
+    own = (Keep("m", {}, name), Keep("m", {}, "", name)) if name else ()
+    for request in (Forget(name), Keep(name, weights), Restore(name, 0), Snapshot(name, 1), *own):
         reply = ask(site, request)
         assert isinstance(reply, SiteError)
         assert reply.code == "contract"

@@ -67,11 +67,14 @@ class Update:
     """Mean over its steps, on its own data: of the weights on their way from those of the server to these."""
     quality: float | None = None
     """What others found it to be worth, where they were asked (`collect`); higher is better."""
+    share: float = 1.0
+    """The part of the steps that were asked of the site that it took."""
+    site: str = ""
 
 
 def must_see_updates(rule: str) -> bool:
     """Whether a rule needs each site's update, not only their sum."""
-    return next(iter(inspect.signature(catalog.load("aggregation", rule)).parameters)) == "updates"
+    return next(iter(inspect.signature(catalog.load("aggregation", rule)).parameters), "") == "updates"
 
 
 def weight_of(rule: str) -> Callable[[int, float], int]:

@@ -21,8 +21,8 @@ from concilium.answers.objective import Teacher, make_objective
 from concilium.data.draws import seed_all
 from concilium.data.patches import Batches, stream
 from concilium.errors import ContractError, DataError
-from concilium.local_updates import Brought, Local, brought_by, finish_of, has_personal
-from concilium.messages import Tensors, Train, Trained
+from concilium.local_updates import Brought, Local, brought_by, finish_of, has_personal, when_alone
+from concilium.messages import PlugIn, Tensors, Train, Trained
 from concilium.networks import Parts, cut_apart
 from concilium.optimization import autocast, make_optimizer, restore_state, set_rate, state_of
 from concilium.wire import part, read_tensors, write_tensors
@@ -42,7 +42,7 @@ class Learner:
     With a cut it is the front and the tail only; the body between them is the server's.
     """
 
-    def __init__(self, job: Job, device: torch.device, cut: Cut | None = None, *, personal: bool = False) -> None:
+    def __init__(self, job: Job, device: torch.device, cut: Cut | None = None) -> None:
         self.job = job
         self.device = device
         self.cut = cut
@@ -65,9 +65,7 @@ class Learner:
         self.memory: dict[str, Tensor] = {}
         """The local update's own tensors."""
         self.personal: Learner | None = None
-        """The site's own second network, where the local update trains one."""
-        if cut is None and has_personal(job.training.local_update.name) and not personal:
-            self.personal = Learner(job, device, personal=True)
+        """The site's own second network, from when the local update first trains one."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -88,17 +86,18 @@ class Learner:
         """A copy of the weights, on the CPU."""
         return {name: t.detach().cpu().clone() for name, t in self.network.state_dict().items()}
 
-    def trained_weights(self) -> dict[str, Tensor]:
-        """The weights, of a model that has any but those it was built with.
+    def trained_weights(self, *, personal: bool = False) -> dict[str, Tensor]:
+        """The weights, or those of the site's own second network, of a model that has any but those it was built with.
 
         Raises:
             ContractError: it never received nor trained any.
         """
-        if not self.trained:
+        asked = self.personal if personal else self
+        if asked is None or not asked.trained:
             raise ContractError(
                 "A model that never trained here was asked for. Only one that did can be kept. Train it first."
             )
-        return self.weights()
+        return asked.weights()
 
     def save(self, path: Path) -> None:
         """Write weights, optimiser and what the local update keeps, at once or not at all."""
@@ -115,7 +114,7 @@ class Learner:
         tensors |= {f"memory/{n}": t for n, t in self.memory.items()}
         scale = self.scaler.state_dict() if self.scaler else {}
         about = {"optimizer": numbers, "scaler": json.dumps(scale)}
-        if self.personal is not None and self.personal.trained:
+        if self.personal is not None:
             own, more = self.personal._state()
             tensors |= {f"personal/{n}": t for n, t in own.items()}
             about |= {f"personal/{n}": text for n, text in more.items()}
@@ -127,7 +126,8 @@ class Learner:
         self.memory = part(tensors, "memory/")
         if self.scaler:
             self.scaler.load_state_dict(json.loads(about["scaler"]))
-        if self.personal is not None and (own := part(tensors, "personal/")):
+        if own := part(tensors, "personal/"):
+            self.personal = Learner(self.job, self.device)
             self.personal._restore(own, part(about, "personal/"))
 
     def begin(self, weights: Tensors, *, site: str, model: str) -> Batches:
@@ -149,11 +149,14 @@ class Learner:
                 f"{site} has no weights of {model}. The first round must send them. Start the run again."
             )
         self.network.train()
-        if self.personal is not None:
-            if not self.personal.trained:  # it begins where the shared one does
-                self.personal.load_weights(self.weights())
-            self.personal.network.train()
         return self.job.batches
+
+    def begin_personal(self) -> None:
+        """Get the second network ready to take steps; the first time it begins where the shared one does."""
+        if self.personal is None:
+            self.personal = Learner(self.job, self.device)
+            self.personal.load_weights(self.weights())
+        self.personal.network.train()
 
     def finish(
         self,
@@ -171,11 +174,13 @@ class Learner:
             FloatingPointError: a weight is not finite.
         """
         # a loss is that before its step: the last step may have ruined the weights unnoticed
-        if not all(bool(torch.isfinite(t).all()) for t in self.network.parameters()):
+        own = self.personal.network.parameters() if self.personal else ()
+        if not all(bool(torch.isfinite(t).all()) for t in (*self.network.parameters(), *own)):
             raise FloatingPointError(f"Weights of {model} are not finite after round {round}.")
         n_cases = len(self.job.entries["training"])
         mean = sum(losses) / len(losses)
-        return Trained(self.weights() if send else {}, n_cases, len(losses), mean, seconds, control or {})
+        weights, beside = (self.weights(), control or {}) if send else ({}, {})
+        return Trained(weights, n_cases, len(losses), mean, seconds, beside)
 
     def train(self, request: Train, *, site: str, cancelled: Check) -> Trained:
         """Take the steps that were asked for.
@@ -190,8 +195,12 @@ class Learner:
         batches = self.begin(request.weights, site=site, model=request.model)
         if self.brought is not None:
             self.brought.begin(total_steps=request.total_steps)
+        update = self.job.training.local_update
+        update = when_alone(update) if request.alone else update
+        if has_personal(update.name):
+            self.begin_personal()
         local = self._lend(request)
-        losses = self._steps(batches, local, request, site, cancelled)
+        losses = self._steps(batches, local, update, request, site, cancelled)
         if self.brought is not None:
             self.brought.end()
         return self.finish(
@@ -200,7 +209,7 @@ class Learner:
             round=request.round,
             send=request.send_weights,
             seconds=time.monotonic() - started,
-            control=finish_of(self.job.training.local_update, local, steps=len(losses)),
+            control=finish_of(update, local, steps=len(losses)),
         )
 
     def _lend(self, request: Train) -> Local:
@@ -232,11 +241,14 @@ class Learner:
             request.control,
             self.memory,
             own,
+            self.job.labels,
         )
 
-    def _steps(self, batches: Batches, local: Local, request: Train, site: str, cancelled: Check) -> list[float]:
+    def _steps(
+        self, batches: Batches, local: Local, update: PlugIn, request: Train, site: str, cancelled: Check
+    ) -> list[float]:
         training = self.job.training
-        take = partial(catalog.load("local_updates", training.local_update.name), **training.local_update.options)
+        take = partial(catalog.load("local_updates", update.name), **update.options)
         keys = [(self.job.seed, site, request.round, step) for step in range(request.steps)]
         losses: list[float] = []
         for step, batch in enumerate(stream(batches, keys, workers=training.loader_workers)):

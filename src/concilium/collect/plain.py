@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
-from concilium.aggregation import LARGEST_WEIGHT, UNITS, Block, Sum, Update, check_like
-from concilium.collect import Answer, Ask, Collected
-from concilium.collect._spool import Spool
-from concilium.errors import ContractError
-from concilium.messages import Failure, Finish, Reply, SiteError, Tensors, Train, Trained, as_failure
+from concilium.aggregation import Block
+from concilium.collect import Ask, Collected
+from concilium.collect._receive import receive
+from concilium.messages import Finish, Train
 
 
 def collect(
@@ -23,77 +19,5 @@ def collect(
     asked: Mapping[str, int],
     see_updates: bool = False,
 ) -> Collected:
-    """Sum the updates as they arrive; where the rule must see each, they wait on disk.
-
-    An update with a missing, unknown or wrongly shaped tensor, or one that is not finite, is a failure of its site and not added.
-    """
-    totals, control = tuple(Sum() for _ in blocks), Sum()
-    answers: dict[str, Answer] = {}
-    failures: dict[str, Failure] = {}
-    spool = Spool() if see_updates else None
-    kept: dict[str, list[Update]] = {}
-    for site, reply in ask(requests):
-        problem = _problem(reply, site, blocks, asked, control)
-        if problem is not None:
-            failures[site] = problem
-        elif isinstance(reply, Trained):
-            weight = weigh(reply.n_cases, reply.n_steps / asked[site])
-            for block, total in zip(blocks, totals, strict=True):
-                if site in block.names:
-                    total.add(_of_block(reply, block, site), weight)
-                    if spool is not None:
-                        kept.setdefault(site, []).append(_on_disk(reply, block, site, spool))
-            if reply.control:
-                control.add(reply.control, reply.n_cases)
-            answers[site] = Answer(reply.n_cases, reply.n_steps, reply.loss, reply.seconds)
-        del reply  # before the next one is unpacked
-    return Collected(totals, answers, failures, _by_block(blocks, kept) if see_updates else (), control)
-
-
-def _of_block(reply: Trained, block: Block, site: str) -> Tensors:
-    return {key: reply.weights[name] for key, name in block.names[site].items()}
-
-
-def _on_disk(reply: Trained, block: Block, site: str, spool: Spool) -> Update:
-    return Update(spool.put(_of_block(reply, block, site)), reply.n_cases, reply.n_steps, reply.loss)
-
-
-def _by_block(blocks: Sequence[Block], kept: Mapping[str, list[Update]]) -> tuple[Sequence[Update], ...]:
-    """The updates of each block, sorted by site; a site put its blocks in their order."""
-    left = {site: iter(updates) for site, updates in kept.items()}
-    return tuple([next(left[site]) for site in sorted(kept) if site in block.names] for block in blocks)
-
-
-def _problem(
-    reply: Reply | Failure, site: str, blocks: Sequence[Block], asked: Mapping[str, int], control: Sum
-) -> Failure | None:
-    if not isinstance(reply, Trained):
-        return as_failure(reply)
-    like: Tensors = {name: block.like[key] for block in blocks for key, name in block.names.get(site, {}).items()}
-    try:
-        check_like(reply.weights, like)
-        if control.count or reply.control:
-            _check_control(reply.control, like, control)
-    except ContractError:
-        return SiteError("ContractError", "wrong_tensors", "")
-    if not 1 <= reply.n_cases <= LARGEST_WEIGHT // UNITS:
-        return SiteError("ContractError", "no_cases" if reply.n_cases < 1 else "too_many_cases", "")
-    if not 1 <= reply.n_steps <= asked[site]:
-        return SiteError("ContractError", "wrong_steps", "")
-    if not math.isfinite(reply.loss) or not math.isfinite(reply.seconds):
-        return SiteError("FloatingPointError", "not_finite", "")
-    # a sum is not finite exactly if an element is not, or if it overflows: one pass, no temporary of the tensor's size
-    every = (*reply.weights.values(), *reply.control.values())
-    if not all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in every):
-        return SiteError("FloatingPointError", "not_finite", "")
-    return None
-
-
-def _check_control(tensors: Tensors, like: Tensors, control: Sum) -> None:
-    """Check that what came beside the weights is shaped as they are, and is what the others sent.
-
-    Raises:
-        ContractError: it is not.
-    """
-    names = control.names if control.count else tuple(name for name in tensors if name in like)
-    check_like(tensors, {name: like[name] for name in names if name in like})
+    """Sum the updates as they arrive; where the rule must see each, they wait on disk."""
+    return receive(ask, requests, blocks=blocks, weigh=weigh, asked=asked, see_updates=see_updates)

@@ -107,17 +107,15 @@ def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
         )
     names = names or Names()
     space = renamed(Space(channels, about.labels), names, str(folder))
-    every = set(foreground(space.labels))
-    cases = [replace(case, annotated=_annotated(case, names, every)) for case in cases]
+    cases = [replace(case, annotated=_annotated(case, names)) for case in cases]
     known = all(case.name in about.patients for case in cases)
     return Dataset(folder, space.channels, space.labels, ending, tuple(cases), tuple(missing), known)
 
 
-def _annotated(case: Case, names: Names, every: set[str]) -> tuple[str, ...] | None:
-    """What was looked for in the case, in the study's words; `None` where that is all there is."""
+def _annotated(case: Case, names: Names) -> tuple[str, ...] | None:
+    """What was looked for in the case, in the study's words."""
     own = None if case.annotated is None else tuple(names.labels.get(name, name) for name in case.annotated)
-    given = own if names.annotated is None else names.annotated
-    return None if given is None or every <= set(given) else given
+    return own if names.annotated is None else names.annotated
 
 
 def translated(dataset: Dataset, study: Space) -> Dataset:
@@ -127,7 +125,12 @@ def translated(dataset: Dataset, study: Space) -> Dataset:
         DataError: the names differ (`sites_differ`).
     """
     translation = translate(dataset.space, study, where=str(dataset.folder))
-    return replace(dataset, channels=study.channels, labels=study.labels, translation=translation)
+    every, cases = set(foreground(study.labels)), dataset.cases
+    if study.annotated is None:  # these are all labels that there are, not only those of one site
+        cases = tuple(
+            c if c.annotated is None or every - set(c.annotated) else replace(c, annotated=None) for c in cases
+        )
+    return replace(dataset, channels=study.channels, labels=study.labels, translation=translation, cases=cases)
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, dict[str, Any]]:

@@ -196,7 +196,7 @@ def annotation_notes(labels: Labels, told: Mapping[str, tuple[str, ...] | None])
     return [
         f"{site} annotates {', '.join(names) or 'nothing'} only: other labels are unknown there, not background."
         for site, names in told.items()
-        if names is not None
+        if names is not None and not set(foreground(labels)) <= set(names)
     ]
 
 

@@ -2,10 +2,11 @@
 
     export(finished: Finished, out: Path, *, card: str, intended_use: str) -> str
 
-It writes into `out`, an empty folder, and returns the command, or the sentence, that comes next; `{out}` in it stands for the
-folder. `finished` may have several members (one per fold): all of them go in, and what is written averages their logits. `card`
-is the model card (Markdown), written from the run's record; `export_run` puts it into `out` as MODEL_CARD.md. Formats carry no
-path, no case and no patient. A model that a format cannot hold is refused with a `StudyError` that names the formats that can.
+It writes into `out`, an empty folder, and returns the command that comes next, where need be with more to know on lines of their
+own; `{out}` in it stands for the folder. `finished` may have several members (one per fold): all of them go in, and what is
+written averages their logits. `card` is the model card (Markdown), written from the run's record; `export_run` puts it into
+`out` as MODEL_CARD.md. Formats carry no path, no case and no patient. A model that a format cannot hold is refused with a
+`StudyError` that names the formats that can.
 """
 
 from __future__ import annotations
@@ -100,6 +101,18 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def comparison(finished: Finished) -> str:
+    """Lines below the command of a format that computes in float32, where the study does not: what gives the same label maps."""
+    precision = finished.study.training.precision
+    if precision == "float32":
+        return ""
+    named = "" if finished.name == finished.study.protocol.name else f" --model {finished.name}"
+    return (
+        f"\nCompare with: concilium predict {finished.run} -i IMAGES -o LABEL_MAPS{named} --precision float32\n"
+        f"The study computes in {precision}, and without that option so does predict: single voxels at edges then differ."
+    )
+
+
 def refuse_other_networks(finished: Finished, format: str) -> None:
     """Refuse a network that nnU-Net's packages cannot build.
 
@@ -110,33 +123,6 @@ def refuse_other_networks(finished: Finished, format: str) -> None:
         raise StudyError(
             f"[network] name = {finished.study.network.name!r} cannot be exported as {format}: nnU-Net's packages do not build "
             "it. Allowed there: 'nnunet'. Export it as onnx or safetensors."
-        )
-
-
-def refuse_other_preprocessing(finished: Finished, format: str) -> None:
-    """Refuse what is not preprocessed as nnU-Net does it.
-
-    Raises:
-        StudyError: the study resizes its images.
-    """
-    if finished.study.preprocessing.name != "nnunet":
-        raise StudyError(
-            f"[preprocessing] name = {finished.study.preprocessing.name!r} cannot be exported as {format}. Allowed: 'nnunet'. "
-            "Export it as safetensors."
-        )
-
-
-def refuse_other_labels(finished: Finished, format: str) -> None:
-    """Refuse labels that the largest logit does not decide.
-
-    Raises:
-        StudyError: they are regions, are not 0, 1, 2, ..., or one is called `ignore`.
-    """
-    labels = finished.labels
-    if "ignore" in labels or sorted(map(str, labels.values())) != sorted(map(str, range(len(labels)))):
-        raise StudyError(
-            f"Labels {dict(labels)} cannot be exported as {format}, which takes the label of the largest logit. Allowed: 0, 1, "
-            "2, ... without regions and `ignore`. Export them as nnunet."
         )
 
 

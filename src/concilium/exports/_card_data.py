@@ -16,6 +16,7 @@ from concilium.disclosure import MIN_CASES, count
 from concilium.finished import Finished
 from concilium.reports._guarded import guarded
 from concilium.results import SCALES
+from concilium.schedule import PERSONAL
 from concilium.statistics import WITHOUT, summarize
 
 Results = Mapping[str, Any]
@@ -152,7 +153,7 @@ def _scored(record: Record, site: str) -> tuple[int, int]:
 
 def _cases_trained_on(record: Record) -> dict[str, int]:
     """Site -> cases; of several members those that any has seen: each case is left out by one of them."""
-    members = {file.stem for file in record.finished.files}
+    members = {file.stem.replace(PERSONAL, "", 1) for file in record.finished.files}  # trained in the same rounds
     last: dict[tuple[str, str], int] = {}
     for line in _lines(record.finished, "rounds.jsonl"):
         if line.get("model") in members:
@@ -208,6 +209,9 @@ def training_lines(record: Record) -> Sequence[str]:
         "local": f"trained at {record.owner} alone: nothing was aggregated",
         "centralized": "trained on the cases of all sites in one place: nothing was aggregated",
     }.get(protocol, f"trained by protocol `{protocol}`, {rules}")
+    if record.title.endswith(PERSONAL):
+        shared = record.title.removesuffix(PERSONAL)
+        how = f"which {record.owner} trained of its own beside `{shared}`, the model of all sites ({how}); it never left the site"
     trainer = study.local_update.options.get(TRAINER)
     what = f"trainer `{trainer}`" if trainer else f"loss `{study.loss.name}`"
     lines = [f"Model `{record.finished.name}`, {how}; local update `{study.local_update.name}`, {what}."]

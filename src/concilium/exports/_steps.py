@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, special
 
 
 def preprocess(image: Any, spacing: Any, about: Any) -> tuple[Any, dict[str, Any]]:
     """What the network sees of an image (C, Z, Y, X) with spacing [mm] along these axes, and what `restore` needs."""
+    if about["resize"]:
+        return at_one_size(image, **about["resize"])
     axes = about["transpose"]
-    x, old = image.astype(np.float32).transpose(0, *(1 + a for a in axes)), [float(spacing[a]) for a in axes]
+    image = image.astype(np.float32, order="C")  # in another order numpy's means end in other bits
+    x, old = image.transpose(0, *(1 + a for a in axes)), [float(spacing[a]) for a in axes]
     mask = ndimage.binary_fill_holes((x != 0).any(0))
     box = ndimage.find_objects(mask.astype(np.uint8))[0] if mask.any() else (slice(0, n) for n in mask.shape)
     geometry = {"whole": mask.shape, "box": (*box,), "old": old}
@@ -50,19 +53,51 @@ def resample(x: Any, shape: Any, old: Any, new: Any, order: int) -> Any:
     coarse, y = np.flatnonzero(uneven == uneven.max()), np.zeros((len(x), *shape), x.dtype)
     for c, channel in enumerate(x.astype(float)):
         if len(coarse) > 1:
-            y[c] = resize(channel, shape, order)
+            y[c] = spline(channel, shape, order)
             continue
         axis, n = coarse[0], channel.shape[coarse[0]]
-        slices = np.stack([resize(s, np.delete(shape, axis), order) for s in np.moveaxis(channel, axis, 0)])
+        slices = np.stack([spline(s, np.delete(shape, axis), order) for s in np.moveaxis(channel, axis, 0)])
         nearest = np.floor(n / shape[axis] * (np.arange(shape[axis]) + 0.5) - 0.5 + 0.5).clip(0, n - 1).astype(int)
         y[c] = np.moveaxis(slices[nearest], 0, axis)
     return y
 
 
-def resize(x: Any, shape: Any, order: int) -> Any:
+def spline(x: Any, shape: Any, order: int) -> Any:
     """A spline through the voxels' centres, held to the range of the values; the edge goes on beyond the edge."""
     zoom = [b / a for a, b in zip(x.shape, shape, strict=True)]
     return ndimage.zoom(x, zoom, order=order, mode="nearest", grid_mode=True).clip(x.min(), x.max())
+
+
+def at_one_size(image: Any, size: Any, intensity: Any) -> tuple[Any, dict[str, Any]]:
+    """An image (C, Z, Y, X) at `size` along its last axes, each channel scaled: instead of all the steps above."""
+    whole = image.shape[1:]
+    x = linear(image.astype(np.float32), [*whole[: 3 - len(size)], *size])
+    for channel in x:
+        if intensity == "zscore":
+            low, span = channel.mean(), channel.std()
+            channel[:] = (channel - low) / np.maximum(span, np.float32(1e-8))
+            continue
+        low, high = (channel.min(), channel.max()) if intensity == "0-1" else map(np.float32, intensity)
+        channel[:] = ((channel - low) / np.maximum(high - low, np.float32(1e-8))).clip(0, 1)
+    return x, {"whole": whole, "box": tuple(slice(0, n) for n in whole), "old": [1.0] * 3, "new": [1.0] * 3}
+
+
+def linear(x: Any, shape: Any) -> Any:
+    """An array (C, Z, Y, X) in another shape, axis by axis: linear, over as many voxels as become one where it shrinks."""
+    for axis, n in enumerate(shape, 1):
+        if n != x.shape[axis]:
+            y = np.tensordot(linear_weights(x.shape[axis], n).astype(float), x.astype(float), (1, axis))
+            x = np.moveaxis(y, 0, axis).astype(np.float32)
+    return np.ascontiguousarray(x)
+
+
+def linear_weights(old: int, new: int) -> Any:
+    """What each of `old` voxels adds to each of `new`, (new, old): a triangle, in float32 as PyTorch computes it."""
+    step = np.float32(old) / np.float32(new)
+    centre = (float(step) * (np.arange(new) + 0.5)).astype(np.float32)[:, None]
+    apart = ((np.arange(old, dtype=np.float32) - centre).astype(float) + 0.5) * np.float32(min(1.0, 1 / float(step)))
+    weights = np.maximum(np.float32(0), np.float32(1) - np.abs(apart.astype(np.float32)))
+    return weights / weights.cumsum(1)[:, -1:]
 
 
 def slide(x: Any, network: Any, about: Any) -> Any:
@@ -80,7 +115,7 @@ def slide(x: Any, network: Any, about: Any) -> Any:
         count = math.ceil((n - p) / (p * step)) + 1
         places.append([slice(s, s + p) for s in (round((n - p) / max(count - 1, 1) * i) for i in range(count))])
     mirrors = [m for k in range(4) for m in itertools.combinations([2 + a for a in about["mirror_axes"]], k)]
-    total, weights = np.zeros((len(about["labels"]), *x.shape[1:]), np.float16), np.zeros(x.shape[1:], np.float16)
+    total, weights = np.zeros((about["outputs"], *x.shape[1:]), np.float16), np.zeros(x.shape[1:], np.float16)
     for place in itertools.product(*places):
         part, logits = x[(slice(None), *place)][None], np.zeros((1, 1, *patch), np.float32)
         for axes in mirrors:
@@ -94,11 +129,24 @@ def slide(x: Any, network: Any, about: Any) -> Any:
 
 def restore(logits: Any, geometry: Any, about: Any) -> Any:
     """Label map (Z, Y, X) of the original image from the logits (L, Z, Y, X) of the preprocessed one."""
-    shape = [b.stop - b.start for b in geometry["box"]]
-    labels = np.zeros(geometry["whole"], np.uint8 if len(logits) < 256 else np.uint16)
-    whole = resample(logits, shape, geometry["new"], geometry["old"], about["logits_order"])
-    labels[geometry["box"]] = whole.argmax(0)
+    if about["resize"]:
+        whole = linear(logits.astype(np.float32), geometry["whole"])
+    else:
+        shape = [b.stop - b.start for b in geometry["box"]]
+        whole = resample(logits, shape, geometry["new"], geometry["old"], about["logits_order"])
+    labels = np.zeros(geometry["whole"], about["label_type"])
+    labels[geometry["box"]] = decide(whole, about["regions_class_order"])
     return labels.transpose(np.argsort(about["transpose"]))
+
+
+def decide(logits: Any, order: Any) -> Any:
+    """The label of the largest logit; of regions the value in `order` of the last whose probability is above 0.5, or 0."""
+    if order is None:
+        return logits.argmax(0)
+    labels = np.zeros(logits.shape[1:], np.int16)
+    for value, region in zip(order, special.expit(logits.astype(np.float32)), strict=True):
+        labels[region > 0.5] = value
+    return labels
 
 
 def cases(folder: str | Path, about: Any) -> dict[str, list[str]]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from concilium.data.labels import n_heads
-from concilium.exports import refuse_other_labels, refuse_other_networks, refuse_other_preprocessing, write_json
+from concilium.data.labels import IGNORE, foreground, ids_of, n_heads
+from concilium.exports import comparison, refuse_other_networks, write_json
 from concilium.exports._sidecar import sidecar
 from concilium.exports._torch_file import write_torch_file
 from concilium.finished import Finished
@@ -37,11 +37,9 @@ def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> st
     """Write the bundle.
 
     Raises:
-        StudyError: the network is not nnU-Net's, or labels or plan cannot be described.
+        StudyError: the network is not nnU-Net's, or the plan cannot be described.
     """
     refuse_other_networks(finished, "monai")
-    refuse_other_preprocessing(finished, "monai")
-    refuse_other_labels(finished, "monai")
     write_json(out / "configs" / "preprocessing.json", sidecar(finished, ["models/model.pt"]))
     write_json(out / "configs" / "metadata.json", _metadata(finished, intended_use))
     write_json(out / "configs" / "inference.json", _inference(finished))
@@ -55,7 +53,7 @@ def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> st
     return (
         "(cd {out} && python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES "
         "--output_dir SEGMENTATIONS)"
-    )
+    ) + comparison(finished)
 
 
 def _state(finished: Finished) -> dict[str, Tensor]:
@@ -80,7 +78,7 @@ def _network(finished: Finished) -> dict[str, Any]:
     one = {
         "_target_": architecture["network_class_name"],
         "input_channels": len(finished.channels),
-        "num_classes": len(finished.labels),
+        "num_classes": n_heads(finished.labels),
         **arguments,
         **imported,
         "deep_supervision": False,
@@ -146,7 +144,7 @@ def _transforms(finished: Finished) -> dict[str, Any]:
         "output_dir": "@output_dir",
         "output_ext": finished.file_ending,
         "output_postfix": "",
-        "output_dtype": "$np.uint8" if len(finished.labels) < 256 else "$np.uint16",
+        "output_dtype": "$np.dtype(@about['label_type'])",
         "separate_folder": False,
         "resample": False,
     }
@@ -159,7 +157,7 @@ def _transforms(finished: Finished) -> dict[str, Any]:
 
 def _metadata(finished: Finished, intended_use: str) -> dict[str, Any]:
     n, patch = len(finished.plan.patch_size), list(finished.plan.patch_size)
-    labels = {str(value): name for name, value in finished.labels.items()}
+    labels = {ids_of(value)[0]: name for name, value in finished.labels.items() if name != IGNORE}
     tensor = {"spatial_shape": patch, "dtype": "float32", "value_range": [], "is_patch_data": True}
     name = f"{finished.study.study.name}: {finished.name}"
     return {
@@ -171,7 +169,7 @@ def _metadata(finished: Finished, intended_use: str) -> dict[str, Any]:
         "numpy_version": version("numpy"),
         "required_packages_version": _NEEDED,
         "name": name,
-        "task": f"Segmentation of {', '.join(k for k, v in finished.labels.items() if v != 0)} in {n}D images",
+        "task": f"Segmentation of {', '.join(foreground(finished.labels))} in {n}D images",
         "description": f"{name}, trained between {len(finished.study.sites)} sites. Research software, not a medical device. "
         "The figures and how they were found: docs/README.md.",
         "authors": "Not stated",

@@ -15,14 +15,15 @@ from typing import cast
 from torch import Tensor
 
 from concilium.catalog import TRAINER as TRAINER_OPTION
+from concilium.data._resize import resizes
 from concilium.data.fingerprint import from_json, to_nnunet
 from concilium.data.labels import n_heads
 from concilium.errors import StudyError
 from concilium.exports import (
+    comparison,
     dataset_description,
     members,
     refuse_other_networks,
-    refuse_other_preprocessing,
     write_json,
 )
 from concilium.exports._torch_file import write_torch_file
@@ -38,10 +39,10 @@ def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> st
     """Write `dataset.json`, `plans.json`, `dataset_fingerprint.json` and `fold_X/checkpoint_final.pth`.
 
     Raises:
-        StudyError: the network is not nnU-Net's.
+        StudyError: the network is not nnU-Net's, or the study resizes its images.
     """
     trainer = _trainer_name(finished)
-    refuse_other_preprocessing(finished, "nnunet")
+    _refuse_resizing(finished)
     description, plans = dataset_description(finished), json.loads(finished.plans)
     write_json(out / "dataset.json", description)
     write_json(out / "plans.json", plans)
@@ -64,7 +65,22 @@ def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> st
             "inference_allowed_mirroring_axes": finished.mirror_axes or None,
         }
         write_torch_file(out / f"fold_{fold}" / "checkpoint_final.pth", checkpoint)
-    return f"nnUNetv2_predict_from_modelfolder -i IMAGES -o SEGMENTATIONS -m {{out}} -f {' '.join(map(str, folds))}"
+    named = " ".join(map(str, folds))
+    return f"nnUNetv2_predict_from_modelfolder -i IMAGES -o SEGMENTATIONS -m {{out}} -f {named}" + comparison(finished)
+
+
+def _refuse_resizing(finished: Finished) -> None:
+    """nnU-Net always crops, resamples and normalises by the plan.
+
+    Raises:
+        StudyError: the study resizes its images.
+    """
+    if resizes(finished.plan):
+        raise StudyError(
+            "[preprocessing] name = 'resize' cannot be exported as nnunet: nnU-Net's own prediction crops, resamples and "
+            "normalises, and knows no other way. Allowed there: 'nnunet'. Export it as onnx, monai or safetensors, or train with "
+            "[preprocessing] name = 'nnunet'."
+        )
 
 
 def _trainer_name(finished: Finished) -> str:

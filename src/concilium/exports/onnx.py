@@ -1,5 +1,7 @@
 """ONNX, with all that comes before and after the network as numbers (preprocessing.json) and as a script (predict.py).
 
+Where the model needs no more than a plain one does, the same stands there once more in as few lines as it takes (plain.py).
+
 One graph per member: `image` float32 (batch, C, *spatial) to `logits` float32 (batch, L, *spatial). Batch and spatial sizes are
 free; each spatial size must be a multiple of what the network pools along its axis.
 
@@ -23,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from concilium.errors import StudyError
-from concilium.exports import members, refuse_other_labels, refuse_other_preprocessing, write_json
-from concilium.exports._sidecar import sidecar
+from concilium.exports import comparison, members, write_json
+from concilium.exports._sidecar import is_plain, sidecar
 from concilium.finished import Finished
 
 OPSET = 18
@@ -46,20 +48,21 @@ class _Finest(nn.Module):
 
 
 def export(finished: Finished, out: Path, *, card: str, intended_use: str) -> str:
-    """Write `model.onnx` (`model_0.onnx`, ... for several members), `preprocessing.json` and `predict.py`.
+    """Write `model.onnx` (`model_0.onnx`, ... for several members), `preprocessing.json`, `predict.py`, perhaps `plain.py`.
 
     Raises:
-        StudyError: PyTorch's exporter is not installed or cannot take the network, or labels or plan cannot be described.
+        StudyError: PyTorch's exporter is not installed or cannot take the network, or the plan cannot be described.
     """
     require_onnx()
-    refuse_other_labels(finished, "onnx")
-    refuse_other_preprocessing(finished, "onnx")
     files = [f"{name}.onnx" for name in members(finished).values()]
-    write_json(out / "preprocessing.json", sidecar(finished, files))
+    about = sidecar(finished, files)
+    write_json(out / "preprocessing.json", about)
     for network, file in zip(finished.networks(), files, strict=True):
         _write(network, finished, out / file)
     shutil.copyfile(Path(__file__).with_name("_steps.py"), out / "predict.py")
-    return "python {out}/predict.py IMAGES SEGMENTATIONS"
+    if is_plain(about):
+        shutil.copyfile(Path(__file__).with_name("_plain.py"), out / "plain.py")
+    return "python {out}/predict.py IMAGES SEGMENTATIONS" + comparison(finished)
 
 
 def require_onnx() -> None:

@@ -2,7 +2,8 @@
 
     step(local: Local, batch: Batch, *, ...options) -> Tensor
 
-The result is the loss as a tensor of one element. `Local` lends what a step needs.
+The result is the loss as a tensor of one element, without what the update adds to it, so that losses can be compared. `Local`
+lends what a step needs.
 
 A file may have besides
 
@@ -15,6 +16,10 @@ share of all training cases, to what it has; every site gets the total with the 
 
 A second network of the site's own, with an optimiser, that stays there and is evaluated beside the shared one (`Local.personal`).
 
+    TOGETHER = True
+
+It makes sense only where weights are shared: models that train alone (`local`, `centralized`) then take `plain` steps.
+
 Where more than the step is its own, a file also has
 
     bring(*, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.device, ...options) -> Brought
@@ -25,11 +30,12 @@ and the site trains that network with that optimiser on those batches. The study
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +98,22 @@ class Local:
     """The local update's own, kept from step to step and from round to round."""
     personal: Local | None = None
     """The same of the site's own second network."""
+    labels: Labels = field(default_factory=dict)
+    """What the channels of the logits stand for."""
+
+    @cached_property
+    def start(self) -> dict[str, Tensor]:
+        """Those of `received` that train, where the network is."""
+        return {name: self.received[name].to(p.device) for name, p in trained(self.network)}
+
+
+Change: TypeAlias = Iterable[tuple[nn.Parameter, Tensor]]
+"""Parameters, and what is added to the gradient of each."""
+
+
+def trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that train, each once, also where the network knows it by several names."""
+    return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
 
 
 def brought_by(
@@ -120,13 +142,40 @@ def is_more_than_a_step(name: str) -> bool:
     return _part_of(name, "bring") is not None
 
 
+def exchanges(name: str) -> bool:
+    """Whether a local update sends more than weights."""
+    return _part_of(name, "finish") is not None
+
+
+def needs_others(name: str) -> bool:
+    """Whether a local update makes sense only where weights are shared."""
+    return _part_of(name, "TOGETHER") is not None
+
+
+def when_alone(local_update: PlugIn) -> PlugIn:
+    """What a model that trains alone takes in place of a local update."""
+    return PlugIn("plain") if needs_others(local_update.name) else local_update
+
+
 def _part_of(name: str, part: str) -> Any:
     """What else a local update's module has; `None` where it has not."""
     return getattr(inspect.getmodule(catalog.load("local_updates", name)), part, None)
 
 
-def descend(local: Local, loss: Tensor) -> None:
+def logits_of(local: Local, batch: Batch) -> Sequence[Tensor]:
+    """Forget the gradient of the step before, and run the network on the batch."""
+    local.optimizer.zero_grad(set_to_none=True)
+    with local.autocast():
+        logits: Sequence[Tensor] = local.network(batch.image)
+    return logits
+
+
+def descend(local: Local, loss: Tensor, change: Change = ()) -> None:
     """Back-propagate, clip the gradient to `clip_norm`, and let the optimiser take its step.
+
+    A `change` is made before the gradient is clipped: then no step is longer than in plain training, and where gradient and
+    change cancel, they do so whatever the norm. It is worked out after back-propagation, a parameter at a time. A parameter that
+    the loss does not depend on has no gradient, and is left as it is.
 
     Raises:
         FloatingPointError: the gradient is not finite (in float16 such a step is left out instead).
@@ -134,10 +183,37 @@ def descend(local: Local, loss: Tensor) -> None:
     parameters = local.network.parameters()
     if local.scaler is None:
         loss.backward()  # type: ignore[no-untyped-call]
+        _make(change)
         clip_and_step(parameters, local.optimizer, local.clip_norm)
         return
     local.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     local.scaler.unscale_(local.optimizer)
+    _make(change)
     nn.utils.clip_grad_norm_(parameters, local.clip_norm)
     local.scaler.step(local.optimizer)
     local.scaler.update()
+
+
+def _make(change: Change) -> None:
+    for parameter, added in change:
+        if parameter.grad is not None:
+            parameter.grad.add_(added)
+
+
+def take(local: Local, batch: Batch, change: Change = ()) -> Tensor:
+    """Take a step down the loss, with a change of its gradient; the loss before it.
+
+    Where nothing is annotated there is no step to take.
+    """
+    if batch.is_unknown:
+        return torch.zeros(())
+    loss = local.objective(logits_of(local, batch), batch)
+    descend(local, loss, change)
+    return loss.detach()
+
+
+def pull(local: Local, weight: float) -> Change:
+    """The gradient of `weight` / 2 times the squared distance to the weights that the round started from."""
+    if weight == 0:
+        return ()
+    return ((p, weight * (p.detach() - local.start[name])) for name, p in trained(local.network))

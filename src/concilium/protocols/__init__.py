@@ -56,10 +56,11 @@ def train_requests(
     *,
     send_weights: bool,
     control: Tensors | None = None,
+    alone: bool = False,
 ) -> dict[str, Train]:
     """Round `number`'s request for each site; sites with equally many steps share one, which is packed once."""
     shared = {
-        n: Train(model, number, (number - 1) * n, n, rounds * n, weights, send_weights, control or {})
+        n: Train(model, number, (number - 1) * n, n, rounds * n, weights, send_weights, control or {}, alone)
         for n in set(steps.values())
     }
     return {site: shared[n] for site, n in steps.items()}

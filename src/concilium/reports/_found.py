@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from concilium.errors import StudyError
-from concilium.statistics import ALL_SITES, Scale, summarize
+from concilium.statistics import ALL_SITES, NOT_ANNOTATED, Scale, summarize
 
 Row: TypeAlias = Mapping[str, Any]
 Key: TypeAlias = tuple[str, str, str, str]
@@ -119,6 +119,8 @@ def file_ending(folder: Path) -> str:
 
 def _find_run(folder: Path) -> Found:
     results = _json(folder / "results.json", {})
+    if "cases" in results:  # of what nobody looked for there is nothing to show
+        results["cases"] = [case for case in results["cases"] if case.get("status") != NOT_ANNOTATED]
     study, text = study_of(folder)
     tables = [t for path in sorted(folder.glob("sites/*/scores/*.json")) if (t := _table(path))]
     return Found(

@@ -100,8 +100,11 @@ def _notes(view: View) -> Iterator[str]:
     yield f"A cell: mean over patients, with its 95 % interval where there are {MIN_PATIENTS} patients or more."
     if any(subset == "unseen" for _, subset in view.places):
         yield "Unseen cases: all cases of the site, by the model that was trained without it."
-    if any(":" in s["model"] for s in rows):
+    own = dict.fromkeys(base(s["model"]) for s in rows if ":" in s["model"])
+    if "local" in own:
         yield "local: the model each site trained alone; on the test set, the mean over these models."
+    for name in (name for name in own if name != "local"):
+        yield f"{shown_model(name)}: the model each site trained of its own; on the test set, the mean over these models."
     if any(undefined(s) for s in rows):
         yield "Undefined: scores of single cases and labels that are in no mean, such as the distance to what was not found."
     if view.kept_back:

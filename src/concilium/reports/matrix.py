@@ -41,8 +41,9 @@ def matrix(results: Mapping[str, Any], metric: str = "dice") -> Matrix:
     """Mean of a metric over the foreground labels, over the patients of each site, and of all.
 
     A site's own model (`local:SITE`) stands in the column `local` in the row of its site; on the test set, which each of them
-    segments, the mean over these models stands there. What the models trained without a site reach on it stands in a row of its
-    own. The patients of all sites, and the test set, have their intervals below, where the table then fits a terminal.
+    segments, the mean over these models stands there. So do those that are trained beside a shared one. What the models trained
+    without a site reach on it stands in a row of its own. The patients of all sites, and the test set, have their intervals
+    below, where the table then fits a terminal.
     """
     labels = {s["label"] for s in results["summary"]}
     label = FOREGROUND_MEAN if FOREGROUND_MEAN in labels else next(iter(sorted(labels)), "")
@@ -102,8 +103,9 @@ def _notes(
     notes = ["Sites: their validation cases. n: patients."]
     if any(row[0] == INTERVAL for row in rows):
         notes.append("In brackets: 95 % intervals.")
-    if any(subset == "test" for _, subset, _ in cells) and any(":" in s["model"] for s in summary):
-        notes.append("local: each site's own model; on the test set the mean over these models.")
+    own = dict.fromkeys(s["model"].partition(":")[0] for s in summary if ":" in s["model"])
+    if any(subset == "test" for _, subset, _ in cells) and own:
+        notes.append(f"{', '.join(own)}: each site's own model; on the test set the mean over these models.")
     if any(subset == UNSEEN for _, subset, _ in cells):
         notes.append("unseen: all its cases, by the model trained without that site.")
     if any("hidden" in s for s in cells.values()):

@@ -28,7 +28,6 @@ T = TypeVar("T")
 RESERVED = ("test", "pooled", "server", "all")
 """Names that no site may have: the simulation uses them itself."""
 
-
 PLUG_INS = {
     "network": "networks",
     "aggregation": "aggregation",
@@ -183,14 +182,18 @@ def _protocol(raw: Mapping[str, Any], problems: list[str]) -> ProtocolTable | No
     given = {key: value for key, value in raw.items() if key in own}
     filled, wrong = fill("protocols", name, given, "[protocol]") if own else ({}, [])
     problems += wrong
-    for key, value in filled.items():
-        try:
-            check_range("[protocol]", key, value)
-        except ValueError as e:
-            problems.append(f"[protocol] {key} = {value!r} is not allowed. {e}")
+    _check_ranges("[protocol]", filled, problems)
     rest = {key: value for key, value in raw.items() if key not in given}
     table = _table(ProtocolTable, rest, "[protocol]", problems, more=own)
     return table and dataclasses.replace(table, options=filled)
+
+
+def _check_ranges(where: str, values: Mapping[str, Any], problems: list[str]) -> None:
+    for key, value in values.items():
+        try:
+            check_range(where, key, value)
+        except ValueError as e:
+            problems.append(f"{where} {key} = {value!r} is not allowed. {e}")
 
 
 def _start(raw: Mapping[str, Any], problems: list[str]) -> tuple[Mapping[str, Any], StartTable | None]:
@@ -215,6 +218,7 @@ def _plug_in(kind: str, raw: Mapping[str, Any], default: PlugIn, where: str, pro
     more = [f.name for f in dataclasses.fields(StartTable)] if kind == "networks" else []
     options, wrong = fill(kind, name, given, where, more=more)
     problems += wrong
+    _check_ranges(where, {} if ":" in name else options, problems)
     return PlugIn(name, options)
 
 

@@ -1,0 +1,89 @@
+"""Runs of sites that annotate some labels only: one network of all labels, and nobody taught that unknown is background."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import SimpleITK as sitk
+from safetensors.torch import load_file
+from torch import equal
+
+from concilium.errors import StudyError
+from concilium.line import Outcome, run
+from concilium.study import Study
+
+Make = Callable[..., Study]
+
+
+@pytest.fixture
+def partly(small_study: Make, phantom: Path) -> Make:
+    """A study in which north looked for organs and south for lesions; west for both."""
+
+    def make(**changes: Any) -> Study:
+        sites = {
+            "sites__north": {"data": str(phantom / "north"), "annotated": ["organ"]},
+            "sites__south": {"data": str(phantom / "south"), "annotated": ["lesion"]},
+        }
+        return small_study(**{"loss__name": "marginal"} | sites | changes)
+
+    return make
+
+
+def statuses(outcome: Outcome, model: str, site: str) -> dict[str, set[str]]:
+    """Label -> whether it is scored at a site's validation cases."""
+    found: dict[str, set[str]] = {}
+    for row in outcome.results["cases"]:
+        if (row["model"].partition(":")[0], row["site"]) == (model, site):
+            found.setdefault(row["label"], set()).add("not annotated" if row["status"] == "not_annotated" else "scored")
+    return found
+
+
+def test_every_protocol_learns_and_is_scored_on_what_is_annotated(partly: Make, tmp_path: Path) -> None:
+    outcome = run(partly(protocol__compare=["local", "centralized"], protocol__rounds=1), tmp_path / "run")
+    assert outcome.exit_code == 0
+    for model in ("federated", "local", "centralized"):
+        assert statuses(outcome, model, "north") == {"organ": {"scored"}, "lesion": {"not annotated"}}
+        assert statuses(outcome, model, "south") == {"organ": {"not annotated"}, "lesion": {"scored"}}
+        assert statuses(outcome, model, "west") == {"organ": {"scored"}, "lesion": {"scored"}}
+    assert statuses(outcome, "federated", "test") == {"organ": {"scored"}, "lesion": {"scored"}}
+    told = [row for row in outcome.results["summary"] if (row["model"], row["site"]) == ("federated", "north")]
+    assert {(r["mean"], r["n"], r["n_undefined"]) for r in told if r["label"] == "lesion"} == {(None, 0, 0)}
+    assert all(r["n"] > 0 for r in told if r["label"] == "organ" and r["metric"] == "dice")
+    assert any("north annotates organ only" in text for text in outcome.results["warnings"])
+
+
+def test_what_a_label_map_says_of_unknown_labels_changes_nothing(partly: Make, phantom: Path, tmp_path: Path) -> None:
+    """A site's label maps may hold what it says it did not look for; and its dataset.json may know only its own labels."""
+    own = tmp_path / "own"
+    shutil.copytree(phantom / "north", own)
+    about = json.loads((own / "dataset.json").read_text())
+    about["labels"] = {"background": 0, "organ": 1}
+    (own / "dataset.json").write_text(json.dumps(about | {"annotated": ["organ"]}))
+    for path in (own / "labelsTr").iterdir():
+        image = sitk.ReadImage(str(path))
+        sitk.WriteImage(image * sitk.Cast(image == 1, image.GetPixelID()), str(path))
+    one = run(partly(protocol__rounds=1, test=False), tmp_path / "one")
+    other = run(
+        partly(protocol__rounds=1, test=False, sites__north={"data": str(own)}),
+        tmp_path / "other",
+    )
+    a, b = (load_file(o.folder / "weights" / "federated.safetensors") for o in (one, other))
+    assert all(equal(a[name], b[name]) for name in a)
+
+
+def test_split_training_learns_partial_labels(partly: Make, tmp_path: Path) -> None:
+    network = {"network__name": "unet", "network__levels": 2, "protocol__name": "splitfed", "protocol__cut": "shallow"}
+    outcome = run(partly(protocol__rounds=1, test=False, **network), tmp_path / "run")
+    assert outcome.exit_code == 0
+    assert statuses(outcome, "splitfed", "south") == {"organ": {"not annotated"}, "lesion": {"scored"}}
+
+
+def test_a_loss_that_needs_all_labels_is_refused_before_anything_trains(partly: Make, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"\[loss\] name = 'dice_ce' is not allowed where sites annotate some labels"):
+        run(partly(loss__name="dice_ce"), tmp_path / "run")
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
