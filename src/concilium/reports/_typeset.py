@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -216,7 +217,7 @@ def to_latex(table: Comparison) -> str:
     n, per_run = len(table.groups) * len(table.metrics), len(table.metrics)
     lines = [
         "% needs \\usepackage{booktabs}", "\\begin{table}", "\\centering", f"\\caption{{{_escaped(caption(table))}}}",
-        f"\\begin{{tabular}}{{l{'r' * n}}}", "\\toprule",
+        r"\footnotesize", f"\\begin{{tabular}}{{l{'r' * n}}}", "\\toprule",
     ]  # fmt: skip
     if len(table.groups) > 1:
         lines.append(
@@ -227,8 +228,15 @@ def to_latex(table: Comparison) -> str:
     lines.append("".join(f" & {_escaped(head)}" for own in _heads(table) for head in own) + r" \\")
     for title, rows in _texts(table):
         lines += [r"\midrule", f"\\multicolumn{{{n + 1}}}{{l}}{{\\emph{{{_escaped(title)}}}}} \\\\"]
-        lines += [" & ".join(map(_escaped, (name, *cells))) + r" \\" for name, cells in rows]
+        lines += [" & ".join(map(_escaped, line)) + r" \\" for name, cells in rows for line in _in_two(name, cells)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+
+def _in_two(name: str, cells: Sequence[str]) -> list[tuple[str, ...]]:
+    """A row, and below it what stands behind the intervals, so that two metrics fit the column of an article."""
+    parts = [re.split(r"(?<=\]),? ", cell, maxsplit=1) for cell in cells]
+    rest = [part[1] if len(part) > 1 else "" for part in parts]
+    return [(name, *(part[0] for part in parts))] + ([("", *rest)] if any(rest) else [])
 
 
 def _escaped(text: str) -> str:
