@@ -77,9 +77,8 @@ def _refuse_resizing(finished: Finished) -> None:
     """
     if resizes(finished.plan):
         raise StudyError(
-            "[preprocessing] name = 'resize' cannot be exported as nnunet: nnU-Net's own prediction crops, resamples and "
-            "normalises, and knows no other way. Allowed there: 'nnunet'. Export it as onnx, monai or safetensors, or train with "
-            "[preprocessing] name = 'nnunet'."
+            f"{finished.name} with [preprocessing] name = 'resize' cannot be exported as nnunet: nnU-Net's own prediction crops, "
+            "resamples and normalises, and knows no other way. Allowed there: 'nnunet'. Export it as onnx, monai or safetensors."
         )
 
 
