@@ -175,7 +175,7 @@ def test_a_site_without_cases_does_not_count_as_a_judge() -> None:
 
 def test_where_nobody_can_judge_the_study_is_wrong() -> None:
     none = {(judged, judge): Judged(0.0, 0) for judged in SITES for judge in SITES}
-    with pytest.raises(StudyError, match="no site judged an update"):
+    with pytest.raises(StudyError, match="no site judged any of 4 updates"):
         Sites(judged=none).collected()
 
 
