@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from concilium import catalog
+from concilium.aggregation import weight_of
 from concilium.demo import demo_study
 from concilium.engines.simulation import connect
 from concilium.forecast import split_bytes
@@ -55,7 +56,7 @@ def measure(study: Study, folder: Path, *, cut: tuple[str, ...], rounds: int, st
         plans = plan_for(setting, ask_sites(study, engine, record, Ledger()), record, Ledger())
         prepare_sites(setting, engine, record, plans, Ledger())
         supplied: dict[str, Any] = {
-            "collect": partial(catalog.load("collect", "plain")),
+            "collect": partial(catalog.load("collect", "plain"), weigh=weight_of("mean")),
             "rule": partial(catalog.load("aggregation", "mean")),
             "rounds": rounds + 1,  # the first warms up
             "steps": {site: steps},
@@ -65,6 +66,7 @@ def measure(study: Study, folder: Path, *, cut: tuple[str, ...], rounds: int, st
             "training": training_of(study),
             "seed": study.study.seed,
             "device": torch.device("cpu"),
+            "weigh": weight_of("mean"),
         }
         start = start_with(initial_weights(study, plans))
         sides: dict[str, Iterator[Round]] = {

@@ -155,7 +155,7 @@ def test_a_run_without_results_is_refused_with_the_way_on(run: Path, tmp_path: P
 def test_what_is_resized_is_refused_by_nnunet_with_the_formats_that_can(run: Path, tmp_path: Path) -> None:
     resize = {"size": (32, 32), "intensity": "zscore"}
     resized = make_run(tmp_path / "run", run.parent / "secret_data", configuration="2d", resize=resize)
-    with pytest.raises(StudyError, match=r"knows no other way.*Export it as onnx, monai or safetensors, or train with"):
+    with pytest.raises(StudyError, match=r"knows no other way.*Export it as onnx, monai or safetensors\."):
         export_run(resized, tmp_path / "nnunet", format="nnunet")
     for format in ("onnx", "monai", "safetensors"):
         assert export_run(resized, tmp_path / format, format=format)[0].is_dir()

@@ -179,7 +179,7 @@ def test_a_site_with_half_of_its_masks_wrong_gets_less_than_a_tenth_of_its_weigh
         data=four / masks,
         test=False,
         protocol__rounds=12,
-        protocol__steps=10,
+        protocol__steps=24,
         network__name="unet",
         network__levels=3,
         network__base_features=8,
