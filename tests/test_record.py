@@ -122,7 +122,7 @@ def test_a_line_says_who_took_part_and_what_it_took(tmp_path: Path) -> None:
     record(tmp_path).commit("federated", round_(1), seconds=9.87654)
     assert lines(tmp_path) == [
         {
-            "model": "federated", "round": 1, "seconds": 9.877, "matched": 4,
+            "model": "federated", "round": 1, "seconds": 9.877, "matched": 4, "asked": ["east", "north", "south", "west"],
             "sites": {
                 "north": {"loss": 0.5, "n_cases": 1, "n_steps": 2, "seconds": 2.0, "bytes_down": 10, "bytes_up": 20},
                 "south": {"loss": 0.1, "n_cases": 3, "n_steps": 2, "seconds": 1.235, "bytes_down": 30, "bytes_up": 40},

@@ -209,8 +209,9 @@ def test_the_resolved_study_says_everything() -> None:
 
 
 def test_the_protocols_own_options_stand_in_its_table() -> None:
-    defaults = {"variant": "v1", "cut": "deep", "reveal_labels": False, "exchange_seconds": None}
-    assert parse().protocol.options == {}
+    everybody = {"participation": 1.0, "cohorts": ()}
+    defaults = everybody | {"variant": "v1", "cut": "deep", "reveal_labels": False, "exchange_seconds": None}
+    assert parse().protocol.options == everybody
     assert parse(protocol={"name": "splitfed"}).protocol.options == defaults
     given = parse(protocol=SPLIT["protocol"]).protocol
     assert given.options == defaults | {
@@ -221,7 +222,13 @@ def test_the_protocols_own_options_stand_in_its_table() -> None:
     }
     assert given.rounds == 3
     written = tomllib.loads(to_toml(parse(protocol=SPLIT["protocol"])))["protocol"]
-    assert written == SPLIT["protocol"] | {"reveal_labels": False, "compare": [], "min_sites": 2}
+    assert written == SPLIT["protocol"] | {
+        "reveal_labels": False,
+        "compare": [],
+        "min_sites": 2,
+        "participation": 1.0,
+        "cohorts": [],
+    }
     assert "options" not in written
 
 
@@ -267,7 +274,7 @@ def test_a_file_with_many_errors_is_told_all_of_them_at_once(tmp_path: Path) -> 
     assert lines[0] == f"{tmp_path / 'ten.toml'} has 12 errors:"
     expected = [
         "[studdy] is not a known table. Did you mean 'study'? Known: ",
-        "[protocol] rouns = 3 is not known. Did you mean 'rounds'? Known: compare, ",
+        "[protocol] rouns = 3 is not known. Did you mean 'rounds'? Known: cohorts, compare, ",
         "[protocol] rounds = 0 is not allowed. Allowed: 1 or more.",
         "[study] seed = 'seven' is not allowed. Allowed: a whole number.",
         "[study] name is missing. Expected text. Add it.",
@@ -310,11 +317,11 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     (
         {"protocol": {"variant": "v2"}},
-        "[protocol] variant = 'v2' is not known. Known: compare, ",
+        "[protocol] variant = 'v2' is not known. Known: cohorts, compare, ",
     ),
     (
         {"protocol": {"name": "splitfed", "varient": "v2"}},
-        "[protocol] varient = 'v2' is not known. Did you mean 'variant'? Known: compare, cut, ",
+        "[protocol] varient = 'v2' is not known. Did you mean 'variant'? Known: cohorts, compare, cut, ",
     ),
     (
         {"protocol": {"name": "splitfed", "variant": "v3"}},
@@ -362,7 +369,7 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     (
         {"aggregation": {"name": "krum", "faulty": 1}},
-        "[aggregation] faulty = 1 is not allowed with 2 sites. Allowed: 0 to 0, since krum needs 2 · faulty + 3 sites.",
+        "[aggregation] faulty = 1 is not allowed with 2 sites in a round. Allowed: 0 to 0, since krum needs 2 · faulty + 3",
     ),
     ({"protocol": {"min_sites": 3}}, "[protocol] min_sites = 3 is not allowed. Allowed: 1 to 2, the number of sites."),
     (
@@ -470,7 +477,8 @@ def test_every_range_is_checked(full: str) -> None:
     inside = {"patch_size": [16, 16, 8], "folds": 2}.get(key, 0 if key in ("foreground", "momentum", "fold") else 1)
     parse(**{table: {key: inside} | extra})
     without_default = (
-        *("epochs", "memory_gb", "round_seconds", "exchange_seconds", "min_matched"), *("mu", "weight", "temperature"),
+        *("epochs", "memory_gb", "round_seconds", "exchange_seconds", "min_matched"),
+        *("mu", "weight", "temperature", "participation"),
     )  # fmt: skip
     if key in without_default or not isinstance(getattr(getattr(parse(), table), key), int | None):
         for endless in (float("nan"), float("inf")):

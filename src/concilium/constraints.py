@@ -5,6 +5,7 @@ Every check adds sentences to a list, so that all errors of a file are told at o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -17,6 +18,7 @@ from concilium.catalog import allowed, names
 from concilium.data.division_rules import DIVISION_RANGES
 from concilium.errors import StudyError
 from concilium.local_updates import exchanges, has_personal, is_more_than_a_step, needs_others
+from concilium.protocols._cohort import cohort_problems, fewest, left_out
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
@@ -29,6 +31,7 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[protocol] min_sites": (lambda x: x >= 1, "1 to the number of sites"),
     "[protocol] round_seconds": (lambda x: x > 0, "more than 0"),
     "[protocol] exchange_seconds": (lambda x: x is None or x > 0, "more than 0"),
+    "[protocol] participation": (lambda x: 0 < x <= 1, "more than 0 to 1"),
     "[plan] memory_gb": (lambda x: x > 0, "more than 0"),
     "[network] min_matched": (lambda x: 0 <= x <= 1, "0 to 1"),
     "[training] learning_rate": (lambda x: x > 0, "more than 0"),
@@ -112,6 +115,7 @@ def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
             "[protocol] name = 'centralized' is not allowed: it pools all cases. Allowed: another protocol with "
             "compare = ['centralized'], in a simulation."
         )
+    problems += _cannot_take_part(found)
     problems += _cannot_validate(v, p, n_sites)
     if v and v.fold != "all" and v.fold >= v.folds:
         problems.append(f"[validation] fold = {v.fold} is not allowed. Allowed: 0 to {v.folds - 1}.")
@@ -174,6 +178,17 @@ def _cannot_validate(v: Any, p: Any, n_sites: int) -> list[str]:
     return problems
 
 
+def _cannot_take_part(found: Mapping[str, Any]) -> list[str]:
+    """What is wrong with who takes part in a round."""
+    p, s, update, sites = found["protocol"], found["study"], found["local_update"].name, tuple(found["sites"])
+    problems = cohort_problems(sites, p.options, p.min_sites) if p else []
+    with contextlib.suppress(StudyError):  # there is no such update, which is told elsewhere
+        if p and s and not problems and has_personal(update):
+            seeds = range(s.seed, s.seed + s.seeds)
+            return left_out(sites, p.options, p.min_sites, rounds=p.rounds, seeds=seeds, update=update)
+    return problems
+
+
 def _cannot_split(found: Mapping[str, Any]) -> list[str]:
     """What split training does not do (yet), in studies that ask for it."""
     p, t, update = found["protocol"], found["training"], found["local_update"]
@@ -214,10 +229,11 @@ def _cannot_aggregate(found: Mapping[str, Any], n_sites: int) -> list[str]:
             "'quality'. Choose it, or take [collect] out."
         )
     faulty = rule.options.get("faulty") if rule.name == "krum" else None
+    n_sites = fewest(tuple(found["sites"]), p.options, p.min_sites or 1) if p and found["sites"] else n_sites
     if faulty and n_sites < 2 * faulty + 3:
         problems.append(
-            f"[aggregation] faulty = {faulty} is not allowed with {n_sites} sites. Allowed: 0 to {max(0, (n_sites - 3) // 2)}, "
-            "since krum needs 2 · faulty + 3 sites."
+            f"[aggregation] faulty = {faulty} is not allowed with {n_sites} sites in a round. Allowed: 0 to "
+            f"{max(0, (n_sites - 3) // 2)}, since krum needs 2 · faulty + 3 sites."
         )
     return problems
 

@@ -1,7 +1,7 @@
 """The run folder: everything a run leaves behind, written so that a kill at any moment loses at most the round at hand.
 
 study.toml fingerprint.json plans.json environment.json   what was asked, measured, decided, and on what it ran
-rounds.jsonl                                              one line a round: who took part, losses, bytes, failures
+rounds.jsonl                                              one line a round: who was asked, losses, bytes, failures
 weights/MODEL.safetensors                                 finished models that the server may have
 results.json                                              scores and summaries (schema: results.schema.json of the package)
 curves.jsonl                                              validation Dice after rounds, where the study asks for it
@@ -125,7 +125,7 @@ class Record:
             "model": model,
             "round": done.number,
             "seconds": round(seconds, 3),
-            "matched": done.n_tensors,
+            "matched": done.n_tensors, "asked": sorted(done.traffic),
             "sites": {
                 site: {
                     "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "seconds": round(a.seconds, 3),

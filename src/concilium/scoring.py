@@ -51,6 +51,8 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
         work.record.save_weights(model.key, weights)
         keepers = [name for name, site in work.engine.sites.items() if site.role in ("site", "test")]
         requests = dict.fromkeys(keepers, Keep(model.key, weights))
+    if not model.beside and (never := [s for s in model.steps if s not in _asked(work, model)]):
+        ledger.warnings.append(f"{model.key}: {', '.join(never)} took part in no round. More rounds would reach them.")
     failures = tell(work.engine, requests)
     if model.stays and best:
         tell(work.engine, dict.fromkeys([s for s in model.steps if s in best], Forget(model.key + BEST, finished=True)))
@@ -145,6 +147,8 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
     weights = part(done.tensors, WEIGHTS)
     pooled = model.protocol == "centralized"  # trained where the server cannot see it, and scored there
     sites = list(model.steps) if model.stays or pooled else [*model.setting.sites, *_unseen(model)]
+    if model.beside:  # a site that did not take part yet has no network of its own
+        sites = [site for site in sites if site in _asked(work, model)]
     keep = Keep(model.key, {} if model.stays or pooled else weights, personal=model.beside)
     failures = tell(work.engine, dict.fromkeys(sites, keep))
     request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False)
@@ -162,6 +166,11 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
     if v.select == "best" and not pooled:
         _keep_best(work, model, done.number, weights, curve, ledger)
     work.record.add_curve(model.key, done.number, curve, beside=model.beside)
+
+
+def _asked(work: Work, model: Model) -> set[str]:
+    """The sites that took part in a round so far; all, in a run that an earlier version began."""
+    return {site for line in work.record.rounds(model.beside or model.key) for site in line.get("asked", model.steps)}
 
 
 def _unseen(model: Model) -> tuple[str, ...]:

@@ -490,3 +490,72 @@ def test_centralized_stops_where_the_pool_fails() -> None:
         EngineError, match=r"round 2: 0 of 1 sites answered \(pooled: out_of_memory \(MemoryError; reference r3"
     ):
         next(rounds)
+
+
+# ------------------------------------------------------------------------------------------------- who takes part in what
+
+TURNS = (("north", "south"), ("west",))
+WITH_COHORTS = pytest.mark.parametrize("name", ["federated", "splitfed"])
+
+
+def three() -> ToyEngine:
+    return north_and_south(west=ToySite(6.0, 2))
+
+
+@WITH_COHORTS
+@pytest.mark.parametrize("who", [{"cohorts": TURNS}, {"participation": 0.4}], ids=["turns", "share"])
+def test_only_sites_that_are_asked_are_sent_anything(name: str, who: dict[str, Any]) -> None:
+    engine = three()
+    for done in running(name, engine, rounds=6, **who):
+        talked = {site for site, request in engine.sent if request.round == done.number}
+        assert talked == set(done.answers) == set(done.traffic)
+        assert done.failures == {}
+        if "cohorts" in who:
+            assert talked == set(TURNS[(done.number - 1) % 2])
+        else:
+            assert len(talked) == 1
+    begun = [r for r in engine.requests("west") if isinstance(r, Train | Front) and getattr(r, "step", 0) == 0]
+    assert begun, "its turn comes"
+    assert all(r.weights and r.first_step == r.round - 1 for r in begun), "it is sent the weights, and the round's rate"
+
+
+def test_cohorts_worked_out_by_hand() -> None:
+    """Odd rounds: w' = w / 2 + 4 (see above); even ones: half way to 6."""
+    rounds = list(running("federated", three(), rounds=4, cohorts=TURNS, min_sites=2))
+    assert [values(r)[0] for r in rounds] == [4.0, 5.0, 6.5, 6.25]
+
+
+@WITH_COHORTS
+@pytest.mark.parametrize("who", [{"cohorts": TURNS}, {"participation": 0.4}], ids=["turns", "share"])
+def test_who_is_asked_does_not_depend_on_a_stop(name: str, who: dict[str, Any]) -> None:
+    uninterrupted = list(running(name, three(), rounds=5, **who))
+    for done in uninterrupted[:4]:
+        resumed = list(running(name, three(), done, rounds=5, **who))
+        assert [set(r.traffic) for r in resumed] == [set(r.traffic) for r in uninterrupted[done.number :]]
+        assert all(torch.equal(resumed[-1].tensors[n], t) for n, t in uninterrupted[-1].tensors.items())
+
+
+@WITH_COHORTS
+def test_a_cohort_of_which_nobody_answers_stops_the_study(name: str) -> None:
+    engine = three()
+    engine.failing = {("west", 2): SiteLost()}
+    rounds = running(name, engine, cohorts=TURNS, min_sites=2)
+    assert next(rounds).number == 1
+    with pytest.raises(EngineError, match=r"round 2: 0 of 1 sites answered \(west: lost\)\. At least 1 must"):
+        next(rounds)
+
+
+def test_what_comes_beside_the_weights_counts_as_a_share_of_all_cases() -> None:
+    """As in SCAFFOLD with sampling (Karimireddy et al. 2020, algorithm 1): c + |S| / N times the mean change of those asked."""
+
+    class Beside(ToySite):
+        def answer(self, request: Request) -> Reply | Failure:
+            reply = super().answer(request)
+            assert isinstance(reply, Trained)
+            change = {n: torch.full_like(t, self.target) for n, t in reply.weights.items()}
+            return Trained(reply.weights, reply.n_cases, reply.n_steps, reply.loss, reply.seconds, change)
+
+    sites = {"north": Beside(2.0, 1), "south": Beside(10.0, 3), "west": Beside(6.0, 4)}
+    first, second = running("federated", ToyEngine(sites), rounds=2, cohorts=TURNS)
+    assert part(first.tensors, "control/")["norm"].tolist() == [(1 * 2 + 3 * 10) / 8]
+    assert part(second.tensors, "control/")["norm"].tolist() == [(1 * 2 + 3 * 10 + 4 * 6) / 8]

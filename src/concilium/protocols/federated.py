@@ -1,7 +1,7 @@
 """Federated averaging and all that differs from it only in the rule, the local update or what is shared.
 
 McMahan et al. 2017 (arXiv:1602.05629): every round each site trains from the shared weights, and the server makes new ones of the
-updates. All sites take part in every round; the optimiser's state stays at the site.
+updates. All sites take part in every round, or some of them (`_cohort.py`); the optimiser's state stays at the site.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from concilium.collect import Collected
 from concilium.engines import Engine, ask
 from concilium.messages import Tensors
 from concilium.protocols import CONTROL, STATE, WEIGHTS, Round, copy_traffic, require, traffic_since, train_requests
+from concilium.protocols._cohort import cohort
 from concilium.wire import part
 
 
@@ -30,9 +31,16 @@ def federated(
     min_sites: int,
     deadline_s: float | None,
     cases: Mapping[str, int],
+    seed: int,
+    participation: float = 1.0,
+    cohorts: tuple[tuple[str, ...], ...] = (),
     **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: shared weights, the rule's own tensors, the total of what came beside the weights.
+
+    Args:
+        participation: share of the sites that take part in a round, drawn anew for each; 1: all.
+        cohorts: lists of sites that take turns, a list a round; omitted: none.
 
     Raises:
         EngineError: fewer than `min_sites` sites answered in a round.
@@ -40,17 +48,19 @@ def federated(
     weights: Tensors = part(start.tensors, WEIGHTS)
     state: Tensors = part(start.tensors, STATE)
     control: Tensors = part(start.tensors, CONTROL)
-    blocks = (one_block(weights, steps),)
     for number in range(start.number + 1, rounds + 1):
-        before = copy_traffic(engine, steps)
-        requests = train_requests(model, number, rounds, steps, weights, send_weights=True, control=control)
-        got = collect(partial(ask, engine, deadline_s=deadline_s), requests, blocks=blocks, asked=steps)
-        require(got.answers, got.failures, min_sites=min_sites, model=model, number=number)
+        asked = cohort(steps, number, participation=participation, cohorts=cohorts, least=min_sites, seed=seed)
+        before = copy_traffic(engine, asked)
+        requests = train_requests(model, number, rounds, asked, weights, send_weights=True, control=control)
+        got = collect(
+            partial(ask, engine, deadline_s=deadline_s), requests, blocks=(one_block(weights, asked),), asked=asked
+        )
+        require(got.answers, got.failures, min_sites=min(min_sites, len(asked)), model=model, number=number)
         weights, state = rule(got.updates[0] if got.updates else got.totals[0], state, before=weights)
         control = added(control, got.control, sum(cases[site] for site in steps))
         tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
         tensors |= {CONTROL + n: t for n, t in control.items()}
-        traffic = traffic_since(engine, steps, before)
+        traffic = traffic_since(engine, asked, before)
         yield Round(number, tensors, {}, got.answers, got.failures, traffic, n_tensors=len(got.totals[0].names))
 
 

@@ -26,6 +26,7 @@ from concilium.messages import Finish, Front, Tensors, Training
 from concilium.networks import Parts, Stages, cut_apart
 from concilium.protocols import STATE, WEIGHTS, Round, copy_traffic, require, traffic_since
 from concilium.protocols._body import Body
+from concilium.protocols._cohort import cohort
 from concilium.protocols._exchange import Exchange
 from concilium.wire import part
 
@@ -55,6 +56,8 @@ def splitfed(
     cut: Literal["shallow", "deep"] | tuple[str, ...] = "deep",
     reveal_labels: bool = False,
     exchange_seconds: float | None = None,
+    participation: float = 1.0,
+    cohorts: tuple[tuple[str, ...], ...] = (),
     **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: the whole network's weights, the rule's tensors and the bodies' optimisers.
@@ -65,6 +68,8 @@ def splitfed(
         reveal_labels: let heads act on maps that the server made, as deep supervision does; it can then compute the labels
             (decisions/0008). Otherwise there is no deep supervision, and no cut right before the heads.
         exchange_seconds: deadline of each exchange; omitted: that of a round, `round_seconds`.
+        participation: share of the sites that take part in a round, drawn anew for each; 1: all.
+        cohorts: lists of sites that take turns, a list a round; omitted: none.
 
     Raises:
         StudyError: the network cannot be cut so.
@@ -86,20 +91,22 @@ def splitfed(
         owner: (part(start.tensors, f"{MOMENTS}{owner}/"), str(start.values.get(owner, "{}"))) for owner in bodies
     }
     for number in range(start.number + 1, rounds + 1):
-        before = copy_traffic(engine, steps)
-        for owner, body in bodies.items():
+        asked = cohort(steps, number, participation=participation, cohorts=cohorts, least=min_sites, seed=seed)
+        before = copy_traffic(engine, asked)
+        taking_part = {owner: body for owner, body in bodies.items() if owner == ALL or owner in asked}
+        for owner, body in taking_part.items():
             body.load({n: weights[n] for n in in_body}, *moments[owner])
         ours = {n: weights[n] for n in at_site}
         request = Front(model, number, after, reveal_labels, 0, 0, 0, 0, ours, ())
-        queues = _queues(bodies, steps, (seed, "order", number))
-        exchange = Exchange(engine, queues, _first(request, steps, rounds), seed=seed)
+        queues = _queues(taking_part, asked, (seed, "order", number))
+        exchange = Exchange(engine, queues, _first(request, asked, rounds), seed=seed)
         exchange.run(deadline_s=deadline)
         requests = {site: Finish(model, number, gradients) for site, gradients in exchange.last.items()}
         got = collect(
-            partial(ask, engine, deadline_s=deadline), requests, blocks=(one_block(ours, steps),), asked=steps
+            partial(ask, engine, deadline_s=deadline), requests, blocks=(one_block(ours, asked),), asked=asked
         )
         failures = {**exchange.failures, **got.failures}
-        require(got.answers, failures, min_sites=min_sites, model=model, number=number)
+        require(got.answers, failures, min_sites=min(min_sites, len(asked)), model=model, number=number)
         if variant == "v2" and not bodies[ALL].is_finite():
             raise EngineError(
                 f"{model}, round {number}: the body is not finite any more. Expected finite weights. Go on from the round before "
@@ -114,7 +121,7 @@ def splitfed(
         tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
         tensors |= {f"{MOMENTS}{o}/{n}": t for o, (ts, _) in moments.items() for n, t in ts.items()}
         values = {owner: numbers for owner, (_, numbers) in moments.items()}
-        traffic = traffic_since(engine, steps, before)
+        traffic = traffic_since(engine, asked, before)
         yield Round(number, tensors, values, got.answers, failures, traffic, n_tensors=len(total.names))
 
 

@@ -22,7 +22,7 @@ from concilium.errors import StudyError
 from concilium.messages import PlugIn
 from concilium.study._trainers import network_of_trainer, overruled
 from concilium.study._variants import FIXED, variant_tables
-from concilium.study.tables import ProtocolTable, SiteTable, StartTable, Study, training_of
+from concilium.study.tables import ProtocolTable, SiteTable, StartTable, Study, least_sites, training_of
 
 T = TypeVar("T")
 RESERVED = ("test", "pooled", "server", "all")
@@ -277,7 +277,7 @@ def _resolve(study: Study, folder: Path) -> Study:
     weights = None if study.start.weights is None else (folder / study.start.weights).resolve()
     sites = {name: _resolved(site, folder) for name, site in study.sites.items()}
     test = None if study.test is None else _resolved(study.test, folder)
-    protocol = dataclasses.replace(study.protocol, min_sites=study.protocol.min_sites or min(2, len(study.sites)))
+    protocol = dataclasses.replace(study.protocol, min_sites=least_sites(study))
     partition = study.partition and dataclasses.replace(
         study.partition,
         data=(folder / study.partition.data).resolve(),

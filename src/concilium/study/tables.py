@@ -11,6 +11,7 @@ from typing import Any, Literal
 from concilium.data.partition import Partition
 from concilium.data.shifts import Shift
 from concilium.messages import PlugIn, Training
+from concilium.protocols._cohort import fewest
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ProtocolTable:
     compare: tuple[Literal["local", "centralized"], ...] = ()
     """Baselines that are trained too: every site alone; all data in one place, for a site's steps and for all sites' steps."""
     min_sites: int | None = None
-    """A round in which fewer sites answer stops the study; omitted: 2, or 1 where there is only one site."""
+    """A round in which fewer sites answer stops the study; omitted: 2, or 1 where only one site is asked."""
     round_seconds: float | None = None
     """Deadline of a round; omitted: none."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -187,6 +188,12 @@ class Study:
 def with_seeds(study: Study, seeds: int | None) -> Study:
     """The study, with so many seeds in place of its own."""
     return study if seeds is None else dataclasses.replace(study, study=dataclasses.replace(study.study, seeds=seeds))
+
+
+def least_sites(study: Study) -> int:
+    """How many sites must answer in a round: what the study says, or 2 where so many are asked."""
+    p = study.protocol
+    return p.min_sites or min(2, fewest(study.sites, p.options, 2))
 
 
 def training_of(study: Study) -> Training:
