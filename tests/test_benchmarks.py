@@ -351,3 +351,26 @@ def test_local_updates_run_and_count_what_they_hold(tmp_path: Path, capsys: pyte
     assert {name for name, f in found["updates"].items() if f["sent"] == 1} == {"scaffold"}
     assert min(f["ratio"] for f in found["updates"].values()) > 0
     assert "| scaffold |" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------------- many sites
+
+
+def test_many_sites_runs_and_tells_the_straggler(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study.toml").write_text(STUDY.format(data=phantom, length="steps = 1"))
+    small = ["--study", str(tmp_path / "study.toml"), "--rounds", "4", "--steps", "1", "--round-seconds", "12"]
+    figures = load("many_sites").main([*small, "--sites", "11", "--out", str(tmp_path / "figures.json")])
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    (f,) = figures
+    assert f["sites"] == f["cases_scored"] == 11, "each site's other case"
+    assert f["asked"] == [10] * 4
+    (failure,) = f["failures"]["3"].values()
+    assert failure == {"type": "SiteTimeout", "text": "no reply within 12 s"}
+    assert (list(f["failures"]), f["exit_code"]) == (["3"], 4)
+    assert len(f["round_s"]) == 3
+    assert f["straggler_s"] >= 12
+    assert 0 < f["server_before_mb"] <= f["server_peak_mb"]
+    assert f["worker_peak_mb"] > 100
+    assert "round 3: " in capsys.readouterr().out
