@@ -466,6 +466,8 @@ TEXT_FIELDS = {
     "Score.values",  # the keys: names of metrics
     "Trained.weights",  # the keys: names of tensors
     "Trained.control",  # the same
+    "Handed.weights",  # the same
+    "Card.site",  # its name in the study
     "SiteRefused.rule",
     "SiteError.exception",
     "SiteError.code",
@@ -475,6 +477,12 @@ TEXT_FIELDS = {
 TENSOR_FIELDS = {
     "Trained.weights",
     "Trained.control",
+    "Handed.weights",
+    "Handed.sealed",  # bytes, for one other site
+    "Passed.sealed",
+    "Card.key",  # bytes: the public half
+    "Card.certificate",
+    "Card.signature",
     "Maps.maps",
     "Gradients.gradients",
     "ChannelStatistics.keys",

@@ -5,7 +5,6 @@ Every check adds sentences to a list, so that all errors of a file are told at o
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import re
@@ -19,6 +18,7 @@ from concilium.data.division_rules import DIVISION_RANGES
 from concilium.errors import StudyError
 from concilium.local_updates import exchanges, has_personal, is_more_than_a_step, needs_others
 from concilium.protocols._cohort import cohort_problems, fewest, left_out
+from concilium.protocols._turns import turn_problems
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
@@ -179,13 +179,18 @@ def _cannot_validate(v: Any, p: Any, n_sites: int) -> list[str]:
 
 
 def _cannot_take_part(found: Mapping[str, Any]) -> list[str]:
-    """What is wrong with who takes part in a round."""
+    """What is wrong with who takes part in a round, and in which order."""
     p, s, update, sites = found["protocol"], found["study"], found["local_update"].name, tuple(found["sites"])
     problems = cohort_problems(sites, p.options, p.min_sites) if p else []
-    with contextlib.suppress(StudyError):  # there is no such update, which is told elsewhere
-        if p and s and not problems and has_personal(update):
-            seeds = range(s.seed, s.seed + s.seeds)
-            return left_out(sites, p.options, p.min_sites, rounds=p.rounds, seeds=seeds, update=update)
+    try:
+        personal = has_personal(update)
+    except StudyError:  # there is no such update, which is told elsewhere
+        personal = False
+    if p and s and not problems and personal:
+        seeds = range(s.seed, s.seed + s.seeds)
+        problems = left_out(sites, p.options, p.min_sites, rounds=p.rounds, seeds=seeds, update=update)
+    if p and p.name == "cyclic":
+        problems += turn_problems(sites, p.options, found, personal=personal)
     return problems
 
 

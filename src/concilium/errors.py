@@ -54,7 +54,10 @@ class EngineError(ConciliumError):
     exit_code = 4
 
 
-RULES = frozenset({"policy", "split", "labels", "plug_ins", "image"})
+RULES = frozenset({
+    "policy", "split", "labels", "plug_ins", "image", "card", "sealed", "reveal",
+    "open_weights",
+})  # fmt: skip
 """What a `PrivacyError` may tell outside its site."""
 
 

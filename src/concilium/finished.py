@@ -14,7 +14,7 @@ from concilium.data.plan import Plan, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Tensors
 from concilium.networks import Stages, make_network
-from concilium.schedule import BEST, PERSONAL, folds_of, names, settings
+from concilium.schedule import BEST, PERSONAL, folds_of, is_one, names, settings
 from concilium.statistics import WITHOUT
 from concilium.study import Study, read_study
 from concilium.wire import read_tensors
@@ -72,14 +72,23 @@ class Finished:
 
 
 def finished_models(run: Path) -> tuple[str, ...]:
-    """The names of the models in a run folder, as `open_finished` opens them: `federated`, `federated.s8`, `local:north`."""
+    """The names of the models in a run folder, as `open_finished` opens them: `federated`, `federated.s8`, `local:north`.
+
+    A model that sites pass on among themselves is the same at each, and opened without a site too.
+    """
     at_server = [_without_fold(p) for p in sorted((run / "weights").glob("*.safetensors"))]
     study = read_study(run / "study.toml", check_data=False)
-    known = [names(setting) for members in settings(study) for setting in members]
-    stay = {name for each in known for name, (_, stays) in each.items() if stays}
+    stay = {name for name, (_, stays) in _known(study).items() if stays}
     kept = (p for p in sorted((run / "sites").glob("*/models/*.safetensors")) if p.name.partition(".")[0] in stay)
-    at_sites = [f"{_without_fold(p)}:{p.parts[-3]}" for p in kept if not p.stem.endswith(BEST)]
+    at_sites = [
+        f"{_without_fold(p)}:{p.parts[-3]}" for p in kept if not p.stem.endswith(BEST) and p.parts[-3] in study.sites
+    ]
     return tuple(dict.fromkeys(at_server + at_sites))
+
+
+def _known(study: Study) -> dict[str, tuple[str, bool]]:
+    """Model -> its protocol, and whether it stays at its sites."""
+    return {name: about for members in settings(study) for setting in members for name, about in names(setting).items()}
 
 
 def open_finished(run: Path, name: str | None = None) -> Finished:
@@ -96,6 +105,11 @@ def open_finished(run: Path, name: str | None = None) -> Finished:
     study = read_study(run / "study.toml", check_data=False)
     name = name or study.protocol.name
     about = json.loads((run / "dataset.json").read_text(encoding="utf-8"))
+    site = ""
+    if is_one(_known(study).get(name.partition(":")[0].partition(".")[0], ("", False))[0]):  # whoever's: it is the same
+        name, _, site = name.partition(":")
+        found = (m.partition(":") for m in finished_models(run))
+        site = site or next((where for model, _, where in found if model == re.sub(r"\.f\d+$", "", name)), "")
     title = (
         name.partition(":")[0].partition(".")[0].removesuffix(PERSONAL)
     )  # what is trained beside a model has its plan
@@ -108,7 +122,7 @@ def open_finished(run: Path, name: str | None = None) -> Finished:
         tuple(about["channel_names"].values()),
         from_nnunet(about),
         about["file_ending"],
-        _files(run, name, n_folds=len(folds_of(study))),
+        _files(run, f"{name}:{site}" if site else name, n_folds=len(folds_of(study))),
     )
 
 

@@ -152,6 +152,18 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A site's public sealing key, with which others seal what that site alone can open (`sealing.py`). Bytes are uint8 (n,)."""
+
+    site: str
+    """As in the study."""
+    key: Tensor
+    certificate: Tensor
+    """The site's certificate (DER) and its signature of run, site and key; both empty in a simulation."""
+    signature: Tensor
+
+
+@dataclass(frozen=True)
 class Examine:
     """Read the data set; answer what may be told of it."""
 
@@ -244,6 +256,64 @@ class Finish:
 
 
 @dataclass(frozen=True)
+class Introduce:
+    """Show the site's card, before a round of `model` in which weights are passed on."""
+
+    model: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Train as `train` says, from what `sender` sealed for this site, and seal the weights for the turn of `to` in `to_round`.
+
+    Without a sender from the weights in `train`, or where there are none from the site's own. Without `to` nothing is sealed.
+    From the first such request on, the model's weights leave this site sealed or not at all.
+    """
+
+    train: Train
+    sender: Card | None
+    sealed: Tensor
+    to: Card | None
+    to_round: int
+    reveal: bool
+    """Whether the server is to have the finished model (`Policy.reveal`)."""
+
+    @property
+    def model(self) -> str:
+        return self.train.model
+
+    @property
+    def round(self) -> int:
+        return self.train.round
+
+
+@dataclass(frozen=True)
+class Hand:
+    """Seal the weights of `model` for the site `to` once more: to go on from in this round, or after it (`final`) to keep.
+
+    Without `to`: send them in the open, where that was said from the start (`reveal`).
+    """
+
+    model: str
+    round: int
+    to: Card | None
+    final: bool
+    reveal: bool
+
+
+@dataclass(frozen=True)
+class Take:
+    """Store what `sender` sealed for this site as the finished model."""
+
+    model: str
+    round: int
+    sender: Card
+    sealed: Tensor
+    reveal: bool
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Segment the cases of `subset` (`training`, `validation`, `all` or `test`) with finished models kept here, and score them.
 
@@ -304,7 +374,22 @@ class Forget:
 
 
 Request: TypeAlias = (
-    Examine | Prepare | Train | Front | Tail | Finish | Evaluate | Judge | Keep | Snapshot | Restore | Forget
+    Examine
+    | Prepare
+    | Train
+    | Front
+    | Tail
+    | Finish
+    | Introduce
+    | Pass
+    | Hand
+    | Take
+    | Evaluate
+    | Judge
+    | Keep
+    | Snapshot
+    | Restore
+    | Forget
 )
 
 # ------------------------------------------------------------------------------------------------------------- replies
@@ -342,6 +427,27 @@ class Trained:
     seconds: float
     control: Tensors = field(default_factory=dict)
     """What the local update adds to the server's total."""
+
+
+@dataclass(frozen=True)
+class Introduced:
+    card: Card
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What `Train` answers, without weights; those are `sealed` for the next site, where there is one."""
+
+    trained: Trained
+    sealed: Tensor
+
+
+@dataclass(frozen=True)
+class Handed:
+    """The weights once more: `sealed`, or in the open where the server is to have them."""
+
+    sealed: Tensor
+    weights: Tensors
 
 
 @dataclass(frozen=True)
@@ -413,7 +519,9 @@ class SiteError:
 
 
 Failure: TypeAlias = SiteTimeout | SiteLost | SiteRefused | SiteError
-Reply: TypeAlias = Examined | Prepared | Trained | Maps | Gradients | Evaluated | Judged | Done
+Reply: TypeAlias = (
+    Examined | Prepared | Trained | Introduced | Passed | Handed | Maps | Gradients | Evaluated | Judged | Done
+)
 
 REQUESTS: tuple[type, ...] = (
     Examine,
@@ -422,6 +530,10 @@ REQUESTS: tuple[type, ...] = (
     Front,
     Tail,
     Finish,
+    Introduce,
+    Pass,
+    Hand,
+    Take,
     Evaluate,
     Judge,
     Keep,
@@ -429,7 +541,9 @@ REQUESTS: tuple[type, ...] = (
     Restore,
     Forget,
 )
-REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Maps, Gradients, Evaluated, Judged, Done)
+REPLIES: tuple[type, ...] = (
+    *(Examined, Prepared, Trained, Introduced, Passed, Handed, Maps, Gradients, Evaluated, Judged, Done),
+)
 FAILURES: tuple[type, ...] = (SiteTimeout, SiteLost, SiteRefused, SiteError)
 
 

@@ -56,13 +56,18 @@ class Model:
     protocol: str
     steps: Mapping[str, int]
     stays: bool = False
-    """Whether it stays at its site (and is a different one at each)."""
+    """Whether it stays at its site, and is a different one at each unless it `is_one`."""
     cases: Mapping[str, int] = field(default_factory=dict)
     """How many training cases each site has."""
     personal: Model | None = None
     """The networks that sites train of their own beside it."""
     beside: str = ""
     """Of such networks: the key of the model beside which they are trained."""
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it is the same at every site although the server does not have it, or not before the end."""
+        return is_one(self.protocol) and not self.beside
 
     @property
     def fold(self) -> int:
@@ -129,7 +134,7 @@ def models(setting: Setting, cases: Mapping[str, int], batch_size: int) -> Itera
 def names(setting: Setting) -> dict[str, tuple[str, bool]]:
     """Name -> protocol, and whether it stays at its site: the models of a setting."""
     p = setting.study.protocol
-    found = {setting.title: (p.name, p.name == "local")}
+    found = {setting.title: (p.name, p.name == "local" or (is_one(p.name) and not p.options["reveal"]))}
     # without a site the models are trained for that site's sake, which has no network of its own
     if setting.unseen is None and has_personal(setting.study.local_update.name):
         found[setting.title + PERSONAL] = (p.name, True)
@@ -139,6 +144,11 @@ def names(setting: Setting) -> dict[str, tuple[str, bool]]:
         if "centralized" in p.compare:
             found |= {"centralized": ("centralized", False), "centralized_long": ("centralized", False)}
     return found
+
+
+def is_one(protocol: str) -> bool:
+    """Whether sites pass one model on among themselves."""
+    return protocol == "cyclic"
 
 
 def _with(study: Study, seed: int, fold: int) -> Study:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from concilium._set_aside import DATA, UNSEEN
 from concilium._set_aside import told as set_aside
 from concilium.engines import Engine, ask
+from concilium.errors import EngineError
 from concilium.messages import (
     Done,
     Evaluate,
@@ -24,6 +25,7 @@ from concilium.messages import (
 )
 from concilium.preparation import Event, Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round
+from concilium.protocols.cyclic import HOLDER, hand_out
 from concilium.results import METRICS, score_rows
 from concilium.schedule import BEST, Model, ensemble_key
 from concilium.wire import part
@@ -40,24 +42,45 @@ def tell(engine: Engine, requests: Mapping[str, Request], deadline_s: float | No
 
 
 def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
-    """The final push: server and sites keep the same tensors. A model that stays is kept by its site alone."""
+    """The final push: server and sites keep the same tensors. A model that stays is kept by its site alone, or all sites.
+
+    Raises:
+        EngineError: the site that has the model cannot give it to the others.
+    """
     requests: dict[str, Request] = {}
     best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
-    if model.stays:
+    if model.stays and not model.is_one:
         for site in model.steps:
             requests[site] = Keep(model.key, {}, model.key + BEST if site in best else "", model.beside)
-    else:
+    elif not model.stays:
         weights = work.record.best_weights(model.key) or part(last.tensors, WEIGHTS)
         work.record.save_weights(model.key, weights)
         keepers = [name for name, site in work.engine.sites.items() if site.role in ("site", "test")]
         requests = dict.fromkeys(keepers, Keep(model.key, weights))
     if not model.beside and (never := [s for s in model.steps if s not in _asked(work, model)]):
         ledger.warnings.append(f"{model.key}: {', '.join(never)} took part in no round. More rounds would reach them.")
-    failures = tell(work.engine, requests)
+    failures = _hand_out(work, model, last) if model.stays and model.is_one else tell(work.engine, requests)
     if model.stays and best:
         tell(work.engine, dict.fromkeys([s for s in model.steps if s in best], Forget(model.key + BEST, finished=True)))
     for site, failure in failures.items():
         ledger.problems.append(f"{model.key}, final push: {failure_line(work.record, site, failure)}")
+
+
+def _hand_out(work: Work, model: Model, done: Round) -> dict[str, Failure]:
+    """Have the sites give the model that they pass on among themselves to one another, to keep; the failures.
+
+    Raises:
+        EngineError: nobody has got it.
+    """
+    p = model.setting.study.protocol
+    failures = hand_out(work.engine, model.key, done, reveal=p.options["reveal"], deadline_s=p.round_seconds)
+    if len(failures) >= sum(site.role in ("site", "test") for site in work.engine.sites.values()):
+        site, failure = str(done.values[HOLDER]), next(iter(failures.values()))
+        raise EngineError(
+            f"{model.key}, round {done.number}: {failure_line(work.record, site, failure)}. It has the weights, and must "
+            "give them to the others. Mend it, then go on with --resume."
+        )
+    return failures
 
 
 @dataclass
@@ -90,11 +113,12 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
     together = len(members) > 1
     where: list[tuple[str, str, list[str]]] = []
     if not together:
-        seen = list(model.steps) if model.stays else list(model.setting.sites)
+        own = model.stays and not model.is_one
+        seen = list(model.steps) if own else list(model.setting.sites)
         where.append(("validation", "validation", seen))
         where += [("unseen", "all", [site]) for site in (model.setting.unseen,) if site]
     if study.test is not None and (together or not model.member):
-        where.append(("test", "test", list(model.steps) if model.stays else ["test"]))
+        where.append(("test", "test", list(model.steps) if model.stays and not model.is_one else ["test"]))
     key = ensemble_key(model) if together else model.key
     scored = Scored()
     for subset, of_site, sites in where:
@@ -116,7 +140,7 @@ def _add(
 ) -> None:
     names = work.record.case_names("test" if subset == "test" else site)
     about = {
-        "model": f"{model.name}:{site}" if model.stays else model.name,
+        "model": f"{model.name}:{site}" if model.stays and not model.is_one else model.name,
         "seed": model.seed,
         "fold": None if together else model.fold,
     }
@@ -146,11 +170,13 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
         return
     weights = part(done.tensors, WEIGHTS)
     pooled = model.protocol == "centralized"  # trained where the server cannot see it, and scored there
-    sites = list(model.steps) if model.stays or pooled else [*model.setting.sites, *_unseen(model)]
+    sites = (
+        list(model.steps) if (model.stays and not model.is_one) or pooled else [*model.setting.sites, *_unseen(model)]
+    )
     if model.beside:  # a site that did not take part yet has no network of its own
         sites = [site for site in sites if site in _asked(work, model)]
     keep = Keep(model.key, {} if model.stays or pooled else weights, personal=model.beside)
-    failures = tell(work.engine, dict.fromkeys(sites, keep))
+    failures = _hand_out(work, model, done) if model.is_one else tell(work.engine, dict.fromkeys(sites, keep))
     request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False)
     replies = dict(ask(work.engine, {site: request for site in sites if site not in failures}))
     failures |= {site: as_failure(r) for site, r in replies.items() if not isinstance(r, Evaluated)}

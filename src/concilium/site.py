@@ -22,6 +22,7 @@ from concilium.answers.evaluate import evaluate
 from concilium.answers.judge import judge
 from concilium.answers.models import Models
 from concilium.answers.permission import check_names, check_policy
+from concilium.answers.relay import Relay
 from concilium.answers.statistics import Exclusions, examine, find_cases, prepare
 from concilium.errors import ConciliumError, ContractError, DataError, PrivacyError
 from concilium.messages import (
@@ -33,8 +34,12 @@ from concilium.messages import (
     Finish,
     Forget,
     Front,
+    Hand,
+    Introduce,
     Judge,
     Keep,
+    Pass,
+    Passed,
     Prepare,
     Reply,
     Request,
@@ -44,7 +49,9 @@ from concilium.messages import (
     SiteTimeout,
     Snapshot,
     Tail,
+    Take,
     Train,
+    Trained,
 )  # fmt: skip
 from concilium.optimization import device_named
 from concilium.wire import Envelope
@@ -60,6 +67,7 @@ class Site:
         self.device = device_named(settings.device)
         self._job: Job | None = None
         self._models = Models(settings.folder, self.device, site=settings.name)
+        self._relay = Relay(settings, run=run)
         self._last: tuple[int, bytes | Path] | None = None
         """The last reply, or the file it lies in, with the number of its request."""
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -137,17 +145,24 @@ class Site:
                 if not self._noted("plan.json"):  # the first is the study's own, later ones may be those of variants
                     self._note("plan.json", json.loads(request.plans))
                 return prepared
-            case Train() | Front() | Tail() | Finish():
+            case Train() | Front() | Tail() | Finish() | Pass():
                 return self._train(request, cancelled)
+            case Introduce() | Hand():
+                return self._pass_on(request)
             case Evaluate():
                 return self._evaluate(request, cancelled)
             case Judge():
                 return judge(self.settings, self._prepared_job(), request, device=self.device, cancelled=cancelled)
-            case Keep() | Snapshot() | Restore() | Forget():
+            case Keep() | Take() | Snapshot() | Restore() | Forget():
                 self._store(request)
         return Done()
 
-    def _store(self, request: Keep | Snapshot | Restore | Forget) -> None:
+    def _pass_on(self, request: Introduce | Hand) -> Reply:
+        if isinstance(request, Introduce):
+            return self._relay.introduce()
+        return self._relay.hand(self._models.learner(self._prepared_job(), request.model), request)
+
+    def _store(self, request: Keep | Take | Snapshot | Restore | Forget) -> None:
         models = self._models
         match request:
             case Keep(model, weights, source, personal):
@@ -157,15 +172,21 @@ class Site:
                         personal=bool(personal)
                     )
                 models.keep(model, own)
+            case Take(model):
+                models.keep(model, self._relay.take(request))
             case Snapshot(model, number):
                 models.snapshot(model, number)
             case Restore(model, number):
                 models.restore(model, number)
+                self._relay.went_back(model, number)
             case Forget(model, finished):
                 models.forget(model, finished=finished)
 
-    def _train(self, request: Train | Front | Tail | Finish, cancelled: Check) -> Reply:
+    def _train(self, request: Train | Front | Tail | Finish | Pass, cancelled: Check) -> Reply:
         models, job = self._models, self._prepared_job()
+        reply: Trained | Passed
+        if isinstance(request, Train | Front):
+            self._relay.check_open(request)
         try:
             match request:
                 case Front():
@@ -174,11 +195,15 @@ class Site:
                 case Tail():
                     return models.session.tail(request)
                 case Finish():
-                    trained = models.session.finish(request)
+                    reply = trained = models.session.finish(request)
                     models.end()
                 case Train():
                     learner = models.learner(job, request.model)
-                    trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
+                    reply = trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
+                    models.changed()
+                case Pass():
+                    reply = self._relay.train(models.learner(job, request.model), request, cancelled)
+                    trained = reply.trained
                     models.changed()
             if cancelled():  # in the last step: whoever asked has given it up, so it must not have happened
                 raise Cancelled
@@ -193,7 +218,7 @@ class Site:
             loss=trained.loss,
             seconds=trained.seconds,
         )
-        return trained
+        return reply
 
     def _evaluate(self, request: Evaluate, cancelled: Check) -> Reply:
         evaluated, excluded = evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,19 @@ from concilium.collect.plain import collect as plain
 from concilium.engines import SiteInfo, Traffic
 from concilium.errors import EngineError, PrivacyError
 from concilium.messages import (
+    Card,
     Done,
     Failure,
     Finish,
     Front,
     Gradients,
+    Hand,
+    Handed,
+    Introduce,
+    Introduced,
     Maps,
+    Pass,
+    Passed,
     PlugIn,
     Reply,
     Request,
@@ -40,6 +48,7 @@ from concilium.messages import (
 )  # fmt: skip
 from concilium.networks import Stage, Stages
 from concilium.protocols import WEIGHTS, Round, require, start_with
+from concilium.sealing import NOTHING, as_bytes, as_tensor
 from concilium.wire import part
 
 # ------------------------------------------------------------------------------------------- an engine without a network
@@ -55,9 +64,22 @@ class ToySite:
         self.target, self.n_cases = target, n_cases
         self.weights: dict[str, Tensor] = {}
         self.steps = 0
+        self.name = ""
+
+    def sealed(self, to: Card | None) -> Tensor:
+        """Not sealed at all: `tests/test_sealing.py` sees to that."""
+        return as_tensor(wire.pack(Handed(NOTHING, self.weights)) if to else b"")
 
     def answer(self, request: Request) -> Reply | Failure:
         match request:
+            case Introduce():
+                return Introduced(Card(self.name, *(torch.tensor([i], dtype=torch.uint8) for i in range(3))))
+            case Pass():
+                sent = wire.unpack(as_bytes(request.sealed)).weights if request.sender else request.train.weights
+                trained = self.answer(replace(request.train, weights=sent, send_weights=False))
+                return Passed(trained, self.sealed(request.to)) if isinstance(trained, Trained) else trained
+            case Hand():
+                return Handed(self.sealed(request.to), {} if request.to else self.weights)
             case Train() | Front():
                 if request.weights:
                     self.weights = dict(request.weights)
@@ -81,6 +103,8 @@ class ToyEngine:
 
     def __init__(self, sites: Mapping[str, ToySite], failing: Mapping[tuple[Any, ...], Any] | None = None) -> None:
         self.members = dict(sites)
+        for name, member in sites.items():
+            member.name = name
         self.sites = {n: SiteInfo(n, n if n in ("pooled", "test") else "site") for n in sites}
         self.traffic = {n: Traffic() for n in sites}
         self.failing = dict(failing or {})
@@ -216,7 +240,8 @@ def test_every_site_answers_and_says_what_it_did(name: str) -> None:
             assert (answer.n_cases, answer.n_steps) == (engine.members[site].n_cases, steps[site])
             assert (answer.loss, answer.seconds) == (engine.members[site].target / done.number, 0.25)
     for site, n in steps.items():
-        begun = [r for r in engine.requests(site) if isinstance(r, Train) or (isinstance(r, Front) and r.step == 0)]
+        asked = [getattr(r, "train", r) for r in engine.requests(site)]
+        begun = [r for r in asked if isinstance(r, Train) or (isinstance(r, Front) and r.step == 0)]
         assert [(r.model, r.round, r.first_step, r.steps, r.total_steps) for r in begun] == [
             ("m", 1, 0, n, 3 * n), ("m", 2, n, n, 3 * n), ("m", 3, 2 * n, n, 3 * n),
         ]  # fmt: skip
@@ -559,3 +584,93 @@ def test_what_comes_beside_the_weights_counts_as_a_share_of_all_cases() -> None:
     first, second = running("federated", ToyEngine(sites), rounds=2, cohorts=TURNS)
     assert part(first.tensors, "control/")["norm"].tolist() == [(1 * 2 + 3 * 10) / 8]
     assert part(second.tensors, "control/")["norm"].tolist() == [(1 * 2 + 3 * 10 + 4 * 6) / 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------- cyclic
+
+
+def visits(engine: ToyEngine, number: int) -> list[str]:
+    """Who was asked to train in a round, in order."""
+    return [site for site, request in engine.sent if isinstance(request, Pass) and request.round == number]
+
+
+def test_cyclic_worked_out_by_hand() -> None:
+    """north: half way to 2; west: half way to 6; south: half way to 10. Round 2 begins where round 1 ended."""
+    engine = three()
+    rounds = list(running("cyclic", engine, rounds=2, order=("north", "west", "south")))
+    assert [visits(engine, n) for n in (1, 2)] == [["north", "west", "south"]] * 2
+    first = ((0 + 2) / 2 + 6) / 2
+    assert engine.members["west"].weights["conv"][0, 0] == (((first + 10) / 2 + 2) / 2 + 6) / 2
+    assert all(part(r.tensors, WEIGHTS) == {} for r in rounds), "the server has no weights"
+    assert [r.values["holder"] for r in rounds] == ["south", "south"]
+    assert [dict(r.values)["receiver"] for r in rounds] == ["north", ""]
+
+
+def test_cyclic_draws_an_order_for_each_round() -> None:
+    engine = three()
+    list(running("cyclic", engine, rounds=12))
+    orders = {tuple(visits(engine, n)) for n in range(1, 13)}
+    assert len(orders) > 2
+    assert all(set(order) == {"north", "south", "west"} for order in orders)
+
+
+def test_cyclic_reveals_the_finished_model_where_it_is_asked_to() -> None:
+    hidden, engine = three(), three()
+    list(running("cyclic", hidden))
+    *before, last = running("cyclic", engine, reveal=True)
+    assert all(part(r.tensors, WEIGHTS) == {} for r in before)
+    assert torch.equal(part(last.tensors, WEIGHTS)["conv"], hidden.members[str(last.values["holder"])].weights["conv"])
+
+
+ORDER = ("north", "west", "south")
+
+
+@pytest.mark.parametrize(
+    "failure", [SiteLost(), SiteTimeout(60.0), SiteError("MemoryError", "out_of_memory", "r"), Done()]
+)
+@pytest.mark.parametrize("site", ORDER)
+def test_cyclic_goes_round_a_site_that_fails(site: str, failure: Any) -> None:
+    engine = three()
+    engine.failing = {(site, 2, Pass): failure}
+    rounds = list(running("cyclic", engine, rounds=3, order=ORDER))
+    assert [set(r.failures) for r in rounds] == [set(), {site}, set()]
+    assert set(rounds[1].answers) == set(ORDER) - {site}
+    targets = {"north": 2.0, "west": 6.0, "south": 10.0}
+    expected = 0.0
+    for number in (1, 2, 3):
+        for name in ORDER:
+            expected = expected if (number, name) == (2, site) else (expected + targets[name]) / 2
+    assert float(engine.members["south"].weights["conv"][0, 0]) == expected
+
+
+def test_cyclic_goes_on_from_the_last_that_is_left() -> None:
+    """The west trained, the south failed, and then the west was gone: the north's weights go on, the west's turn is lost."""
+    more = {"east": ToySite(4.0, 1)}
+    engine = north_and_south(west=ToySite(6.0, 2), **more)
+    engine.failing = {("south", 2, Pass): SiteLost(), ("west", 2, Hand): SiteLost()}
+    _, second = running("cyclic", engine, rounds=2, order=("north", "west", "south", "east"))
+    assert set(second.failures) == {"south", "west"}
+    assert set(second.answers) == {"north", "east"}
+    after_first = (((0 + 2) / 2 + 6) / 2 + 10) / 2
+    after_first = (after_first + 4) / 2
+    assert float(engine.members["east"].weights["conv"][0, 0]) == ((after_first + 2) / 2 + 4) / 2
+
+
+def test_cyclic_stops_where_nobody_is_left_who_has_the_weights() -> None:
+    engine = three()
+    engine.failing = {("north", 2, Pass): SiteLost(), ("south", 2): SiteLost()}
+    rounds = running("cyclic", engine, rounds=2, order=ORDER)
+    assert next(rounds).number == 1
+    with pytest.raises(
+        EngineError, match=r"round 2: nobody is left who has the weights \(south: lost\)\. Expected one site"
+    ):
+        next(rounds)
+
+
+def test_cyclic_stops_where_too_few_sites_answer() -> None:
+    engine = three()
+    engine.failing = {("north", 2, Pass): SiteLost(), ("west", 2): SiteTimeout(60.0)}
+    rounds = running("cyclic", engine, order=ORDER, min_sites=2)
+    assert next(rounds).number == 1
+    with pytest.raises(EngineError, match="round 2: 1 of 3 sites answered"):
+        next(rounds)

@@ -17,6 +17,7 @@ from concilium.data.patches import Batches
 from concilium.data.plan import Plan
 from concilium.messages import Training
 from concilium.networks import Stages
+from concilium.sealing import Identity
 
 
 class Cancelled(Exception):
@@ -33,6 +34,10 @@ class Policy:
     """Whether activations, functions of each voxel, may leave (split training)."""
     labels: bool = True
     """Whether in split training heads may act on maps that the server made, whose gradients tell it the labels."""
+    open_weights: bool = True
+    """Whether weights may leave as they are; otherwise only sealed for another site (`cyclic`)."""
+    reveal: bool = True
+    """Whether a server may have a finished model that is passed on sealed, where a study with `reveal` asks for it."""
     case_scores: bool = True
     """Whether the scores of single cases may leave, under numbers; otherwise averages over `MIN_CASES` patients or more."""
 
@@ -58,6 +63,10 @@ class Settings:
     """Member (or `test`) -> what it calls otherwise than the study."""
     pictures: bool = True
     """Whether a picture of each scored case is kept in `folder`."""
+    identity: Identity | None = None
+    """By which other sites know this one; none in a simulation."""
+    sealing_key: Path | None = None
+    """Where it lies; omitted: in `folder`."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from concilium import catalog
 from concilium.answers import Policy
 from concilium.errors import ContractError, PrivacyError
-from concilium.messages import Evaluate, Front, Keep, Prepare, Request
+from concilium.messages import Evaluate, Front, Hand, Keep, Pass, Prepare, Request, Take, Train
 
 
 def check_names(request: Request) -> None:
@@ -18,6 +18,16 @@ def check_names(request: Request) -> None:
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
+
+
+def _opens(request: Request) -> bool:
+    """Whether the answer would hold weights as they are."""
+    match request:
+        case Train():
+            return request.send_weights
+        case Hand():
+            return request.to is None
+    return isinstance(request, Front)
 
 
 def _check_split(request: Front, policy: Policy) -> None:
@@ -43,6 +53,18 @@ def check_policy(request: Request, policy: Policy) -> None:
     """
     if isinstance(request, Front):
         _check_split(request, policy)
+    if _opens(request) and not policy.open_weights:
+        raise PrivacyError(
+            f"{type(request).__name__} asks for weights in the open. This site's policy lets them leave sealed only. Run "
+            "cyclic, or allow it in the site's own settings.",
+            rule="open_weights",
+        )
+    if isinstance(request, Pass | Hand | Take) and request.reveal and not policy.reveal:
+        raise PrivacyError(
+            f"{request.model} would be sent to the server when it is finished. This site's policy does not allow it. Take reveal "
+            "out of the study, or allow it in the site's own settings.",
+            rule="reveal",
+        )
     asked = []
     match request:
         case Prepare():

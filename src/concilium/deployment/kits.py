@@ -71,6 +71,10 @@ class SiteSettings:
     """The same of channels."""
     annotated: tuple[str, ...] | None = None
     """The labels that were looked for at this site, in the study's words; omitted: as its dataset.json says, or all."""
+    open_weights: bool = True
+    """Whether weights may leave as they are, as `federated` needs it; otherwise only sealed for another site (`cyclic`)."""
+    reveal: bool = False
+    """Whether the server may have the finished model of a study with `cyclic` and `reveal`; otherwise the sites alone have it."""
     case_scores: bool = False
     """Whether the scores of single cases may leave, under numbers. Otherwise averages do, over 5 patients or more."""
     pictures: bool = True
@@ -143,7 +147,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "device": str,
         "split": bool,
     }
-    hints |= dict.fromkeys(("labels", "pictures", "case_scores"), bool)
+    hints |= dict.fromkeys(("labels", "pictures", "case_scores", "open_weights", "reveal"), bool)
     hints |= dict.fromkeys(("plug_ins", "annotated"), tuple[str, ...])
     hints |= dict.fromkeys(("label_names", "channel_names"), Mapping[str, str])
     values: dict[str, Any] = {}
@@ -182,7 +186,9 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
     """What the site answers with in one run."""
     from concilium.answers import Policy, Settings  # and with them torch, which a site that waits does not need
     from concilium.data.matching import Names
+    from concilium.sealing import Identity
 
+    files = certificates(kit, server=False)
     s = read_settings(kit)
     folder = s.folder or kit / "runs"
     return Settings(
@@ -194,7 +200,9 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         folder / "cache",
         s.threads,
         s.device,
-        Policy(s.plug_ins, s.split, s.labels, s.case_scores),
+        Policy(s.plug_ins, s.split, s.labels, s.open_weights, s.reveal, s.case_scores),
         names={about.name: Names(s.label_names or {}, s.channel_names or {}, s.annotated)},
         pictures=s.pictures,
+        identity=Identity(files.authority, files.certificate, files.key, about.sites),
+        sealing_key=files.key.with_name("sealing.key"),  # beside the certificate's
     )

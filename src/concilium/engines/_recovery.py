@@ -17,6 +17,8 @@ from concilium.messages import (
     Forget,
     Front,
     Maps,
+    Pass,
+    Passed,
     Prepare,
     Reply,
     Request,
@@ -56,6 +58,8 @@ class Recovery:
                 self._kept[site].pop(model, None)
             case ((Train(model) | Front(model) | Finish(model)), (Trained() | Maps())):
                 self._ahead.add((site, model))
+            case Pass(), Passed():
+                self._ahead.add((site, request.model))
         if site in self._lapsed:
             self._lapsed.discard(site)
             return SiteLost()

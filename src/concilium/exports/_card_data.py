@@ -208,6 +208,7 @@ def training_lines(record: Record) -> Sequence[str]:
     how = {
         "local": f"trained at {record.owner} alone: nothing was aggregated",
         "centralized": "trained on the cases of all sites in one place: nothing was aggregated",
+        "cyclic": "passed on from site to site, each of which trained it in turn: nothing was aggregated",
     }.get(protocol, f"trained by protocol `{protocol}`, {rules}")
     if record.title.endswith(PERSONAL):
         shared = record.title.removesuffix(PERSONAL)
