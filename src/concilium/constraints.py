@@ -42,6 +42,8 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[training] foreground": (lambda x: 0 <= x <= 1, "0 to 1"),
     "[training] clip_norm": (lambda x: x > 0, "more than 0"),
     "[training] loader_workers": (lambda x: x >= 0, "0 or more"),
+    "[personalize] steps": (lambda x: x >= 1, "1 or more"),
+    "[personalize] learning_rate": (lambda x: x > 0, "more than 0"),
     "[validation] folds": (lambda x: x >= 2, "2 or more"),
     "[validation] fold": (lambda x: x == "all" or x >= 0, "0 to folds - 1, or 'all'"),
     "[validation] every": (lambda x: x >= 1, "1 or more"),
@@ -180,15 +182,14 @@ def _cannot_validate(v: Any, p: Any, n_sites: int) -> list[str]:
 
 def _cannot_take_part(found: Mapping[str, Any]) -> list[str]:
     """What is wrong with who takes part in a round, and in which order."""
-    p, s, update, sites = found["protocol"], found["study"], found["local_update"].name, tuple(found["sites"])
+    p, update, sites = found["protocol"], found["local_update"].name, tuple(found["sites"])
     problems = cohort_problems(sites, p.options, p.min_sites) if p else []
     try:
         personal = has_personal(update)
     except StudyError:  # there is no such update, which is told elsewhere
         personal = False
-    if p and s and not problems and personal:
-        seeds = range(s.seed, s.seed + s.seeds)
-        problems = left_out(sites, p.options, p.min_sites, rounds=p.rounds, seeds=seeds, update=update)
+    if p and found["study"] and not problems:
+        problems = left_out(found, personal=personal)
     if p and p.name == "cyclic":
         problems += turn_problems(sites, p.options, found, personal=personal)
     return problems

@@ -15,7 +15,7 @@ from concilium import catalog
 from concilium.answers import Policy, Settings
 from concilium.errors import ContractError, PrivacyError
 from concilium.line import _connect
-from concilium.messages import Forget, Front, Hand, Introduce, Pass, Restore, Snapshot, Take, Train
+from concilium.messages import Fetch, Forget, Front, Hand, Introduce, Pass, Restore, Snapshot, Take, Train
 from concilium.preparation import Ledger, ask_sites, initial_weights, plan_for, prepare_sites
 from concilium.record import Record
 from concilium.schedule import settings
@@ -103,6 +103,7 @@ def test_what_was_passed_on_does_not_leave_in_the_open_whatever_life_the_site_is
     opening = [
         Train("m", 2, 1, 1, 3, {}, True), Train("m", 2, 1, 1, 3, pair.initial, True), Train("m", 2, 1, 1, 3, {}, False),
         Front("m", 2, ("down0", "up0"), False, 0, 1, 1, 3, {}, ()), Hand("m", 1, None, False, False),
+        Fetch("m"),
     ]  # fmt: skip
     again = Site(west.settings, run=west.run, epoch=1)
     again._job = west._job
@@ -145,7 +146,7 @@ def test_a_sites_owner_decides(policy: Policy, rule: str, pair: Pair) -> None:
         ],
         "open_weights": [
             Train("o", 1, 0, 1, 3, pair.initial, True), Front("o", 1, ("down0", "up0"), False, 0, 1, 0, 3, {}, ()),
-            Hand("m", 1, None, False, True),
+            Hand("m", 1, None, False, True), Fetch("m"),
         ],
     }  # fmt: skip
     for request in forbidden[rule]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from concilium import catalog, wire
-from concilium.aggregation import weight_of
+from concilium.aggregation import Block, weight_of
 from concilium.aggregation.mean import rule as mean
 from concilium.collect.plain import collect as plain
 from concilium.engines import SiteInfo, Traffic
@@ -49,6 +49,7 @@ from concilium.messages import (
 from concilium.networks import Stage, Stages
 from concilium.protocols import WEIGHTS, Round, require, start_with
 from concilium.sealing import NOTHING, as_bytes, as_tensor
+from concilium.sharing import Sharing
 from concilium.wire import part
 
 # ------------------------------------------------------------------------------------------- an engine without a network
@@ -674,3 +675,33 @@ def test_cyclic_stops_where_too_few_sites_answer() -> None:
     assert next(rounds).number == 1
     with pytest.raises(EngineError, match="round 2: 1 of 3 sites answered"):
         next(rounds)
+
+
+# ------------------------------------------------------------------------------ cohorts where sites do not share everything
+
+
+def test_cohorts_of_sites_that_have_different_tensors() -> None:
+    """`conv` is shared by all, `norm` by north and west: in the south's and north's rounds the north alone has it."""
+    all_three, two = ("north", "south", "west"), ("north", "west")
+    blocks = (
+        Block({"conv": torch.empty(1, 2, device="meta")}, {s: {"conv": "conv"} for s in all_three}),
+        Block({"norm": torch.empty(1, device="meta")}, {s: {"norm": "norm"} for s in two}),
+    )
+    sharing = Sharing(blocks=blocks, sizes={"north": 3, "south": 2, "west": 3})
+    rounds = list(running("federated", three(), rounds=2, cohorts=TURNS, sharing=sharing))
+    assert [set(r.answers) for r in rounds] == [{"north", "south"}, {"west"}]
+    assert [values(r)[0] for r in rounds] == [4.0, 5.0]
+    assert [values(r, "norm") for r in rounds] == [[(16 + 2) / 2], [((16 + 2) / 2 + 6) / 2]]
+    only_south = list(running("federated", three(), rounds=1, cohorts=(("south",), ("north", "west")), sharing=sharing))
+    assert values(only_south[0], "norm") == [16.0], "of which nobody was asked, it stays as it was"
+
+
+def test_what_a_site_keeps_begins_in_its_own_first_round() -> None:
+    engine = three()
+    sharing = Sharing(kept=frozenset({"norm"}), sizes={"north": 3, "south": 3, "west": 3})
+    start = start_with({"conv": part(START.tensors, WEIGHTS)["conv"]})
+    rounds = list(running("federated", engine, start, rounds=4, cohorts=TURNS, sharing=sharing))
+    assert [r.values[".begun"] for r in rounds] == [("north", "south")] + [("north", "south", "west")] * 3
+    assert {s: [r.begins for r in engine.requests(s)] for s in ("north", "west")} == {
+        "north": [True, False], "west": [True, False],
+    }  # fmt: skip

@@ -238,6 +238,25 @@ def test_a_federation_gives_the_bits_of_the_simulation_and_tells_nothing_else(
         assert not any(f"{other}_0".encode() in own for other in SITES if other != site)
 
 
+def test_weights_go_from_site_to_site_past_a_server_that_has_none(
+    federation: Federation, serving: Any, phantom: Path, tmp_path: Path
+) -> None:
+    """With the certificates of real kits. What the server keeps is searched for the bytes of the finished model."""
+    process = serving(study_of(None, protocol__name="cyclic"), "cyclic")
+    here = simulated(phantom, tmp_path / "here", protocol__name="cyclic")
+    assert process.wait(LONG_S) == 0, federation.said("cyclic")
+    expected = load_file(here / "sites" / "north" / "models" / "cyclic.safetensors")
+    for site in SITES:
+        (path,) = federation.private(site).rglob("models/cyclic.safetensors")
+        found = load_file(path)
+        assert [name for name in expected if not expected[name].equal(found[name])] == []
+        assert (federation.kits / site / "startup" / "sealing.key").stat().st_mode & 0o777 == 0o600
+    there = b"".join(path.read_bytes() for path in (federation.folder / "cyclic").rglob("*") if path.is_file())
+    assert len(there) > 10_000
+    assert not any(t.numpy().tobytes()[:64] in there for t in expected.values() if t.numel() >= 64)
+    assert {case["site"] for case in federation.results("cyclic")["cases"]} == set(SITES) - {SILENT}
+
+
 # --------------------------------------------------------------------------------------------------------- what goes wrong
 
 LONGER = {"protocol__rounds": 5, "protocol__steps": 120}

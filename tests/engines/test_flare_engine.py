@@ -39,6 +39,7 @@ from concilium.messages import (
     Trained,
     Training,
 )
+from concilium.sealing import Identity
 from concilium.site import Site
 from concilium.study import parse_study
 from concilium.wire import Envelope
@@ -451,12 +452,12 @@ def test_this_engine_is_not_started_without_a_place(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ real sites
 
 
-@pytest.mark.parametrize("protocol", ["federated", "splitfed"])
+@pytest.mark.parametrize("protocol", ["federated", "splitfed", "cyclic"])
 def test_a_study_gives_the_bits_of_the_simulation(
     protocol: str, phantom: Path, tmp_path: Path, authority: Any, join: Any
 ) -> None:
     # in one process, server and sites share the libraries' generators: where both draw, they must take turns
-    names = ("north", "west") if protocol == "federated" else ("north",)
+    names = ("north",) if protocol == "splitfed" else ("north", "west")
     raw: dict[str, Any] = {
         "study": {"name": "small", "seed": 3},
         "sites": {name: {"data": str(phantom / name)} for name in names},
@@ -479,9 +480,11 @@ def test_a_study_gives_the_bits_of_the_simulation(
             envelope = Envelope(heading["run"], heading["epoch"], heading["sequence"])
             with one_at_a_time:
                 if name not in sites:
+                    files = authority.issue(name)
                     s = Settings(
-                        name, "site", {name: phantom / name}, None, tmp_path / name, tmp_path / "cache", 1, "cpu"
-                    )
+                        name, "site", {name: phantom / name}, None, tmp_path / name, tmp_path / "cache", 1, "cpu",
+                        identity=Identity(files.authority, files.certificate, files.key, names),
+                    )  # fmt: skip
                     sites[name] = Site(s, run=envelope.run, epoch=envelope.epoch)
                 return sites[name].handle(packed, envelope, cancelled)
 
@@ -492,7 +495,8 @@ def test_a_study_gives_the_bits_of_the_simulation(
 
     outcome = run(study, tmp_path / "there", connect=connect)
     assert outcome.exit_code == 0
-    here, there = (load_file(tmp_path / f / f"weights/{protocol}.safetensors") for f in ("here", "there"))
+    places = ["here/weights", "there/weights"] if protocol != "cyclic" else ["here/sites/west/models", "west/models"]
+    here, there = (load_file(tmp_path / place / f"{protocol}.safetensors") for place in places)
     assert here.keys() == there.keys()
     assert all(here[name].equal(there[name]) for name in here)
     before = json.loads((tmp_path / "here/results.json").read_text())

@@ -69,13 +69,20 @@ def test_cohorts_take_turns_and_one_that_is_away_is_passed_over() -> None:
 # -------------------------------------------------------------------------------------------------------------- studies
 
 
-def errors(update: str = "plain", rule: str = "mean", name: str = "federated", **protocol: Any) -> str:
+def errors(
+    update: str = "plain",
+    rule: str = "mean",
+    name: str = "federated",
+    more: dict[str, Any] | None = None,
+    **protocol: Any,
+) -> str:
     raw = {
         "study": {"name": "x"},
         "sites": {name: {"data": name} for name in ("north", "south", "west", "east")},
         "protocol": {"name": name, "rounds": 4, "steps": 1} | protocol,
         "local_update": {"name": update},
         "aggregation": {"name": rule},
+        **(more or {}),
     }
     try:
         parse_study(raw, folder=Path("/"), check_data=False)
@@ -122,6 +129,43 @@ def test_a_site_that_never_takes_part_would_have_no_network_of_its_own() -> None
     assert errors("ditto", cohorts=TURNS, rounds=2) == ""
     assert "[local_update] name = 'ditto': with seed 0 west, east would" in errors("ditto", cohorts=TURNS, rounds=1)
     assert errors(participation=0.1, min_sites=1, rounds=1) == ""
+    kept = {"sharing": {"keep": ["norms"]}}
+    assert "[sharing] keep = ['norms']: with seed 0 west, east would never" in errors(
+        cohorts=TURNS, rounds=1, more=kept
+    )
+    by_site = {"plan": {"fingerprint": "site"}}
+    assert "[plan] fingerprint = 'site': with seed 0 west, east would" in errors(cohorts=TURNS, rounds=1, more=by_site)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"order": ["north", "south"]},
+            "[protocol] order = ['north', 'south'] is not allowed. Allowed: every site once (north",
+        ),
+        ({"order": ["north", "south", "west", "east", "east"]}, "Allowed: every site once"),
+        ({"order": ["north", "south", "west", "est"]}, "Allowed: every site once"),
+        ({"rule": "adam"}, "[aggregation] name = 'adam' is not allowed with cyclic: nothing is aggregated."),
+        ({"more": {"collect": {"name": "judged"}}}, "[collect] name = 'judged' is not allowed with cyclic"),
+        ({"update": "ditto"}, "[local_update] name = 'ditto' is not allowed with cyclic"),
+        ({"update": "scaffold"}, "[local_update] name = 'scaffold' is not allowed with protocol 'cyclic'"),
+        ({"more": {"validation": {"select": "best", "every": 1}}}, "select = 'best' is not allowed with cyclic"),
+        ({"more": {"sharing": {"keep": ["norms"]}}}, "[sharing] keep = ['norms'] is not allowed with cyclic"),
+        ({"more": {"plan": {"fingerprint": "site"}}}, "[plan] fingerprint = 'site' is not allowed with cyclic"),
+        ({"participation": 0.5}, "[protocol] participation = 0.5 is not known. Known: compare,"),
+    ],
+)
+def test_what_a_study_of_cyclic_may_not_ask(given: dict[str, Any], expected: str) -> None:
+    assert expected in errors(name="cyclic", **given)
+
+
+def test_what_a_study_of_cyclic_may_ask() -> None:
+    assert (
+        errors(name="cyclic")
+        == errors("proximal", name="cyclic", order=["west", "east", "south", "north"], reveal=True)
+        == ""
+    )
 
 
 def test_krum_counts_the_sites_of_a_round() -> None:

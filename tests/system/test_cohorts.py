@@ -127,6 +127,29 @@ def test_updates_that_keep_something_at_the_site(update: str, small_study: Make,
         assert "north" in first["dice"]
 
 
+@pytest.mark.parametrize(
+    "how", [{"sharing__keep": ["norms"], "sharing__unseen": "mean"}, {"plan__fingerprint": "site"}]
+)
+def test_tensors_that_stay_at_the_sites(how: dict[str, Any], small_study: Make, tmp_path: Path) -> None:
+    """A site that has not had its turn is not validated: it has nothing of its own yet."""
+    study = small_study(
+        protocol__cohorts=[["north", "south"], ["west"]], protocol__rounds=4, validation__every=1, **how
+    )
+    outcome = run(study, tmp_path / "whole")
+    assert outcome.results["problems"] == []
+    curve = [json.loads(line) for line in (tmp_path / "whole/curves.jsonl").read_text().splitlines()]
+    assert [("west" in line["dice"], "north" in line["dice"]) for line in curve[:2]] == [(False, True), (True, True)]
+
+    def stop(event: Event) -> None:
+        if event.kind == "round" and event.round == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(study, tmp_path / "run", watch=stop)
+    assert run(study, tmp_path / "run", resume=True).exit_code == 0
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("rule", ["fednova", "momentum", "adam", "median", "agreement"])
 def test_rules_take_what_they_get(rule: str, small_study: Make, tmp_path: Path) -> None:
     study = small_study(aggregation__name=rule, protocol__participation=0.7, protocol__rounds=3, test=False)

@@ -7,7 +7,7 @@ import re
 from concilium import catalog
 from concilium.answers import Policy
 from concilium.errors import ContractError, PrivacyError
-from concilium.messages import Evaluate, Front, Hand, Keep, Pass, Prepare, Request, Take, Train
+from concilium.messages import Evaluate, Fetch, Front, Hand, Keep, Pass, Personalize, Prepare, Request, Take, Train
 
 
 def check_names(request: Request) -> None:
@@ -15,6 +15,8 @@ def check_names(request: Request) -> None:
     names = [getattr(request, "model", "none"), *getattr(request, "members", ())]
     if isinstance(request, Keep):
         names += [name for name in (request.source, request.personal) if name]
+    if isinstance(request, Personalize):
+        names.append(request.source)
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
@@ -27,7 +29,7 @@ def _opens(request: Request) -> bool:
             return request.send_weights
         case Hand():
             return request.to is None
-    return isinstance(request, Front)
+    return isinstance(request, Front | Fetch)
 
 
 def _check_split(request: Front, policy: Policy) -> None:
@@ -64,6 +66,12 @@ def check_policy(request: Request, policy: Policy) -> None:
             f"{request.model} would be sent to the server when it is finished. This site's policy does not allow it. Take reveal "
             "out of the study, or allow it in the site's own settings.",
             rule="reveal",
+        )
+    if isinstance(request, Fetch) and not policy.kept:
+        raise PrivacyError(
+            f"The tensors of {request.model} that stay here were asked for. This site's policy does not let them leave. Allow it "
+            "in the site's own settings (kept = true), or run the study with [sharing] unseen = 'none'.",
+            rule="kept",
         )
     asked = []
     match request:

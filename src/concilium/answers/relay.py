@@ -8,18 +8,23 @@ and a round that was taken is not taken again unless the site went back to befor
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from torch import Tensor
 
-from concilium.answers import Check, Settings
+from concilium.answers import Check, Job, Settings
+from concilium.answers.models import Models
 from concilium.answers.train import Learner
 from concilium.errors import ContractError, PrivacyError
-from concilium.messages import Card, Front, Hand, Handed, Introduced, Pass, Passed, Take, Tensors, Train
+from concilium.messages import Card, Done, Hand, Handed, Introduce, Introduced, Pass, Passed, Reply, Take, Tensors
 from concilium.sealing import NOTHING, About, check_card, make_card, own_key, seal, unseal
+
+Carried: TypeAlias = Introduce | Hand | Take
 
 
 class Relay:
@@ -29,6 +34,17 @@ class Relay:
         self._settings, self._run = settings, run
         self._last: dict[str, int] = {}
         """Model -> the last round whose weights were opened here, in this life or before the snapshot it went back to."""
+
+    def answer(self, request: Carried, models: Models, job: Callable[[], Job]) -> Reply:
+        """The reply to what is no training. A site shows its card, and takes a finished model, before it is prepared too."""
+        match request:
+            case Introduce():
+                return self.introduce()
+            case Hand():
+                return self.hand(models.learner(job(), request.model), request)
+            case Take():
+                models.keep(request.model, self.take(request))
+        return Done()
 
     def introduce(self) -> Introduced:
         """The site's card."""
@@ -93,16 +109,16 @@ class Relay:
         """The site is where it was after this round."""
         self._last[model] = number
 
-    def check_open(self, request: Train | Front) -> None:
+    def check_open(self, model: str) -> None:
         """Check that this model's weights may leave as they are.
 
         Raises:
             PrivacyError: they were passed on sealed before.
         """
-        if self._mark_of(request.model).is_file():
+        if self._mark_of(model).is_file():
             raise PrivacyError(
-                f"{request.model} was to be trained in the open in round {request.round}. It was passed on sealed before, and "
-                f"stays so at {self._settings.name}. Use another name.",
+                f"Weights of {model} were asked for in the open. They were passed on sealed before, and leave "
+                f"{self._settings.name} in no other way. Use another name for another model.",
                 rule="sealed",
             )
 

@@ -77,6 +77,8 @@ class SiteSettings:
     """Whether the server may have the finished model of a study with `cyclic` and `reveal`; otherwise the sites alone have it."""
     case_scores: bool = False
     """Whether the scores of single cases may leave, under numbers. Otherwise averages do, over 5 patients or more."""
+    kept: bool = False
+    """Whether tensors that a study keeps at its sites may leave once, to make a network for sites elsewhere."""
     pictures: bool = True
     """Whether a picture of each scored case is kept in the run's folder here."""
 
@@ -147,7 +149,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "device": str,
         "split": bool,
     }
-    hints |= dict.fromkeys(("labels", "pictures", "case_scores", "open_weights", "reveal"), bool)
+    hints |= dict.fromkeys(("labels", "pictures", "case_scores", "kept", "open_weights", "reveal"), bool)
     hints |= dict.fromkeys(("plug_ins", "annotated"), tuple[str, ...])
     hints |= dict.fromkeys(("label_names", "channel_names"), Mapping[str, str])
     values: dict[str, Any] = {}
@@ -200,7 +202,15 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         folder / "cache",
         s.threads,
         s.device,
-        Policy(s.plug_ins, s.split, s.labels, s.open_weights, s.reveal, s.case_scores),
+        Policy(
+            plug_ins=s.plug_ins,
+            split=s.split,
+            labels=s.labels,
+            open_weights=s.open_weights,
+            reveal=s.reveal,
+            case_scores=s.case_scores,
+            kept=s.kept,
+        ),
         names={about.name: Names(s.label_names or {}, s.channel_names or {}, s.annotated)},
         pictures=s.pictures,
         identity=Identity(files.authority, files.certificate, files.key, about.sites),

@@ -8,9 +8,11 @@ Drawing without replacement is the sampling of McMahan et al. 2017 (arXiv:1602.0
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from concilium.aggregation import Block
 from concilium.data.draws import digest
 
 Cohorts = Sequence[Sequence[str]]
@@ -33,6 +35,11 @@ def cohort(
         # each site draws for itself: who else is there does not change its number
         chosen = sorted(steps, key=lambda site: (digest(seed, "cohort", number, site), site))[:n]
     return {site: n_steps for site, n_steps in steps.items() if site in chosen}
+
+
+def restricted(blocks: Sequence[Block], sites: Collection[str]) -> tuple[Block, ...]:
+    """The blocks with these sites alone, in their order; a block that none of them has stays, and stays empty."""
+    return tuple(replace(b, names={site: names for site, names in b.names.items() if site in sites}) for b in blocks)
 
 
 def size(n_sites: int, participation: float, least: int) -> int:
@@ -76,28 +83,24 @@ def cohort_problems(sites: Collection[str], options: Mapping[str, Any], min_site
     return problems
 
 
-def left_out(
-    sites: Collection[str],
-    options: Mapping[str, Any],
-    min_sites: int | None,
-    *,
-    rounds: int,
-    seeds: Iterable[int],
-    update: str,
-) -> list[str]:
-    """What is wrong where every site is to have a network of its own, which a site that never takes part has not."""
-    who = {"participation": options.get("participation", 1.0), "cohorts": options.get("cohorts", ())}
-    if who == {"participation": 1.0, "cohorts": ()}:
+def left_out(found: Mapping[str, Any], *, personal: bool) -> list[str]:
+    """What is wrong in a study (its tables) where every site is to have tensors of its own: one that is never asked has none."""
+    p, s, sharing, plan, sites = (found[table] for table in ("protocol", "study", "sharing", "plan", "sites"))
+    who = {"participation": p.options.get("participation", 1.0), "cohorts": p.options.get("cohorts", ())}
+    reasons = {f"[local_update] name = {found['local_update'].name!r}": personal}
+    reasons |= {f"[sharing] keep = {list(sharing.keep)}": bool(sharing.keep)} if sharing else {}
+    reasons |= {"[plan] fingerprint = 'site'": plan.fingerprint == "site"} if plan else {}
+    reason = next((reason for reason, given in reasons.items() if given), None)
+    if reason is None or who == {"participation": 1.0, "cohorts": ()}:
         return []
-    least = min_sites or min(2, fewest(sites, options, 2))
+    least = p.min_sites or min(2, fewest(sites, p.options, 2))
     every = dict.fromkeys(sites, 1)
     problems = []
-    for seed in seeds:
-        asked = {s for number in range(1, rounds + 1) for s in cohort(every, number, least=least, seed=seed, **who)}
+    for seed in range(s.seed, s.seed + s.seeds):
+        asked = {s for number in range(1, p.rounds + 1) for s in cohort(every, number, least=least, seed=seed, **who)}
         if never := [site for site in sites if site not in asked]:
             problems.append(
-                f"[protocol] rounds = {rounds} is not allowed with [local_update] name = {update!r}: with seed {seed} "
-                f"{', '.join(never)} would never take part, and have no network of their own. Allowed: more rounds, or a larger "
-                "participation."
+                f"[protocol] rounds = {p.rounds} is not allowed with {reason}: with seed {seed} {', '.join(never)} would never "
+                "take part, and have nothing of their own. Allowed: more rounds, or a larger participation."
             )
     return problems

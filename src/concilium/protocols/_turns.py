@@ -29,6 +29,15 @@ def turn_problems(
     for table, default in (("aggregation", "mean"), ("collect", "plain")):
         if (name := found[table].name) != default:
             problems.append(f"[{table}] name = {name!r} is not allowed with cyclic: nothing is aggregated. Remove it.")
+    sharing, plan = found["sharing"], found["plan"]
+    if sharing and sharing.keep:
+        problems.append(
+            f"[sharing] keep = {list(sharing.keep)} is not allowed with cyclic, which passes all tensors on. Allowed: none."
+        )
+    if plan and plan.fingerprint == "site":
+        problems.append(
+            "[plan] fingerprint = 'site' is not allowed with cyclic, in which all sites train one network. Allowed: 'pooled'."
+        )
     if personal:
         problems.append(
             f"[local_update] name = {found['local_update'].name!r} is not allowed with cyclic, where a site trains nothing of "
