@@ -38,7 +38,7 @@ from concilium.local_updates.plain import step as plain
 from concilium.messages import PlugIn
 from concilium.study import Study, parse_study, read_study
 
-PER_ROUND = 10
+PER_ROUND, WORKERS = 10, 2
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -71,7 +71,7 @@ def many(base: Study, n_sites: int, data: Path, *, rounds: int, steps: int, roun
             "training": {"patch_size": [40, 56, 40] if t.patch_size is None else list(t.patch_size), "batch_size": t.batch_size},
             "validation": {"folds": 2},
             "local_update": update,
-            "engine": {"workers": 2, "threads": 1, "pictures": False},
+            "engine": {"workers": WORKERS, "threads": 1, "pictures": False},
         },
         folder=data,
     )  # fmt: skip
@@ -93,6 +93,12 @@ def resident_mb(process: int | str = "self", *, highest: bool) -> float:
     return 0.0
 
 
+def busiest(asked: Sequence[str], sites: Sequence[str]) -> int:
+    """How many of those that are asked the busier worker has: site number i is the business of worker i modulo 2."""
+    first = sum(sites.index(site) % WORKERS == 0 for site in asked)
+    return max(first, len(asked) - first)
+
+
 def measure(study: Study, folder: Path, *, straggler: int) -> dict[str, Any]:
     """Run the study; in round `straggler` a site is held up."""
     fuse = Path(str(study.local_update.options["fuse"]))
@@ -111,11 +117,13 @@ def measure(study: Study, folder: Path, *, straggler: int) -> dict[str, Any]:
     outcome = run(study, folder / "run", watch=watch)
     ended = time.perf_counter()
     lines = [json.loads(line) for line in (folder / "run" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    others = [line["seconds"] for line in lines if line["round"] != straggler]
+    ordinary = [line for line in lines if line["round"] != straggler]
+    others = [line["seconds"] for line in ordinary]
     return {
         "sites": len(study.sites),
         "asked": [len(line["asked"]) for line in lines],
         "round_s": others,
+        "turn_s": [line["seconds"] / busiest(line["asked"], list(study.sites)) for line in ordinary],
         "straggler_s": lines[straggler - 1]["seconds"],
         "failures": {str(line["round"]): line["failures"] for line in lines if line["failures"]},
         "exit_code": outcome.exit_code,
@@ -183,16 +191,17 @@ def _in_its_own_process(options: argparse.Namespace, n_sites: int) -> dict[str, 
 
 
 def _lines(figures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield f"{figures[0]['parameters']:,} parameters; seconds of a round: median, and the highest"
+    yield f"{figures[0]['parameters']:,} parameters. Round: median, highest. Turn: a round over the sites of the busier worker."
     yield (
-        "\nsites   asked   round [s]      straggler [s]   server: before, peak [MB]   worker: peak [MB]   "
+        "\nsites   asked   round [s]      turn [s]   straggler [s]   server: before, peak [MB]   worker: peak [MB]   "
         "before, after [s]   exit"
     )
     for f in figures:
         times, asked = f["round_s"], sorted(set(f["asked"]))
         yield (
             f"{f['sites']:5d}   {'/'.join(map(str, asked)):>5}   {statistics.median(times):5.1f}, {max(times):5.1f}   "
-            f"{f['straggler_s']:13.1f}   {f['server_before_mb']:14.0f}, {f['server_peak_mb']:9.0f}   "
+            f"{statistics.median(f['turn_s']):8.2f}   {f['straggler_s']:13.1f}   "
+            f"{f['server_before_mb']:14.0f}, {f['server_peak_mb']:9.0f}   "
             f"{f['worker_peak_mb']:17.0f}   {f['before_s']:8.1f}, {f['after_s']:7.1f}   {f['exit_code']}"
         )
         for number, failed in f["failures"].items():
