@@ -307,6 +307,17 @@ def test_folds_seeds_and_sites_left_out(cyclic: Make, tmp_path: Path) -> None:
     assert len(open_finished(tmp_path / "run", "cyclic.f1").files) == 1
 
 
+@pytest.mark.parametrize("update", ["proximal", "distill"])
+def test_with_other_local_updates_and_fine_tuning_at_each_site(update: str, cyclic: Make, tmp_path: Path) -> None:
+    study = cyclic(local_update__name=update, personalize__steps=1, protocol__rounds=2, sites=("north", "west"))
+    outcome = run(study, tmp_path / "run")
+    assert outcome.results["problems"] == []
+    own = {f"cyclic-finetuned:{site}" for site in ("north", "west")}
+    assert {c["model"] for c in outcome.results["cases"]} == {"cyclic", *own}
+    assert own <= set(finished_models(tmp_path / "run"))
+    assert not same(at(tmp_path / "run", "west"), at(tmp_path / "run", "west", "cyclic-finetuned"))
+
+
 def test_two_processes_give_the_same_bits(cyclic: Make, whole: Path, tmp_path: Path) -> None:
     assert run(cyclic(validation__every=2, test=True, engine__workers=2), tmp_path / "run").exit_code == 0
     assert digests(tmp_path / "run") == digests(whole)
