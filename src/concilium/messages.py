@@ -316,6 +316,8 @@ class Personalize:
     """One that no round of training had: batches are drawn by it."""
     steps: int
     learning_rate: float
+    deep_supervision: bool
+    """Whether the heads below full resolution were trained, and train on."""
     tensors: tuple[str, ...] = ()
 
 

@@ -78,8 +78,10 @@ def personalize(work: Work, model: Model, ledger: Ledger) -> None:
     """Have every site train the finished model on for itself."""
     study = model.setting.study
     own, rounds = study.personalize, study.protocol.rounds
-    rate = own.learning_rate or training_of(study).learning_rate
-    request = Personalize(model.key, model.beside, rounds + 1, own.steps or 0, rate, own.tensors)
+    training = training_of(study)
+    deep = training.deep_supervision and bool(study.protocol.options.get("reveal_labels", True))
+    rate = own.learning_rate or training.learning_rate
+    request = Personalize(model.key, model.beside, rounds + 1, own.steps or 0, rate, deep, own.tensors)
     for site, reply in ask(work.engine, dict.fromkeys(model.steps, request)):
         if not isinstance(reply, Trained):
             failure = failure_line(work.record, site, as_failure(reply))
