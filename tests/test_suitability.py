@@ -60,7 +60,7 @@ def test_another_spacing_is_a_ground(spacing: tuple[float, ...]) -> None:
     assert (advice.suits, advice.sites, kinds(advice)) == ("asymmetric", ("north",), [("north", "spacing")])
     along, mm = ("z", "5") if spacing[0] == 5 else ("x", "0.4")
     assert f"its spacing along {along} is {mm} mm, the joint plan's 1 mm" in advice.text
-    assert "71% of its parameters" in advice.text
+    assert "by own plans it would share 71% of its parameters" in advice.text
 
 
 def test_the_joint_plan_counts_along_its_own_axes() -> None:

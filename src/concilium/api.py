@@ -117,7 +117,7 @@ def plan(
     Raises:
         StudyError, DataError, EngineError: a study whose data are not all here, or cannot be used together.
     """
-    from concilium.planning import plan as plan_sites
+    from concilium.advice import plan as plan_sites
 
     return Plan(plan_sites(_study(study), None if out is None else Path(out), watch=watch))
 

@@ -12,9 +12,9 @@ from concilium.errors import StudyError
 if TYPE_CHECKING:  # torch and pandas take seconds to load
     import pandas
 
+    from concilium.advice import Planned
     from concilium.data.check import Checked
     from concilium.evaluation import Evaluation
-    from concilium.planning import Planned
 
 
 @dataclass(frozen=True)

@@ -1,214 +1,177 @@
-"""Before training: the plan of all sites together, beside the plan that each site's own data would give.
-
-The sites are examined as a run examines them, and the plans are made as a run makes them, in a folder that is gone afterwards.
-Every site's fingerprint is seen alone here: this is for one workstation that has the folders, not for the server of a federation.
-"""
+"""The plan of a setting, or of each of its sites; the networks that are built by it, and what of these is shared."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
-import numpy as np
+from torch import Tensor
 
 from concilium import catalog
 from concilium.data.draws import drawn_from
-from concilium.data.fingerprint import merge, percentile, to_json
-from concilium.data.plan import open_plan
-from concilium.engines import Engine
-from concilium.errors import ContractError, DataError, StudyError
-from concilium.messages import Fingerprint
-from concilium.preparation import Event, Ledger, Plans, Told, ask_sites, network_of, on_folders, plan_for
-from concilium.record import Record
-from concilium.schedule import Setting, settings
-from concilium.study import StartTable, Study, divide, names_of
-from concilium.suitability import Advice, Axes, Outline, View, advise, view_of
-
-AXES = ("z", "y", "x")
-"""Names of the file's axes, its last first, as arrays have them."""
-Range = tuple[float, float]
+from concilium.data.labels import Labels, n_heads
+from concilium.data.plan import make_plans, open_plan
+from concilium.messages import Fingerprint, Tensors
+from concilium.networks import Stages, make_network, names_elsewhere
+from concilium.schedule import Model
+from concilium.sharing import EVERYTHING, Sharing, Table, kept_of, match
+from concilium.start_from import Start
+from concilium.study import Study
 
 
 @dataclass(frozen=True)
-class Planned:
-    """The joint plan, each site beside it, and what the rule says."""
+class Told:
+    """What the sites told of their data."""
 
-    study: str
-    configuration: str
-    n_cases: int
     channels: tuple[str, ...]
-    joint: Outline
-    sites: Mapping[str, View]
-    advice: Advice
-    warnings: tuple[str, ...]
-    problems: tuple[str, ...]
-    """Sites that did not answer."""
-    excluded: tuple[Mapping[str, Any], ...]
-    """Cases that were set aside."""
+    labels: Labels
+    file_ending: str
+    fingerprints: Mapping[str, Fingerprint]
+    """Of the study's sites, by name."""
+    partial: bool = False
+    """Whether a site annotates some labels only."""
 
 
-def plan(study: Study, out: Path | None, *, watch: Callable[[Event], None] = lambda event: None) -> Planned:
-    """Examine the sites of a study, make the joint plan and each site's own; variants, and what models start from, do not count.
+@dataclass(frozen=True)
+class Plans:
+    """The plan that was made of what the sites told, and what follows from it."""
 
-    `out`: a folder to keep the plans and fingerprints in: of all (`plans.json`, `fingerprint.json`) and of each site.
+    text: str
+    channels: tuple[str, ...]
+    labels: Labels
+    patch_size: tuple[int, ...]
+    batch_size: int
+    start: Start | None = None
+    """What models start from in place of drawn weights."""
+    by_site: Mapping[str, str] = field(default_factory=dict)
+    """Site -> its own plan, where each has one; then `text` is that of all their cases together, for baselines."""
+    sharing: Sharing = EVERYTHING
+    """What of the setting's own model travels."""
+
+    def of(self, site: str) -> str:
+        """The plan by which a site prepares and trains."""
+        return self.by_site.get(site, self.text)
+
+
+def plan_text(study: Study, told: Told, fingerprint: Fingerprint) -> str:
+    """nnU-Net's plan of these cases, by the study's settings."""
+    p, t, r = study.plan, study.training, study.preprocessing
+    return make_plans(
+        fingerprint,
+        channels=told.channels,
+        labels=told.labels,
+        file_ending=told.file_ending,
+        configuration=p.configuration,
+        planner=p.planner,
+        memory_gb=p.memory_gb,
+        base_features=cast("int | None", study.network.options.get("base_features")),
+        batch_size=t.batch_size,
+        patch_size=t.patch_size,
+        resize=None if r.name == "nnunet" else {"size": r.size, "intensity": r.intensity},
+    )
+
+
+def batch_size_of(study: Study, plans: Plans, site: str) -> int:
+    """Patches in a batch at a site."""
+    own = plans.by_site.get(site)
+    return plans.batch_size if own is None else open_plan(own, study.plan.configuration).batch_size
+
+
+def network_of(study: Study, plans: Plans, site: str = "") -> Callable[..., Stages]:
+    """What builds the study's network, with new weights each time; `deep_supervision` may be given in place of the study's."""
+    return partial(
+        make_network,
+        study.network,
+        n_channels=len(plans.channels),
+        n_labels=n_heads(plans.labels),
+        plan=open_plan(plans.of(site), study.plan.configuration).architecture,
+        deep_supervision=study.training.deep_supervision,
+    )
+
+
+def initial_weights(study: Study, plans: Plans, site: str = "") -> Tensors:
+    """The weights that every model of a run starts from: a function of the seed, the plan, and what the study starts from."""
+    network = network_of(study, plans, site)
+    with drawn_from(study.study.seed, "weights"):
+        drawn = network().state_dict()
+    return drawn if plans.start is None else {**drawn, **plans.start.weights}
+
+
+# ------------------------------------------------------------------------------------------------------ what is shared
+
+
+def share_one_plan(study: Study, plans: Plans) -> Sharing:
+    """What is shared of one network.
 
     Raises:
-        StudyError: the study says of a site not where its data lie, or `out` is not empty.
-        DataError, EngineError: the sites' data cannot be used together.
+        StudyError: what is to be kept is not in it, or is all of it.
     """
-    _check(study, out)
-    study = replace(study, variants={}, start=StartTable())
-    with tempfile.TemporaryDirectory(prefix="concilium-plan-") as name:
-        folder = Path(name) / "plan"
-        layout = divide(study, folder)
-        record = Record(folder, study, resume=False)
-        try:
-            ledger = Ledger(warnings=list(layout.notes))
-            if layout.parts:
-                watch(Event("stage", f"Writing {layout.summary}"))
-                study = on_folders(study, layout, folder)
-            engine = _connect(study, record)
-            try:
-                watch(Event("stage", "Reading every case"))
-                told = ask_sites(study, engine, record, ledger)
-            finally:
-                engine.close()
-            planned = _plans(study, told, record, ledger, watch)
-            if out is not None:
-                _keep(folder, out)
-        finally:
-            record.close()
-    return planned
+    if not study.sharing.keep:
+        return EVERYTHING
+    build = network_of(study, plans)
+    at_sites = getattr(inspect.getmodule(catalog.load("protocols", study.protocol.name)), "at_sites", None)
+    with drawn_from("look"):  # the weights are thrown away
+        network = build()
+        kept = kept_of(network, study.sharing.keep)
+        if at_sites is not None:
+            kept &= at_sites(build, **study.protocol.options)
+    size = sum(t.numel() for t in network.state_dict().values())
+    return Sharing(kept, sizes=dict.fromkeys(study.sites, size))
 
 
-def shared_share(shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, float]:
-    """Site -> the share of its values that are in tensors whose name and shape at least one other site has too.
+def share_own_plans(study: Study, plans: Plans, tables: Mapping[str, Table]) -> Sharing:
+    """What sites' own networks have in common.
 
-    Args:
-        shapes: site -> name of a tensor -> its shape.
+    Raises:
+        StudyError: nothing.
     """
-    held = Counter((name, tuple(shape)) for tensors in shapes.values() for name, shape in tensors.items())
-    shares = {}
-    for site, tensors in shapes.items():
-        sizes = {(name, tuple(shape)): int(np.prod(shape)) for name, shape in tensors.items()}
-        shares[site] = sum(n for key, n in sizes.items() if held[key] > 1) / max(1, sum(sizes.values()))
-    return shares
+    mode = study.sharing.match
+    elsewhere = {}
+    if mode == "published":
+        shape = {"n_channels": len(plans.channels), "n_labels": n_heads(plans.labels)}
+        elsewhere = {
+            site: names_elsewhere(
+                study.network, plan=open_plan(plans.of(site), study.plan.configuration).architecture, **shape
+            )
+            for site in tables
+        }
+    return match(tables, mode=mode, elsewhere=elsewhere)
 
 
-def _check(study: Study, out: Path | None) -> None:
-    if study.engine.name == "flare":
-        raise StudyError(
-            f"Study {study.study.name} is for the engine flare: its sites' fingerprints are not for one workstation to see. "
-            "concilium plan needs the folders of all sites. Give a study for the engine simulation."
-        )
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StudyError(f"--out {out} is not empty. Expected a folder that is not there yet. Give another.")
+def initial_shared(study: Study, plans: Plans) -> Tensors:
+    """What the shared tensors of the setting's own model start from; of own plans, those of the first site that has each."""
+    sharing = plans.sharing
+    if not sharing.blocks:
+        return sharing.of(initial_weights(study, plans))
+    values: dict[str, Tensors] = {}
+    start: dict[str, Tensor] = {}
+    for block in sharing.blocks:
+        first = min(block.sites)
+        own = values.setdefault(first, initial_weights(study, plans, first))
+        start |= {key: own[name] for key, name in block.names[first].items()}
+    return start
 
 
-def _connect(study: Study, record: Record) -> Engine:
-    e = study.engine
-    engine: Engine = catalog.load("engines", e.name)(
-        sites={name: site.data for name, site in study.sites.items()},
-        test=None,  # the test set has no part in the plan
-        folder=record.folder,
-        run=record.run_id,
-        workers=e.workers,
-        threads=e.threads,
-        device=e.device,
-        **({"names": names} if (names := names_of(study)) else {}),
-    )
-    return engine
+def start_weights(model: Model, plans: Plans) -> Tensors:
+    """What the server begins a model with: all weights, or what is shared. A network that is a site's own begins there."""
+    study = model.setting.study
+    if model.partly:
+        return initial_shared(study, plans)
+    return {} if plans.by_site and model.protocol == "local" else initial_weights(study, plans)
 
 
-def _keep(folder: Path, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("fingerprint.json", "plans.json"):
-        shutil.copy(folder / name, out / name)
-    for name in ("fingerprints", "plans"):
-        if (folder / name).is_dir():
-            shutil.copytree(folder / name, out / name)
+def n_parameters(model: Model, plans: Plans) -> int:
+    """How many values a model has; where sites' networks differ, that of the largest."""
+    study = model.setting.study
+    if plans.sharing.sizes and model.protocol != "centralized":
+        return max(plans.sharing.sizes.values())
+    return sum(t.numel() for t in initial_weights(study, plans).values())
 
 
-# ------------------------------------------------------------------------------------------------------------------ plans
-
-
-def _plans(study: Study, told: Told, record: Record, ledger: Ledger, watch: Callable[[Event], None]) -> Planned:
-    base = settings(study)[0][0]
-    watch(Event("stage", "Planning for all sites together"))
-    joint_plans = plan_for(base, told, record, ledger)
-    joint = _outline(study, joint_plans, merge(told.fingerprints.values()))
-    own: dict[str, Plans] = {}
-    why_not: dict[str, str] = {}
-    for site, fingerprint in told.fingerprints.items():
-        watch(Event("stage", f"Planning for {site} alone"))
-        record.write_text(f"fingerprints/{site}.json", to_json(fingerprint))
-        try:
-            own[site] = plan_for(_alone(base, site), replace(told, fingerprints={site: fingerprint}), record, Ledger())
-        except (ContractError, DataError, StudyError) as e:
-            why_not[site] = str(e)
-    shapes = {site: _shapes(study, plans) for site, plans in own.items()}
-    of_all = _shapes(study, joint_plans)
-    shared = shared_share(shapes) if len(own) > 1 else {}
-    views = {}
-    for site in (s for s in study.sites if s in told.fingerprints):
-        fingerprint = told.fingerprints[site]
-        shape, spacing = _medians(fingerprint, joint.axes)
-        outline = _outline(study, own[site], fingerprint) if site in own else None
-        views[site] = view_of(
-            joint, n_cases=fingerprint.n_cases, shape=shape, spacing=spacing, ranges=_ranges(fingerprint), own=outline,
-            why_not=why_not.get(site, ""), differs=shapes.get(site, of_all) != of_all, shared=shared.get(site),
-        )  # fmt: skip
-    return Planned(
-        study.study.name, study.plan.configuration, sum(v.n_cases for v in views.values()), told.channels, joint, views,
-        advise(joint, views), tuple(ledger.warnings), tuple(ledger.problems), tuple(record.excluded(study.sites)),
-    )  # fmt: skip
-
-
-def _alone(base: Setting, site: str) -> Setting:
-    """The setting of one site: its plan goes beside the joint one, under its name."""
-    study = replace(base.study, sites={site: base.study.sites[site]})
-    return replace(base, name=site, study=study, is_base=False)
-
-
-def _outline(study: Study, plans: Plans, fingerprint: Fingerprint) -> Outline:
-    plan = open_plan(plans.text, study.plan.configuration)
-    arguments = plan.architecture["architecture"]["arch_kwargs"]
-    n = len(plan.spacing)
-    return Outline(
-        axes=tuple(AXES[i] for i in plan.transpose_forward[-n:]),
-        patch_size=plan.patch_size,
-        batch_size=plan.batch_size,
-        spacing=plan.spacing,
-        size=tuple(float(v) for v in plan.architecture["median_image_size_in_voxels"]),
-        kernels=tuple(tuple(int(k) for k in kernel) for kernel in arguments["kernel_sizes"]),
-        strides=plan.strides,
-        clips=tuple(name == "CTNormalization" for name in plan.architecture["normalization_schemes"]),
-        ranges=_ranges(fingerprint),
-        resizes=study.preprocessing.name == "resize",
-    )
-
-
-def _shapes(study: Study, plans: Plans) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the network of a plan."""
-    with drawn_from("shapes"):  # the weights are thrown away, and nothing else is to draw from here
-        network = network_of(study, plans)()
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def _medians(fingerprint: Fingerprint, axes: Sequence[str]) -> tuple[Axes, Axes]:
-    """Median shape [voxels] and spacing [mm] of a site's cases, along these axes."""
-    shapes = np.array([g.shape for g in fingerprint.geometry for _ in range(g.count)], float)
-    spacings = np.array([g.spacing for g in fingerprint.geometry for _ in range(g.count)], float)
-    order = [AXES.index(axis) for axis in axes]
-    shape, spacing = (np.median(values, axis=0)[order] for values in (shapes, spacings))
-    return tuple(map(float, shape)), tuple(map(float, spacing))
-
-
-def _ranges(fingerprint: Fingerprint) -> tuple[Range | None, ...]:
-    """From 0.5 to 99.5 % of the foreground of each channel."""
-    return tuple((percentile(c, 0.5), percentile(c, 99.5)) if len(c.keys) else None for c in fingerprint.channels)
+def begin_with(plans: Plans) -> Tensors:
+    """Of what stays at the sites, that which the study starts from."""
+    start = {} if plans.start is None else plans.start.weights
+    return {name: t for name, t in start.items() if name in plans.sharing.kept}

@@ -129,7 +129,7 @@ class Record:
             "sites": {
                 site: {
                     "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "seconds": round(a.seconds, 3),
-                    "bytes_down": done.traffic[site].down, "bytes_up": done.traffic[site].up,
+                    "bytes_down": done.traffic[site].down, "bytes_up": done.traffic[site].up, **done.told_shared(site),
                 }
                 for site, a in sorted(done.answers.items())
             },

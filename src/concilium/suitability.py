@@ -87,7 +87,7 @@ class View:
     differs: bool = False
     """Whether its own plan gives another network than the joint one."""
     shared: float | None = None
-    """The share of its own network's parameters that have name and shape of another site's."""
+    """The share of its own network's parameters that a run by own plans would average with another site's."""
 
     @property
     def anisotropy(self) -> float:
@@ -205,7 +205,7 @@ def _too_few(view: View) -> str:
 
 
 def _kept(view: View) -> str:
-    return "" if view.shared is None else f"; {view.shared:.0%} of its parameters have name and shape of another site's"
+    return "" if view.shared is None else f"; by own plans it would share {view.shared:.0%} of its parameters"
 
 
 def _difference(view: View, joint: Outline, name: str) -> list[str]:

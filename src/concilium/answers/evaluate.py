@@ -51,7 +51,7 @@ def evaluate(
         network = job.network().to(device)
         network.load_state_dict(dict(weights))
         networks.append(network.eval())
-    found, excluded = _subset(settings, job, request.subset)
+    found, excluded = subset_of(settings, job, request.subset)
     scores: list[Score] = []
     kept: list[pictures.Row] = []  # for the site's own eyes
     for entry in found:
@@ -115,7 +115,12 @@ def _means(values: Iterable[tuple[Any, float | None]], *, key: Callable[[Any], A
     return {k: statistics.fmean(found) for k, found in of.items()}
 
 
-def _subset(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry], Exclusions]:
+def subset_of(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry], Exclusions]:
+    """The cases of a subset, and those of which a file is missing.
+
+    Raises:
+        DataError: the site has no such subset.
+    """
     if subset in job.entries:
         return job.entries[subset], {}
     if subset == "all":

@@ -12,6 +12,7 @@ import torch
 
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
+from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
 from concilium.data.labels import annotation_mask, flaw, n_heads
 from concilium.data.matching import Names, Space
@@ -23,6 +24,7 @@ from concilium.errors import ContractError, DataError
 from concilium.local_updates import brought_by
 from concilium.messages import Examine, Examined, Excluded, Fingerprint, Prepare, Prepared, Training
 from concilium.networks import Stages, make_network
+from concilium.sharing import kept_of
 
 T = TypeVar("T")
 Exclusions = dict[str, tuple[str, str]]
@@ -104,21 +106,31 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     }
     dataset = found[0].dataset
     own = {e.key: files[e.key] for e in parts["training"]}
+    network = _builder(request, plan, dataset)
     job = Job(
         plan,
         dataset.labels,
         len(dataset.channels),
-        _builder(request, plan, dataset),
+        network,
         request.training,
         request.seed,
         parts,
         _batches(own, request.training, plan, dataset, _partly(parts["training"])) if own else None,
         dataset.channels,
+        _kept(request, network),
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
     reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
     return reply, job, excluded
+
+
+def _kept(request: Prepare, network: Callable[..., Stages]) -> frozenset[str]:
+    """The tensors of the network that stay here."""
+    if not request.keep:
+        return frozenset()
+    with drawn_from("kept"):  # the weights are thrown away
+        return kept_of(network(), request.keep)
 
 
 def _batches(

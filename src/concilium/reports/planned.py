@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from concilium.planning import Planned
+from concilium.advice import Planned
 from concilium.suitability import Outline, View, runs, spell
 
 
@@ -88,7 +88,7 @@ def _plans(planned: Planned) -> Grid:
     rows = [row("joint plan", planned.joint, None)]
     rows += [row(f"{name} alone", v.own, v.shared) for name, v in planned.sites.items()]
     notes = [
-        "Strides: from the second stage on. Shared: of the parameters, those with name and shape of another site's."
+        "Strides: from the second stage on. Shared: of the parameters, those that a run by own plans would average."
     ]
     notes += [f"{name} has no plan of its own: {v.why_not}" for name, v in planned.sites.items() if v.own is None]
     header = ("plan", "patch", "batch", "stages", "kernels", "strides", "shared")

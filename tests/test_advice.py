@@ -17,7 +17,6 @@ import concilium as cc
 from concilium import cli
 from concilium.data.phantom import PhantomSite, write_phantom
 from concilium.errors import StudyError
-from concilium.planning import shared_share
 
 Command = Callable[..., tuple[int, str, str]]
 SITES = (
@@ -174,9 +173,20 @@ def test_a_study_between_hospitals_is_refused(uneven: Path) -> None:
         cc.plan(study(uneven, "south", "north", engine={"name": "flare"}))
 
 
-def test_parameters_of_equal_name_and_shape() -> None:
-    a = {"down0": (2, 3), "down1": (4,), "head0": (5,)}
-    b = {"down0": (2, 3), "down1": (6,), "up0": (3,)}
-    c = {"down1": (6,)}
-    assert shared_share({"a": a, "b": b, "c": c}) == {"a": 6 / 15, "b": 12 / 15, "c": 1.0}
-    assert shared_share({"a": a}) == {"a": 0.0}
+@pytest.mark.parametrize("match", ["resolution", "published"])
+def test_what_is_shared_is_what_a_run_by_own_plans_averages(uneven: Path, tmp_path: Path, match: str) -> None:
+    by_site = {"plan": {"fingerprint": "site"}, "sharing": {"match": match}}
+    tables = study(uneven, "south", "north", "fine", **by_site)
+    found = cc.plan(tables)
+    run = cc.run(tables, tmp_path / "run")
+    (line,) = (json.loads(line) for line in (run.folder / "rounds.jsonl").read_text().splitlines())
+    shared = {site: took["shared"] for site, took in line["sites"].items()}
+    assert found.sites["shared"].to_dict() == pytest.approx(shared, abs=1e-3)
+    assert 0 < shared["north"] < 1
+    assert found.suits == "asymmetric"
+
+
+def test_what_stays_at_a_site_is_not_shared(uneven: Path) -> None:
+    two = ("south", "north")
+    everything = cc.plan(study(uneven, *two)).sites["shared"]
+    assert (cc.plan(study(uneven, *two, sharing={"keep": ["decoder"]})).sites["shared"] < everything).all()
