@@ -274,6 +274,8 @@ class Evaluate:
     members: tuple[str, ...] = ()
     final: bool = True
     """Whether the model is done, so that the site may keep what it found for its own report."""
+    own: bool = False
+    """Whether the layers that make its logits are this site's own: they know no label that nobody looked for here."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from concilium._set_aside import told as set_aside
 from concilium.data.fingerprint import merge, to_json
-from concilium.data.labels import n_heads, to_nnunet
+from concilium.data.labels import foreground, n_heads, to_nnunet
 from concilium.data.matching import Space, agree, annotation_notes, reorder
 from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
@@ -109,6 +109,9 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
         "file_ending": first.file_ending,
     }
     _keep(record, "dataset.json", json.dumps(about, indent=1) + "\n")
+    if any(r.annotated is not None for r in told.values()):
+        known = {name: list(told[name].annotated or foreground(space.labels)) for name in told if name in study.sites}
+        _keep(record, "annotated.json", json.dumps(known, indent=1) + "\n")
     unknown = annotation_notes(space.labels, {n: told[n].annotated for n in told if n in study.sites})
     ledger.warnings += unknown
     fingerprints = {name: reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites}

@@ -31,7 +31,7 @@ from concilium.messages import (
 from concilium.preparation import Event, Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round, begun_at
 from concilium.results import METRICS, score_rows
-from concilium.schedule import BEST, Model, ensemble_key
+from concilium.schedule import BEST, Model, ensemble_key, has_own_heads
 from concilium.study import training_of
 from concilium.wire import part
 
@@ -147,7 +147,7 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
     scored = Scored()
     for subset, of_site, sites in where:
         work.watch(Event("stage", f"{key}: scoring the {subset} cases", model=key))
-        request = Evaluate(key, of_site, metrics, tuple(m.key for m in members))
+        request = Evaluate(key, of_site, metrics, tuple(m.key for m in members), own=_has_own_heads(model))
         for site, reply in ask(work.engine, dict.fromkeys(sites, request)):
             label = f"{key}, {subset} at {site}"
             if isinstance(reply, Evaluated):
@@ -157,6 +157,11 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
                 ledger.problems.append(f"{label}: {failure_line(work.record, site, as_failure(reply))}")
     work.watch(Event("scored", model=key))
     return scored
+
+
+def _has_own_heads(model: Model) -> bool:
+    """Whether the layers that make logits saw one site only."""
+    return model.protocol == "local" or (model.stays and has_own_heads(model.setting.study))
 
 
 def _add(
@@ -203,7 +208,7 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
         same = Keep(model.key, {} if model.stays or pooled else weights, personal=model.beside)
         keep = dict.fromkeys(sites, same)
     failures = tell(work.engine, keep)
-    request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False)
+    request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False, own=_has_own_heads(model))
     replies = dict(ask(work.engine, {site: request for site in sites if site not in failures}))
     failures |= {site: as_failure(r) for site, r in replies.items() if not isinstance(r, Evaluated)}
     for site, failure in failures.items():

@@ -98,6 +98,8 @@ class Job:
     """Their names, in the study's order."""
     kept: frozenset[str] = frozenset()
     """Tensors of the network that stay here."""
+    unknown: tuple[str, ...] = ()
+    """Labels that nobody looked for here."""
 
 
 def built(job: Job) -> Stages:

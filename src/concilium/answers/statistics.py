@@ -14,7 +14,7 @@ from concilium.answers import Cancelled, Check, Entry, Job, Settings
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
-from concilium.data.labels import annotation_mask, flaw, n_heads
+from concilium.data.labels import annotation_mask, flaw, n_heads, unknown_labels
 from concilium.data.matching import Names, Space
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
@@ -118,6 +118,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         _batches(own, request.training, plan, dataset, _partly(parts["training"])) if own else None,
         dataset.channels,
         _kept(request, network),
+        unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
