@@ -73,10 +73,10 @@ def _shower(progress: Progress) -> Callable[[Event], None]:
 
 
 def _show(outcome: Run) -> None:
-    from concilium.reports.matrix import matrix_of_run
+    from concilium.reports.matrix import fitting, matrix_of_run
 
     results = outcome.results
-    text = matrix_of_run(outcome.folder, results)
+    text = fitting(matrix_of_run(outcome.folder, results), shown.width)
     show_table(text.title, [name.replace("_", " ") for name in text.header], text.rows, text.notes)
     _show_costs(results["models"])
     for line in results["excluded"]:
