@@ -55,6 +55,7 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
             "device",
             "cases",
             "weigh",
+            "box_s",
         }
     ),
 }

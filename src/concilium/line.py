@@ -37,7 +37,7 @@ from concilium.preparation import (
 )
 from concilium.protocols import Round, start_with
 from concilium.record import Record
-from concilium.results import account, write_results
+from concilium.results import account, short_of_steps, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
 from concilium.scoring import POOL, give, score, tell, watch_validation
 from concilium.study import Study, divide, names_of, training_of
@@ -102,6 +102,7 @@ def run(
 
 def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> Engine:
     e = study.engine
+    parts = {name: site.micro_batch for name, site in study.sites.items() if site.micro_batch is not None}
     return connect(
         sites={name: site.data for name, site in study.sites.items()},
         test=study.test.data if study.test else None,
@@ -113,6 +114,7 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
         cache=e.cache,
         pictures=e.pictures,
         **({"names": names} if (names := names_of(study)) else {}),
+        **({"micro_batch": parts} if parts else {}),
     )
 
 
@@ -226,7 +228,8 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
         unsaved = tell(engine, dict.fromkeys(failed, Restore(model.key, done.number - 1)), p.round_seconds)
         there = [site for site in model.steps if site not in unsaved]
         unsaved |= tell(engine, dict.fromkeys(there, Snapshot(model.key, done.number)), p.round_seconds)
-        done = replace(done, failures={**dict.fromkeys(missing, NOT_READY), **unsaved, **done.failures})
+        failures = {**dict.fromkeys(missing, NOT_READY), **unsaved, **done.failures}
+        done = replace(done, failures=failures, asked=model.steps)
         record.commit(model.key, done, seconds=time.monotonic() - began)
         losses = [a.loss for a in done.answers.values()]
         loss = sum(losses) / len(losses) if losses else None
@@ -238,6 +241,7 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
     for line in record.rounds(model.key):
         failed = line["failures"].items()
         ledger.problems += [f"{model.key}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
+    ledger.warnings += short_of_steps(model.key, record.rounds(model.key))
     return done
 
 
@@ -250,6 +254,7 @@ def _watch(work: Work, model: Model, done: Round, ledger: Ledger) -> None:
 def _rounds(work: Work, model: Model, done: Round) -> Iterator[Round]:
     """The model's protocol, from a complete round on."""
     study, p = model.setting.study, model.setting.study.protocol
+    deadline = None if model.protocol == "centralized" else p.round_seconds  # a site's, and the pool is none
     weigh = weight_of(study.aggregation.name)
     return cast(
         Iterator[Round],
@@ -268,7 +273,8 @@ def _rounds(work: Work, model: Model, done: Round) -> Iterator[Round]:
             rounds=p.rounds,
             steps=model.steps,
             min_sites=min(p.min_sites or 1, len(model.steps)),
-            deadline_s=None if model.protocol == "centralized" else p.round_seconds,  # a site's, and the pool is none
+            deadline_s=deadline,
+            box_s=deadline if p.time_box else None,
             network=network_of(study, work.plans),
             training=training_of(study),
             seed=study.study.seed,

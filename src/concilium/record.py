@@ -128,8 +128,8 @@ class Record:
             "matched": done.n_tensors,
             "sites": {
                 site: {
-                    "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "seconds": round(a.seconds, 3),
-                    "bytes_down": done.traffic[site].down, "bytes_up": done.traffic[site].up,
+                    "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "n_asked": done.asked.get(site, a.n_steps),
+                    "seconds": round(a.seconds, 3), "bytes_down": done.traffic[site].down, "bytes_up": done.traffic[site].up,
                 }
                 for site, a in sorted(done.answers.items())
             },

@@ -58,6 +58,8 @@ class Settings:
     """Member (or `test`) -> what it calls otherwise than the study."""
     pictures: bool = True
     """Whether a picture of each scored case is kept in `folder`."""
+    micro_batch: int | None = None
+    """How many patches fit into this site's memory at once while it trains; `None`: a batch of any study."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Job:
     """`None` where there is nothing to train on."""
     channels: tuple[str, ...] = ()
     """Their names, in the study's order."""
+    micro_batch: int | None = None
+    """How many patches the site's network sees at once; `None`: all of a batch."""
 
 
 Check = Callable[[], bool]

@@ -11,7 +11,9 @@ from typing import TypeVar
 import torch
 
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
+from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
+from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
 from concilium.data.labels import annotation_mask, flaw, n_heads
 from concilium.data.matching import Names, Space
@@ -88,6 +90,10 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     found, excluded = find_cases(settings.data, settings.names, _agreed(request))
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
+    build = _builder(request, plan, found[0].dataset)
+    if trains and settings.micro_batch is not None:  # before an hour of preprocessing
+        with drawn_from("micro_batch"):
+            must_be_divisible(settings.micro_batch, plan.batch_size, request.training.local_update.name, build())
     read = partial(_prepare_case, plan=plan, cache=settings.cache)
     files = _each(found, read, excluded, cancelled) if trains else {}
     if trains:
@@ -108,12 +114,13 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         plan,
         dataset.labels,
         len(dataset.channels),
-        _builder(request, plan, dataset),
+        build,
         request.training,
         request.seed,
         parts,
         _batches(own, request.training, plan, dataset, _partly(parts["training"])) if own else None,
         dataset.channels,
+        settings.micro_batch,
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})

@@ -18,6 +18,7 @@ from concilium import catalog
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job
 from concilium.answers.objective import Teacher, make_objective
+from concilium.answers.time_box import while_it_fits
 from concilium.data.draws import seed_all
 from concilium.data.patches import Batches, stream
 from concilium.errors import ContractError, DataError
@@ -183,7 +184,7 @@ class Learner:
         return Trained(weights, n_cases, len(losses), mean, seconds, beside)
 
     def train(self, request: Train, *, site: str, cancelled: Check) -> Trained:
-        """Take the steps that were asked for.
+        """Take the steps that were asked for, or as many as fit into the time.
 
         Raises:
             ContractError: the weights are not this network's, or there never were any.
@@ -200,7 +201,7 @@ class Learner:
         if has_personal(update.name):
             self.begin_personal()
         local = self._lend(request)
-        losses = self._steps(batches, local, update, request, site, cancelled)
+        losses = self._steps(batches, local, update, request, site, cancelled, began=started)
         if self.brought is not None:
             self.brought.end()
         return self.finish(
@@ -227,6 +228,7 @@ class Learner:
                 received,
                 training.clip_norm,
                 self.personal.scaler,
+                micro_batch=self.job.micro_batch,
             )
         return Local(
             self.network,
@@ -237,21 +239,31 @@ class Learner:
             training.clip_norm,
             self.scaler,
             self.brought,
-            Teacher(self.job.network, received, self.device, precision),
+            Teacher(self.job.network, received, self.device, precision, self.job.micro_batch),
             request.control,
             self.memory,
             own,
             self.job.labels,
+            self.job.micro_batch,
         )
 
     def _steps(
-        self, batches: Batches, local: Local, update: PlugIn, request: Train, site: str, cancelled: Check
+        self,
+        batches: Batches,
+        local: Local,
+        update: PlugIn,
+        request: Train,
+        site: str,
+        cancelled: Check,
+        *,
+        began: float,
     ) -> list[float]:
         training = self.job.training
         take = partial(catalog.load("local_updates", update.name), **update.options)
         keys = [(self.job.seed, site, request.round, step) for step in range(request.steps)]
         losses: list[float] = []
-        for step, batch in enumerate(stream(batches, keys, workers=training.loader_workers)):
+        drawn = stream(batches, keys, workers=training.loader_workers)
+        for step, batch in enumerate(while_it_fits(drawn, request.seconds, began=began)):
             if cancelled():
                 raise Cancelled
             if self.brought is not None:

@@ -1,12 +1,13 @@
 """Protocols: who talks when. One file here: one protocol, a function of the file's name that is a plain loop over rounds.
 
     def NAME(engine, start: Round, *, model, collect, rule, rounds, steps, min_sites, deadline_s, network, training, seed, device,
-             cases, weigh, ...options) -> Iterator[Round]
+             cases, weigh, box_s, ...options) -> Iterator[Round]
 
 A protocol that does not need all of these takes the rest as `**_`. It starts again from any complete round: a `Round` holds
 every value that the next one needs, as named tensors and JSON numbers. At a yield nothing is outstanding. `steps` says who takes
 part, and with how many optimiser steps a round; `cases`, how many training cases each has; `weigh`, what an
-update counts in a sum (`aggregation.weight_of`).
+update counts in a sum (`aggregation.weight_of`); `box_s`, after how many seconds a site answers with the steps it has taken (a
+study may ask for that only of protocols with this parameter).
 
 A file may also have `check(network: Stages, **options) -> None`, called for every variant before anything trains: it raises a
 `StudyError` where this protocol cannot train that network.
@@ -40,6 +41,8 @@ class Round:
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
     n_tensors: int = 0
     """How many tensors of each update matched by name, shape and type, and were aggregated."""
+    asked: Mapping[str, int] = field(default_factory=dict)
+    """How many steps each site was asked for."""
 
 
 def start_with(weights: Tensors) -> Round:
@@ -57,10 +60,11 @@ def train_requests(
     send_weights: bool,
     control: Tensors | None = None,
     alone: bool = False,
+    box_s: float | None = None,
 ) -> dict[str, Train]:
     """Round `number`'s request for each site; sites with equally many steps share one, which is packed once."""
     shared = {
-        n: Train(model, number, (number - 1) * n, n, rounds * n, weights, send_weights, control or {}, alone)
+        n: Train(model, number, (number - 1) * n, n, rounds * n, weights, send_weights, control or {}, alone, box_s)
         for n in set(steps.values())
     }
     return {site: shared[n] for site, n in steps.items()}

@@ -30,6 +30,7 @@ def federated(
     min_sites: int,
     deadline_s: float | None,
     cases: Mapping[str, int],
+    box_s: float | None = None,
     **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: shared weights, the rule's own tensors, the total of what came beside the weights.
@@ -43,7 +44,9 @@ def federated(
     blocks = (one_block(weights, steps),)
     for number in range(start.number + 1, rounds + 1):
         before = copy_traffic(engine, steps)
-        requests = train_requests(model, number, rounds, steps, weights, send_weights=True, control=control)
+        requests = train_requests(
+            model, number, rounds, steps, weights, send_weights=True, control=control, box_s=box_s
+        )
         got = collect(partial(ask, engine, deadline_s=deadline_s), requests, blocks=blocks, asked=steps)
         require(got.answers, got.failures, min_sites=min_sites, model=model, number=number)
         weights, state = rule(got.updates[0] if got.updates else got.totals[0], state, before=weights)
