@@ -443,6 +443,7 @@ RULE_WITH = {
     "learning_rate": "adam", "momentum": "momentum", "beta1": "adam", "beta2": "yogi", "tau": "adam", "share": "trimmed_mean",
     "faulty": "krum", "keep": "krum", "lag": "agreement", "turn": "agreement", "memory": "agreement", "sharpness": "quality",
     "cutoff": "quality", "cases": "judged", "mu": "proximal", "weight": "ditto", "temperature": "distill",
+    "first_weight": "condistfl",
 }  # fmt: skip
 """Option -> a plug-in that has it."""
 

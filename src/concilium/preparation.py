@@ -18,6 +18,7 @@ from concilium.data.partition import Layout, materialise
 from concilium.data.plan import make_plans, open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
+from concilium.local_updates import check_labels
 from concilium.messages import (
     Examine,
     Examined,
@@ -171,6 +172,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     plan = open_plan(text, p.configuration)
     plans = Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size)
     try_network(study, network_of(study, plans))
+    check_labels(study.local_update, plans.labels)
     if told.partial:
         try_loss(study.loss, plans.labels)
     return replace(plans, start=_start(setting, plans, record, ledger))

@@ -245,6 +245,7 @@ class Learner:
             own,
             self.job.labels,
             self.job.micro_batch,
+            request.first_step / max(1, request.total_steps - request.steps),
         )
 
     def _steps(

@@ -20,6 +20,11 @@ A second network of the site's own, with an optimiser, that stays there and is e
 
 It makes sense only where weights are shared: models that train alone (`local`, `centralized`) then take `plain` steps.
 
+    check(labels: Labels, **options) -> None
+
+called for every variant before anything trains: it raises a `StudyError` where the update cannot train a network of these
+labels.
+
 Where more than the step is its own, a file also has
 
     bring(*, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.device, ...options) -> Brought
@@ -103,6 +108,8 @@ class Local:
     """What the channels of the logits stand for."""
     micro_batch: int | None = None
     """How many patches the network sees at once; `None`: all of a batch."""
+    progress: float = 0.0
+    """From 0 in the first round to 1 in the last."""
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
@@ -133,6 +140,17 @@ def finish_of(local_update: PlugIn, local: Local, *, steps: int) -> Tensors:
     """What the local update sends beside the weights after the steps of a round."""
     finish = _part_of(local_update.name, "finish")
     return {} if finish is None else cast(Tensors, finish(local, steps=steps, **local_update.options))
+
+
+def check_labels(local_update: PlugIn, labels: Labels) -> None:
+    """Let the local update say whether it can train a network of these labels.
+
+    Raises:
+        StudyError: it cannot.
+    """
+    check = _part_of(local_update.name, "check")
+    if check is not None:
+        check(labels, **local_update.options)
 
 
 def has_personal(name: str) -> bool:
