@@ -464,6 +464,9 @@ TEXT_FIELDS = {
     "Score.status",
     "Score.unit",
     "Score.values",  # the keys: names of metrics
+    "Described.names",  # of tensors
+    "Described.dtypes",
+    "Fetched.weights",  # the keys: names of tensors
     "Trained.weights",  # the keys: names of tensors
     "Trained.control",  # the same
     "SiteRefused.rule",
@@ -473,6 +476,7 @@ TEXT_FIELDS = {
 }
 """Every field of a reply that holds text. A new one is put here only after asking what a site could tell by it."""
 TENSOR_FIELDS = {
+    "Fetched.weights",
     "Trained.weights",
     "Trained.control",
     "Maps.maps",

@@ -55,6 +55,8 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
             "device",
             "cases",
             "weigh",
+            "sharing",
+            "begin_with",
             "box_s",
         }
     ),

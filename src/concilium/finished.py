@@ -9,12 +9,12 @@ from pathlib import Path
 
 from concilium import catalog
 from concilium.data.augment import mirror_axes
-from concilium.data.labels import Labels, from_nnunet, n_heads
+from concilium.data.labels import Labels, from_nnunet, n_heads, unknown_labels
 from concilium.data.plan import Plan, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Tensors
 from concilium.networks import Stages, make_network
-from concilium.schedule import BEST, PERSONAL, folds_of, names, settings
+from concilium.schedule import BEST, folds_of, has_own_heads, names, settings, title_of
 from concilium.statistics import WITHOUT
 from concilium.study import Study, read_study
 from concilium.wire import read_tensors
@@ -34,6 +34,8 @@ class Finished:
     labels: Labels
     file_ending: str
     files: tuple[Path, ...]
+    unknown: tuple[str, ...] = ()
+    """Labels that the site whose model it is never looked for, where its heads are its own."""
 
     @property
     def plan(self) -> Plan:
@@ -96,20 +98,38 @@ def open_finished(run: Path, name: str | None = None) -> Finished:
     study = read_study(run / "study.toml", check_data=False)
     name = name or study.protocol.name
     about = json.loads((run / "dataset.json").read_text(encoding="utf-8"))
-    title = (
-        name.partition(":")[0].partition(".")[0].removesuffix(PERSONAL)
-    )  # what is trained beside a model has its plan
-    own_plan = run / "plans" / f"{title}.json"
+    labels = from_nnunet(about)
+    title, site = title_of(name), name.partition(":")[2]  # what is made beside a model has its plan
+    own_plan = _plan_of(run, study, title, site)
     return Finished(
         run,
         name,
         study.variants.get(title.partition(WITHOUT)[0], study),
-        (own_plan if own_plan.is_file() else run / "plans.json").read_text(encoding="utf-8"),
+        own_plan.read_text(encoding="utf-8"),
         tuple(about["channel_names"].values()),
-        from_nnunet(about),
+        labels,
         about["file_ending"],
         _files(run, name, n_folds=len(folds_of(study))),
+        _unknown(run, study, title, site, labels),
     )
+
+
+def _unknown(run: Path, study: Study, title: str, site: str, labels: Labels) -> tuple[str, ...]:
+    known = run / "annotated.json"
+    trained_by = study.variants.get(title, study)
+    if not site or not known.is_file() or not (title == "local" or has_own_heads(trained_by)):
+        return ()
+    return unknown_labels(labels, [json.loads(known.read_text(encoding="utf-8"))[site]])
+
+
+def _plan_of(run: Path, study: Study, title: str, site: str) -> Path:
+    """The file of the plan that a model was made by: its setting's, and there its site's, where these differ.
+
+    The baselines belong to the study's own setting: `local` trains by the site's plan too.
+    """
+    setting = study.protocol.name if title == "local" else title
+    places = [run / "plans" / setting / f"{site}.json", run / "plans" / f"{title}.json", run / "plans.json"]
+    return next(p for p in places if p.is_file())
 
 
 def _without_fold(path: Path) -> str:

@@ -23,24 +23,25 @@ from concilium.engines import Engine
 from concilium.errors import ConciliumError
 from concilium.messages import Forget, Restore, SiteError, SiteLost, Snapshot
 from concilium.optimization import device_named
+from concilium.planning import batch_size_of, begin_with, n_parameters, network_of, start_weights
 from concilium.preparation import (
     Event,
     Ledger,
     Work,
+    agree_on_tensors,
     ask_sites,
     failure_line,
-    initial_weights,
-    network_of,
     on_folders,
     plan_for,
     prepare_sites,
 )
 from concilium.protocols import Round, start_with
 from concilium.record import Record
-from concilium.results import account, short_of_steps, write_results
+from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
-from concilium.scoring import POOL, give, score, tell, watch_validation
-from concilium.study import Study, divide, names_of, training_of
+from concilium.scoring import POOL, for_elsewhere, give, note_rounds, score, tell, watch_validation
+from concilium.sharing import EVERYTHING
+from concilium.study import Study, divide, of_sites, training_of
 
 NOT_READY = SiteError("EngineError", "not_prepared", "")
 """A site of the study that failed before training began."""
@@ -102,7 +103,6 @@ def run(
 
 def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> Engine:
     e = study.engine
-    parts = {name: site.micro_batch for name, site in study.sites.items() if site.micro_batch is not None}
     return connect(
         sites={name: site.data for name, site in study.sites.items()},
         test=study.test.data if study.test else None,
@@ -113,8 +113,7 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
         device=e.device,
         cache=e.cache,
         pictures=e.pictures,
-        **({"names": names} if (names := names_of(study)) else {}),
-        **({"micro_batch": parts} if parts else {}),
+        **of_sites(study),
     )
 
 
@@ -125,19 +124,24 @@ def _train_members(work: Work, members: Sequence[Setting], ledger: Ledger) -> It
     """Train and score the models of settings that differ by fold only, then the ensembles that these make up."""
     made: dict[str, list[Model]] = {}
     for setting in members:
-        for model in _prepared_models(work, setting, ledger):
+        ready, found = _prepared_models(work, setting, ledger)
+        for model in found:
             made.setdefault(model.name, []).append(model)
-            yield _train_and_score(work, model)
+            yield _train_and_score(ready, model)
     if len(members) > 1:
         for together in made.values():
             yield _score_together(work, together)
 
 
-def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> Sequence[Model]:
+def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> tuple[Work, Sequence[Model]]:
     """Have the sites get ready for a setting: its models. Nothing is asked of them where a stopped run had finished all."""
-    record, name = work.record, f"checkpoints/{setting.title}{setting.suffix}.json"
+    record, name, batch_size = (
+        work.record,
+        f"checkpoints/{setting.title}{setting.suffix}.json",
+        partial(batch_size_of, setting.study, work.plans),
+    )
     ready = record.read_json(name)
-    own = models(setting, ready["cases"], work.plans.batch_size) if ready else ()
+    own = models(setting, ready["cases"], batch_size) if ready else ()
     done = ready and all(_finished(record, m.key) and (not m.member or _finished(record, ensemble_key(m))) for m in own)
     if not done:
         p = work.plans
@@ -145,10 +149,14 @@ def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> Sequence[M
         what = (
             f"{setting.title}{setting.suffix}: patch {patch}, batch {p.batch_size} ({setting.study.plan.configuration})"
         )
-        work.watch(Event("stage", f"Planned {what}. Preprocessing"))
+        each = f", and by site: {', '.join(p.by_site)}" if p.by_site else ""
+        work.watch(Event("stage", f"Planned {what}{each}. Preprocessing"))
         prepared = Ledger()
         told = prepare_sites(setting, work.engine, record, p, prepared)
         cases = {site: reply.n_training for site, reply in told.items()}
+        if p.by_site:
+            there = {site: n for site, n in cases.items() if site in p.by_site}
+            work = replace(work, plans=agree_on_tensors(setting, work.engine, record, p, there, prepared))
         ready = {"cases": cases, "patients": {site: reply.n_patients for site, reply in told.items()}} | asdict(
             prepared
         )
@@ -156,7 +164,7 @@ def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> Sequence[M
     ledger.warnings += ready["warnings"]
     ledger.problems += ready["problems"]
     ledger.excluded += ready.get("excluded", ())  # a run that an earlier version began has none
-    return list(models(setting, ready["cases"], work.plans.batch_size))
+    return work, list(models(setting, ready["cases"], batch_size))
 
 
 def _finished(record: Record, key: str) -> dict[str, Any] | None:
@@ -173,19 +181,27 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
     finished = _finished(work.record, model.key)
     if finished is None:
         training, scoring = Ledger(), Ledger()
-        last = start_with({}) if model.beside else _train(work, model, training)
+        last = _made_beside(work, model, scoring) if model.beside else _train(work, model, training)
         give(work, model, last, scoring)
         scored = score(work, [model], scoring)
-        rounds, batch_size = work.record.rounds(model.beside or model.key), work.plans.batch_size
+        rounds = work.record.rounds(model.beside or model.key)
+        batch_size = partial(batch_size_of, model.setting.study, work.plans)
         best = None if model.stays else work.record.best_rounds(model.key).get(POOL)
         select = best[0] if best and work.study.validation.select == "best" else None
         about = account(model, rounds, batch_size=batch_size, selected=select)
-        about["parameters"] = sum(t.numel() for t in initial_weights(model.setting.study, work.plans).values())
+        about["parameters"] = n_parameters(model, work.plans)
         finished = {"model": about} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
-    if not finished["again"] and model.personal is None:  # told once more on resumption: a kill may have come between
-        tell(work.engine, dict.fromkeys(model.steps, Forget(model.beside or model.key)))
+    # told once more on resumption: a kill may have come between
+    if all(_finished(work.record, key) for key in model.group):
+        tell(work.engine, dict.fromkeys(model.steps, Forget(model.group[0])))
     return finished
+
+
+def _made_beside(work: Work, model: Model, ledger: Ledger) -> Round:
+    """What a model that was made beside another starts from: nothing where sites have it, else what they send for it."""
+    trained = work.record.last_round(model.beside)
+    return start_with({} if model.stays or trained is None else for_elsewhere(work, model, trained, ledger))
 
 
 def _score_together(work: Work, members: Sequence[Model]) -> Mapping[str, Any]:
@@ -209,8 +225,8 @@ def _told(training: Ledger, scoring: Ledger) -> dict[str, Any]:
 
 def _train(work: Work, model: Model, ledger: Ledger) -> Round:
     """The protocol's loop, with everything that happens after each round."""
-    study, engine, record, p = model.setting.study, work.engine, work.record, model.setting.study.protocol
-    done = record.last_round(model.key) or start_with(initial_weights(study, work.plans))
+    engine, record, p = work.engine, work.record, model.setting.study.protocol
+    done = record.last_round(model.key) or start_with(start_weights(model, work.plans))
     for site, failure in tell(engine, dict.fromkeys(model.steps, Restore(model.key, done.number))).items():
         ledger.problems.append(f"{model.key}, going back to round {done.number}: {failure_line(record, site, failure)}")
     if done.number:
@@ -238,10 +254,7 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
             work.watch(Event("warning", f"{model.key}, round {done.number}: {failure_line(record, site, failure)}"))
         _watch(work, model, done, ledger)
         began = time.monotonic()
-    for line in record.rounds(model.key):
-        failed = line["failures"].items()
-        ledger.problems += [f"{model.key}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
-    ledger.warnings += short_of_steps(model.key, record.rounds(model.key))
+    note_rounds(model.key, record.rounds(model.key), ledger)
     return done
 
 
@@ -280,6 +293,8 @@ def _rounds(work: Work, model: Model, done: Round) -> Iterator[Round]:
             seed=study.study.seed,
             device=device_named(work.study.engine.device),
             cases=model.cases,
+            sharing=work.plans.sharing if model.partly else EVERYTHING,
+            begin_with=begin_with(work.plans),
             **(p.options if model.protocol == p.name else {}),
         ),
     )

@@ -176,13 +176,27 @@ class Prepare:
     max_excluded: float
     channels: tuple[str, ...] = ()
     labels: Labels = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
+    """Which tensors of the network stay at the site, by role or pattern (`sharing.kept_of`)."""
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Say which tensors the network has that may be shared: asked where sites have plans of their own."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """From now on share exactly these tensors, and keep the others."""
+
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Train:
     """Take `steps` optimiser steps of `model`, starting at `first_step` of `total_steps`.
 
-    `weights` replace the site's own, by name and completely; without them the site goes on from where it is.
+    `weights` replace the site's own, by name: all that are shared; without them the site goes on from where it is.
     """
 
     model: str
@@ -196,6 +210,8 @@ class Train:
     """What a local update exchanges beside the weights: the server's total."""
     alone: bool = False
     """Whether nothing of this model is shared: a local update that needs the shared weights then gives way to `plain`."""
+    begins: bool = False
+    """Whether the site has not answered for this model yet: what it keeps then begins as the site draws it, or as sent."""
     seconds: float | None = None
     """By when the site answers, with the steps that it has taken by then; `None`: when all are taken."""
 
@@ -222,6 +238,8 @@ class Front:
     total_steps: int
     weights: Tensors
     gradients: tuple[Tensor, ...]
+    begins: bool = False
+    """As in `Train`."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +276,8 @@ class Evaluate:
     members: tuple[str, ...] = ()
     final: bool = True
     """Whether the model is done, so that the site may keep what it found for its own report."""
+    own: bool = False
+    """Whether the layers that make its logits are this site's own: they know no label that nobody looked for here."""
 
 
 @dataclass(frozen=True)
@@ -272,13 +292,47 @@ class Judge:
 
 @dataclass(frozen=True)
 class Keep:
-    """Store these weights as the finished model; without weights, those of the finished model `source`, or of what is trained."""
+    """Store these weights as the finished model; without weights, those of the finished model `source`, or of what is trained.
+
+    With `merge` the weights are the shared ones, and those that the site keeps of the model in training are added.
+    """
 
     model: str
     weights: Tensors
     source: str = ""
     personal: str = ""
     """The model in training whose second network, the site's own, is meant; else it is the one that is called so."""
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class Personalize:
+    """Train the finished model `source` for `steps` more on the site's own cases, and store it as the finished model `model`.
+
+    Only `tensors` (by role or pattern; empty: all) change. The answer holds no weights.
+    """
+
+    model: str
+    source: str
+    round: int
+    """One that no round of training had: batches are drawn by it."""
+    steps: int
+    learning_rate: float
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reestimate:
+    """Estimate the running statistics of this finished model anew, on the site's own images without their label maps."""
+
+    model: str
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Send the tensors that the site keeps of this model in training, for a network that serves elsewhere (`Policy.kept`)."""
+
+    model: str
 
 
 @dataclass(frozen=True)
@@ -306,7 +360,23 @@ class Forget:
 
 
 Request: TypeAlias = (
-    Examine | Prepare | Train | Front | Tail | Finish | Evaluate | Judge | Keep | Snapshot | Restore | Forget
+    Examine
+    | Prepare
+    | Describe
+    | Share
+    | Train
+    | Front
+    | Tail
+    | Finish
+    | Evaluate
+    | Judge
+    | Keep
+    | Personalize
+    | Reestimate
+    | Fetch
+    | Snapshot
+    | Restore
+    | Forget
 )
 
 # ------------------------------------------------------------------------------------------------------------- replies
@@ -331,6 +401,15 @@ class Prepared:
     excluded: tuple[Excluded, ...]
     warnings: tuple[str, ...]
     """Sentences from a fixed list, without names."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """Names, shapes and types of the tensors of a site's network, those left out that it keeps anyway."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -380,6 +459,14 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Fetched:
+    """Tensors that otherwise stay at the site, and how many cases they were trained on."""
+
+    weights: Tensors
+    n_cases: int
+
+
+@dataclass(frozen=True)
 class Done:
     pass
 
@@ -416,11 +503,13 @@ class SiteError:
 
 
 Failure: TypeAlias = SiteTimeout | SiteLost | SiteRefused | SiteError
-Reply: TypeAlias = Examined | Prepared | Trained | Maps | Gradients | Evaluated | Judged | Done
+Reply: TypeAlias = Examined | Prepared | Described | Trained | Maps | Gradients | Evaluated | Judged | Fetched | Done
 
 REQUESTS: tuple[type, ...] = (
     Examine,
     Prepare,
+    Describe,
+    Share,
     Train,
     Front,
     Tail,
@@ -428,11 +517,14 @@ REQUESTS: tuple[type, ...] = (
     Evaluate,
     Judge,
     Keep,
+    Personalize,
+    Reestimate,
+    Fetch,
     Snapshot,
     Restore,
     Forget,
 )
-REPLIES: tuple[type, ...] = (Examined, Prepared, Trained, Maps, Gradients, Evaluated, Judged, Done)
+REPLIES: tuple[type, ...] = (Examined, Prepared, Described, Trained, Maps, Gradients, Evaluated, Judged, Fetched, Done)
 FAILURES: tuple[type, ...] = (SiteTimeout, SiteLost, SiteRefused, SiteError)
 
 

@@ -60,6 +60,7 @@ def predict(
         device=where,
         mirror=t.mirror,
         precision=precision or t.precision,
+        unknown=finished.unknown,
     )
     out.mkdir(parents=True, exist_ok=True)
     skipped: list[tuple[str, str]] = []

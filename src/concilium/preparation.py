@@ -5,37 +5,37 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from concilium._set_aside import told as set_aside
-from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
-from concilium.data.labels import Labels, n_heads, to_nnunet
+from concilium.data.labels import foreground, n_heads, to_nnunet
 from concilium.data.matching import Space, agree, annotation_notes, reorder
 from concilium.data.partition import Layout, materialise
-from concilium.data.plan import make_plans, open_plan
+from concilium.data.plan import open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
 from concilium.local_updates import check_labels
 from concilium.messages import (
+    Describe,
+    Described,
     Examine,
     Examined,
     Failure,
-    Fingerprint,
     Prepare,
     Prepared,
     Reply,
     Request,
+    Share,
     SiteError,
-    Tensors,
     describe,
 )
-from concilium.networks import Stages, make_network
+from concilium.planning import Plans, Told, initial_weights, network_of, plan_text, share_one_plan, share_own_plans
 from concilium.record import Record
-from concilium.rehearsal import try_loss, try_network
+from concilium.rehearsal import try_loss, try_network, try_tensors
 from concilium.schedule import Setting
+from concilium.sharing import table_of
 from concilium.start_from import Start, check_start, start_of
 from concilium.study import SiteTable, Study, training_of
 
@@ -48,19 +48,6 @@ class Ledger:
     problems: list[str] = field(default_factory=list)
     excluded: list[dict[str, Any]] = field(default_factory=list)
     """What sites elsewhere told of cases that they set aside (`_set_aside.told`)."""
-
-
-@dataclass(frozen=True)
-class Plans:
-    """What the sites told, and the plan that was made of it."""
-
-    text: str
-    channels: tuple[str, ...]
-    labels: Labels
-    patch_size: tuple[int, ...]
-    batch_size: int
-    start: Start | None = None
-    """What models start from in place of drawn weights."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +72,6 @@ class Work:
     record: Record
     plans: Plans
     watch: Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the sites told of their data."""
-
-    channels: tuple[str, ...]
-    labels: Labels
-    file_ending: str
-    fingerprints: Mapping[str, Fingerprint]
-    """Of the study's sites, by name."""
-    partial: bool = False
-    """Whether a site annotates some labels only."""
 
 
 def on_folders(study: Study, layout: Layout, folder: Path) -> Study:
@@ -136,6 +110,9 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
         "file_ending": first.file_ending,
     }
     _keep(record, "dataset.json", json.dumps(about, indent=1) + "\n")
+    if any(r.annotated is not None for r in told.values()):
+        known = {name: list(told[name].annotated or foreground(space.labels)) for name in told if name in study.sites}
+        _keep(record, "annotated.json", json.dumps(known, indent=1) + "\n")
     unknown = annotation_notes(space.labels, {n: told[n].annotated for n in told if n in study.sites})
     ledger.warnings += unknown
     fingerprints = {name: reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites}
@@ -150,31 +127,26 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
         StudyError: the study's network or protocol cannot be had with it.
     """
     study = setting.study
-    merged = merge([fingerprint for name, fingerprint in told.fingerprints.items() if name in setting.sites])
-    p, t, r = study.plan, study.training, study.preprocessing
-    base_features = cast("int | None", study.network.options.get("base_features"))
-    text = make_plans(
-        merged,
-        channels=told.channels,
-        labels=told.labels,
-        file_ending=told.file_ending,
-        configuration=p.configuration,
-        planner=p.planner,
-        memory_gb=p.memory_gb,
-        base_features=base_features,
-        batch_size=t.batch_size,
-        patch_size=t.patch_size,
-        resize=None if r.name == "nnunet" else {"size": r.size, "intensity": r.intensity},
-    )
+    fingerprints = {name: f for name, f in told.fingerprints.items() if name in setting.sites}
+    merged = merge(list(fingerprints.values()))
+    text = plan_text(study, told, merged)
     if setting.is_base:
         _keep(record, "fingerprint.json", to_json(merged))
     _keep(record, "plans.json" if setting.is_base else f"plans/{setting.title}.json", text)
-    plan = open_plan(text, p.configuration)
+    plan = open_plan(text, study.plan.configuration)
     plans = Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size)
-    try_network(study, network_of(study, plans))
+    if study.plan.fingerprint == "site":
+        plans = replace(plans, by_site={name: plan_text(study, told, f) for name, f in fingerprints.items()})
+    for name, own in plans.by_site.items():
+        _keep(record, f"plans/{setting.title}/{name}.json", own)
+    for name in plans.by_site or ("",):
+        try_network(study, network_of(study, plans, name))
+        try_tensors(study, network_of(study, plans, name))
     check_labels(study.local_update, plans.labels)
     if told.partial:
         try_loss(study.loss, plans.labels)
+    if not plans.by_site:
+        plans = replace(plans, sharing=share_one_plan(study, plans))
     return replace(plans, start=_start(setting, plans, record, ledger))
 
 
@@ -215,11 +187,15 @@ def prepare_sites(
     v = study.validation
     request = Prepare(
         plans.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
-        study.study.max_excluded, plans.channels, plans.labels,
+        study.study.max_excluded, plans.channels, plans.labels, study.sharing.keep,
     )  # fmt: skip
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())
-    asked = {name: request for name, site in engine.sites.items() if site.role in roles}
+    asked = {
+        name: replace(request, plans=plans.of(name)) if name in plans.by_site else request
+        for name, site in engine.sites.items()
+        if site.role in roles
+    }
     ready: dict[str, Prepared] = {}
     for name, reply in _must(engine, record, asked, study, ledger):
         if isinstance(reply, Prepared):
@@ -231,6 +207,28 @@ def prepare_sites(
                 ]
                 ledger.excluded += set_aside(name, reply.excluded)
     return ready
+
+
+def agree_on_tensors(
+    setting: Setting, engine: Engine, record: Record, plans: Plans, cases: Mapping[str, int], ledger: Ledger
+) -> Plans:
+    """Where sites have plans of their own: ask what tensors each network has, match them, and tell each site what it shares.
+
+    Raises:
+        EngineError: too few sites answered.
+        StudyError: no two sites have a tensor in common.
+    """
+    study = setting.study
+    asked = dict.fromkeys(cases, Describe())
+    told = {n: r for n, r in _must(engine, record, asked, study, ledger) if isinstance(r, Described)}
+    sharing = share_own_plans(study, plans, {name: table_of(reply) for name, reply in told.items()})
+    for site in told:
+        if not sharing.names(site):
+            ledger.warnings.append(f"{site} has no tensor in common with another site: it trains by itself.")
+    shares = {site: Share(tuple(sorted(sharing.names(site)))) for site in told}
+    for _ in _must(engine, record, shares, study, ledger):
+        pass
+    return replace(plans, sharing=sharing)
 
 
 def _must(
@@ -260,23 +258,3 @@ def failure_line(record: Record, site: str, failure: Failure) -> str:
     """One line about a failure, with the site's own words where this is a simulation."""
     words = record.site_error(site, failure.reference) if isinstance(failure, SiteError) else None
     return f"{site}: {describe(failure)}" + (f": {words}" if words else "")
-
-
-def network_of(study: Study, plans: Plans) -> Callable[..., Stages]:
-    """What builds the study's network, with new weights each time; `deep_supervision` may be given in place of the study's."""
-    return partial(
-        make_network,
-        study.network,
-        n_channels=len(plans.channels),
-        n_labels=n_heads(plans.labels),
-        plan=open_plan(plans.text, study.plan.configuration).architecture,
-        deep_supervision=study.training.deep_supervision,
-    )
-
-
-def initial_weights(study: Study, plans: Plans) -> Tensors:
-    """The weights that every model of a run starts from: a function of the seed, the plan, and what the study starts from."""
-    network = network_of(study, plans)
-    with drawn_from(study.study.seed, "weights"):
-        drawn = network().state_dict()
-    return drawn if plans.start is None else {**drawn, **plans.start.weights}

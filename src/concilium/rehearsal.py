@@ -14,6 +14,7 @@ from concilium.data.labels import Labels, has_regions, ignored, n_heads
 from concilium.errors import ContractError, StudyError
 from concilium.messages import PlugIn
 from concilium.networks import Stages
+from concilium.sharing import kept_of, named, named_statistics
 from concilium.study import Study
 
 
@@ -29,6 +30,25 @@ def try_network(study: Study, network: Callable[..., Stages]) -> None:
         built = network()
     if check is not None:
         check(built, **p.options)
+
+
+def try_tensors(study: Study, network: Callable[..., Stages]) -> None:
+    """Look for the tensors that the study names in its network.
+
+    Raises:
+        StudyError: it has none of them, or no running statistics that could be estimated anew.
+    """
+    with drawn_from("check"):
+        built = network()
+    if study.personalize.tensors:
+        named(built, study.personalize.tensors, where="[personalize] tensors")
+    if study.sharing.keep:
+        kept_of(built, study.sharing.keep)
+    if study.sharing.unseen == "reestimate" and not named_statistics(built):
+        raise StudyError(
+            f"[sharing] unseen = 'reestimate' is not possible with network {study.network.name!r}: its norms have no running "
+            "statistics. Allowed: 'none', 'mean'. Choose one, or norms that have, such as norm = 'batch' of unet."
+        )
 
 
 def try_loss(loss: PlugIn, labels: Labels) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from concilium._set_aside import added_up
@@ -48,13 +48,18 @@ def score_row(score: Score) -> dict[str, Any]:
 
 
 def account(
-    model: Model, rounds: Sequence[Mapping[str, Any]], *, batch_size: int, selected: int | None = None
+    model: Model, rounds: Sequence[Mapping[str, Any]], *, batch_size: Callable[[str], int], selected: int | None = None
 ) -> dict[str, Any]:
     """What training a model took: `updates` in sequence, `patches` in all, seconds, and bytes to and from each site.
 
-    `selected`: the round whose weights it ended with, where that is not the last.
+    Args:
+        batch_size: of a site's plan.
+        selected: the round whose weights it ended with, where that is not the last.
     """
     took = {site: _took(site, rounds) for site in model.steps}
+    if model.is_finetuned:  # at the sites, without a byte
+        for told in took.values():
+            told |= {key: told[key] + (model.setting.study.personalize.steps or 0) for key in ("n_steps", "n_asked")}
     n_steps = [t["n_steps"] for t in took.values()]
     return {
         "name": model.name,
@@ -64,8 +69,8 @@ def account(
         "rounds": len(rounds),
         "selected_round": len(rounds) if selected is None else selected,
         "updates": max(n_steps),
-        "patches": sum(n_steps) * batch_size,
-        "batch_size": batch_size,
+        "patches": sum(took[site]["n_steps"] * batch_size(site) for site in took),
+        "batch_size": max(batch_size(site) for site in took),
         "seconds": round(sum(line["seconds"] for line in rounds), 3),
         "sites": took,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import cast
@@ -13,8 +13,14 @@ from concilium.study import Study
 
 PERSONAL = "-personal"
 """Ends the name of the networks that sites train of their own beside a model."""
+ELSEWHERE = "-elsewhere"
+"""Ends the name of the network made for sites that did not train, where each that did has tensors of its own."""
+FINETUNED = "-finetuned"
+"""Ends the name of what sites make of a finished model by training on for themselves."""
 BEST = ".best"
 """Ends the name under which a site keeps the best weights so far of a model that stays."""
+
+MADE_BESIDE = (PERSONAL, ELSEWHERE, FINETUNED)
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,22 @@ class Model:
     protocol: str
     steps: Mapping[str, int]
     stays: bool = False
-    """Whether it stays at its site (and is a different one at each)."""
+    """Whether it is a different one at each site, and as a whole known there only."""
+    partly: bool = False
+    """Whether some of its tensors are shared nevertheless."""
     cases: Mapping[str, int] = field(default_factory=dict)
     """How many training cases each site has."""
     personal: Model | None = None
     """The networks that sites train of their own beside it."""
     beside: str = ""
-    """Of such networks: the key of the model beside which they are trained."""
+    """Of such networks, and of one made for sites elsewhere: the key of the model that was trained."""
+    group: tuple[str, ...] = ()
+    """The keys of all that one training makes: sites may forget it when these are finished."""
+
+    @property
+    def is_finetuned(self) -> bool:
+        """Whether sites make it of the finished model by training on for themselves."""
+        return self.name.endswith(FINETUNED) and bool(self.beside)
 
     @property
     def fold(self) -> int:
@@ -101,16 +116,18 @@ def folds_of(study: Study) -> tuple[int, ...]:
     return tuple(range(v.folds)) if isinstance(v.fold, str) else (v.fold,)
 
 
-def models(setting: Setting, cases: Mapping[str, int], batch_size: int) -> Iterator[Model]:
-    """The setting's own model, what sites train of their own beside it, then the baselines: `centralized` with one site's steps,
+def models(setting: Setting, cases: Mapping[str, int], batch_size: Callable[[str], int]) -> Iterator[Model]:
+    """The setting's own model, what is made beside it, then the baselines: `centralized` with one site's steps,
     `centralized_long` with those of all.
 
-    `cases`: how many training cases each site has; sites that are not in it take no part.
+    Args:
+        cases: how many training cases each site has; sites that are not in it take no part.
+        batch_size: of each site's plan.
     """
     p = setting.study.protocol
 
     def n_steps(name: str) -> int:
-        return p.steps or max(1, -(-int(cases[name] * cast(float, p.epochs)) // batch_size))
+        return p.steps or max(1, -(-int(cases[name] * cast(float, p.epochs)) // batch_size(name)))
 
     steps = {name: n_steps(name) for name in setting.sites if name in cases}
     made: dict[str, Model] = {}
@@ -118,21 +135,47 @@ def models(setting: Setting, cases: Mapping[str, int], batch_size: int) -> Itera
         taken = steps
         if protocol == "centralized":
             taken = {"pooled": max(steps.values()) if name == "centralized" else sum(steps.values())}
-        made[name] = Model(name, name + setting.suffix, setting, protocol, taken, stays, cases)
-    shared, own = made[setting.title], made.get(setting.title + PERSONAL)
-    if own is not None:
-        own = replace(own, beside=shared.key)
-        made |= {own.name: own, shared.name: replace(shared, personal=own)}
-    yield from made.values()
+        made[name] = Model(name, name + setting.suffix, setting, protocol, taken, stays, cases=cases)
+    shared = made[setting.title]
+    beside = [m for m in (made.get(setting.title + end) for end in MADE_BESIDE) if m is not None]
+    group = (shared.key, *(m.key for m in beside))
+    made |= {m.name: replace(m, beside=shared.key, group=group) for m in beside}
+    own = made.get(setting.title + PERSONAL)
+    made[shared.name] = replace(shared, personal=own, group=group, partly=is_partly_shared(setting.study))
+    yield from (m if m.group else replace(m, group=(m.key,)) for m in made.values())
+
+
+def title_of(name: str) -> str:
+    """The setting's own model that is named, or beside which the named one was made: of `federated-personal.s8:north`,
+    `federated`."""
+    title = name.partition(":")[0].partition(".")[0]
+    for end in MADE_BESIDE:
+        title = title.removesuffix(end)
+    return title
+
+
+def has_own_heads(study: Study) -> bool:
+    """Whether each site's heads, of the study's own models, saw that site only; then they know only what it looked for."""
+    return study.protocol.name == "local" or not {"heads", "decoder"}.isdisjoint(study.sharing.keep)
+
+
+def is_partly_shared(study: Study) -> bool:
+    """Whether the study's own models have tensors that are not shared, and so are others at every site."""
+    return bool(study.sharing.keep) or study.plan.fingerprint == "site"
 
 
 def names(setting: Setting) -> dict[str, tuple[str, bool]]:
     """Name -> protocol, and whether it stays at its site: the models of a setting."""
     p = setting.study.protocol
-    found = {setting.title: (p.name, p.name == "local")}
+    study = setting.study
+    found = {setting.title: (p.name, p.name == "local" or is_partly_shared(study))}
     # without a site the models are trained for that site's sake, which has no network of its own
-    if setting.unseen is None and has_personal(setting.study.local_update.name):
+    if setting.unseen is None and has_personal(study.local_update.name):
         found[setting.title + PERSONAL] = (p.name, True)
+    if is_partly_shared(study) and study.sharing.unseen != "none":
+        found[setting.title + ELSEWHERE] = (p.name, False)
+    if setting.unseen is None and study.personalize.steps:
+        found[setting.title + FINETUNED] = (p.name, True)
     if setting.is_base:
         if "local" in p.compare:
             found.setdefault("local", ("local", True))

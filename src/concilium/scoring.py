@@ -9,23 +9,30 @@ from typing import Any, TypeAlias
 
 from concilium._set_aside import DATA, UNSEEN
 from concilium._set_aside import told as set_aside
+from concilium.aggregation import Sum
 from concilium.engines import Engine, ask
 from concilium.messages import (
     Done,
     Evaluate,
     Evaluated,
     Failure,
+    Fetch,
+    Fetched,
     Forget,
     Keep,
+    Personalize,
     PlugIn,
+    Reestimate,
     Request,
     Tensors,
+    Trained,
     as_failure,
 )
 from concilium.preparation import Event, Ledger, Work, failure_line
-from concilium.protocols import WEIGHTS, Round
-from concilium.results import METRICS, score_rows
-from concilium.schedule import BEST, Model, ensemble_key
+from concilium.protocols import WEIGHTS, Round, begun_at
+from concilium.results import METRICS, score_rows, short_of_steps
+from concilium.schedule import BEST, Model, ensemble_key, has_own_heads
+from concilium.study import training_of
 from concilium.wire import part
 
 Names: TypeAlias = Mapping[int, Mapping[str, str]]
@@ -39,13 +46,27 @@ def tell(engine: Engine, requests: Mapping[str, Request], deadline_s: float | No
     return {site: as_failure(reply) for site, reply in replies if not isinstance(reply, Done)}
 
 
+def note_rounds(model: str, rounds: Sequence[Mapping[str, Any]], ledger: Ledger) -> None:
+    """Note the failures of all rounds, and which sites took fewer steps than they were asked for."""
+    for line in rounds:
+        failed = line["failures"].items()
+        ledger.problems += [f"{model}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
+    ledger.warnings += short_of_steps(model, rounds)
+
+
 def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
     """The final push: server and sites keep the same tensors. A model that stays is kept by its site alone."""
     requests: dict[str, Request] = {}
     best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
+    if model.is_finetuned:
+        personalize(work, model, ledger)
+        return
     if model.stays:
         for site in model.steps:
-            requests[site] = Keep(model.key, {}, model.key + BEST if site in best else "", model.beside)
+            if site in best:
+                requests[site] = Keep(model.key, {}, model.key + BEST)
+            else:
+                requests[site] = _keep(work, model, site, part(last.tensors, WEIGHTS))
     else:
         weights = work.record.best_weights(model.key) or part(last.tensors, WEIGHTS)
         work.record.save_weights(model.key, weights)
@@ -54,8 +75,45 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
     failures = tell(work.engine, requests)
     if model.stays and best:
         tell(work.engine, dict.fromkeys([s for s in model.steps if s in best], Forget(model.key + BEST, finished=True)))
+    if model.beside and not model.stays and model.setting.study.sharing.unseen == "reestimate":
+        there = [site for site in requests if site not in failures]
+        failures |= tell(work.engine, dict.fromkeys(there, Reestimate(model.key)))
     for site, failure in failures.items():
         ledger.problems.append(f"{model.key}, final push: {failure_line(work.record, site, failure)}")
+
+
+def personalize(work: Work, model: Model, ledger: Ledger) -> None:
+    """Have every site train the finished model on for itself."""
+    study = model.setting.study
+    own, rounds = study.personalize, study.protocol.rounds
+    rate = own.learning_rate or training_of(study).learning_rate
+    request = Personalize(model.key, model.beside, rounds + 1, own.steps or 0, rate, own.tensors)
+    for site, reply in ask(work.engine, dict.fromkeys(model.steps, request)):
+        if not isinstance(reply, Trained):
+            failure = failure_line(work.record, site, as_failure(reply))
+            ledger.problems.append(f"{model.key}, fine-tuning: {failure}")
+
+
+def _keep(work: Work, model: Model, site: str, weights: Tensors) -> Keep:
+    """Ask a site to store a model that stays: what it trained, or the shared weights with those of its own."""
+    if model.partly:
+        return Keep(model.key, work.plans.sharing.for_site(weights, site), merge=True)
+    return Keep(model.key, {}, personal=model.beside)
+
+
+def for_elsewhere(work: Work, model: Model, trained: Round, ledger: Ledger) -> Tensors:
+    """A network for sites that did not train: the shared weights after the last round, and the mean of what each site keeps.
+
+    Weighted by cases. A site that does not send what it keeps is not in the mean, which is then a problem of the run.
+    """
+    total = Sum()
+    for site, reply in ask(work.engine, dict.fromkeys(model.steps, Fetch(model.beside))):
+        if isinstance(reply, Fetched):
+            total.add(reply.weights, max(1, reply.n_cases))
+        else:
+            failure = failure_line(work.record, site, as_failure(reply))
+            ledger.problems.append(f"{model.key}, what {site} keeps: {failure}")
+    return {**part(trained.tensors, WEIGHTS), **(total.mean() if total.count else {})}
 
 
 @dataclass
@@ -90,14 +148,14 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
     if not together:
         seen = list(model.steps) if model.stays else list(model.setting.sites)
         where.append(("validation", "validation", seen))
-        where += [("unseen", "all", [site]) for site in (model.setting.unseen,) if site]
+        where += [("unseen", "all", [site]) for site in (model.setting.unseen,) if site and not model.stays]
     if study.test is not None and (together or not model.member):
         where.append(("test", "test", list(model.steps) if model.stays else ["test"]))
     key = ensemble_key(model) if together else model.key
     scored = Scored()
     for subset, of_site, sites in where:
         work.watch(Event("stage", f"{key}: scoring the {subset} cases", model=key))
-        request = Evaluate(key, of_site, metrics, tuple(m.key for m in members))
+        request = Evaluate(key, of_site, metrics, tuple(m.key for m in members), own=_has_own_heads(model))
         for site, reply in ask(work.engine, dict.fromkeys(sites, request)):
             label = f"{key}, {subset} at {site}"
             if isinstance(reply, Evaluated):
@@ -107,6 +165,11 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
                 ledger.problems.append(f"{label}: {failure_line(work.record, site, as_failure(reply))}")
     work.watch(Event("scored", model=key))
     return scored
+
+
+def _has_own_heads(model: Model) -> bool:
+    """Whether the layers that make logits saw one site only."""
+    return model.protocol == "local" or (model.stays and has_own_heads(model.setting.study))
 
 
 def _add(
@@ -144,10 +207,16 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
         return
     weights = part(done.tensors, WEIGHTS)
     pooled = model.protocol == "centralized"  # trained where the server cannot see it, and scored there
-    sites = list(model.steps) if model.stays or pooled else [*model.setting.sites, *_unseen(model)]
-    keep = Keep(model.key, {} if model.stays or pooled else weights, personal=model.beside)
-    failures = tell(work.engine, dict.fromkeys(sites, keep))
-    request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False)
+    if model.partly:  # a site that was not asked yet has nothing of its own to add
+        begun = begun_at(done)
+        sites = [site for site in model.steps if site in begun]
+        keep = {site: _keep(work, model, site, weights) for site in sites}
+    else:
+        sites = list(model.steps) if model.stays or pooled else [*model.setting.sites, *_unseen(model)]
+        same = Keep(model.key, {} if model.stays or pooled else weights, personal=model.beside)
+        keep = dict.fromkeys(sites, same)
+    failures = tell(work.engine, keep)
+    request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False, own=_has_own_heads(model))
     replies = dict(ask(work.engine, {site: request for site in sites if site not in failures}))
     failures |= {site: as_failure(r) for site, r in replies.items() if not isinstance(r, Evaluated)}
     for site, failure in failures.items():

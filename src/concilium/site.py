@@ -11,42 +11,52 @@ import json
 import secrets
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from concilium import wire
-from concilium.answers import Cancelled, Check, Entry, Job, Settings
-from concilium.answers.evaluate import evaluate
+from concilium.aggregation import check_like
+from concilium.answers import Cancelled, Check, Entry, Job, Settings, built
+from concilium.answers.evaluate import evaluate, subset_of
+from concilium.answers.failing import failure_of
 from concilium.answers.judge import judge
 from concilium.answers.models import Models
+from concilium.answers.own import personalize, reestimate
 from concilium.answers.permission import check_names, check_policy
 from concilium.answers.statistics import Exclusions, examine, find_cases, prepare
-from concilium.errors import ConciliumError, ContractError, DataError, PrivacyError
+from concilium.errors import ContractError
 from concilium.messages import (
     REQUESTS,
+    Describe,
     Done,
     Evaluate,
     Examine,
     Failure,
+    Fetch,
+    Fetched,
     Finish,
     Forget,
     Front,
     Judge,
     Keep,
+    Personalize,
     Prepare,
+    Reestimate,
     Reply,
     Request,
     Restore,
-    SiteError,
-    SiteRefused,
+    Share,
     SiteTimeout,
     Snapshot,
     Tail,
+    Tensors,
     Train,
 )  # fmt: skip
 from concilium.optimization import device_named
+from concilium.sharing import all_but, described
 from concilium.wire import Envelope
 
 
@@ -95,27 +105,8 @@ class Site:
 
     def _failure(self, e: BaseException) -> Failure:
         reference = f"{self.settings.name}-{secrets.token_hex(4)}"  # one that no earlier life has left in the log
-        # a name that Python or Concilium gave; that of a class from outside may say anything
-        name = next(c.__name__ for c in type(e).__mro__ if c.__module__ in ("builtins", "concilium.errors"))
         self.log("failure", reference=reference, error="".join(traceback.format_exception(e)))
-        match e:
-            case PrivacyError():
-                return SiteRefused(e.rule)
-            case DataError():
-                return SiteError("DataError", e.code, reference)
-            case ContractError():
-                return SiteError("ContractError", "contract", reference)
-            case FloatingPointError():
-                return SiteError("FloatingPointError", "not_finite", reference)
-            case MemoryError() | torch.OutOfMemoryError():
-                return SiteError(name, "out_of_memory", reference)
-            case RuntimeError() if "can't allocate memory" in str(e) or "out of memory" in str(e):
-                return SiteError(name, "out_of_memory", reference)
-            case OSError():
-                return SiteError(name, "disk", reference)
-            case ConciliumError():
-                return SiteError(name, "concilium", reference)
-        return SiteError(name, "failed", reference)
+        return failure_of(e, reference)
 
     # -------------------------------------------------------------------------------------------------------- requests
 
@@ -143,15 +134,43 @@ class Site:
                 return self._evaluate(request, cancelled)
             case Judge():
                 return judge(self.settings, self._prepared_job(), request, device=self.device, cancelled=cancelled)
+            case Describe() | Share() | Fetch() | Personalize() | Reestimate():
+                return self._make_own(request, cancelled)
             case Keep() | Snapshot() | Restore() | Forget():
                 self._store(request)
+        return Done()
+
+    def _make_own(self, request: Describe | Share | Fetch | Personalize | Reestimate, cancelled: Check) -> Reply:
+        """What has to do with tensors that are the site's own."""
+        job, models, site = self._prepared_job(), self._models, self.settings.name
+        match request:
+            case Describe():
+                return described(built(job), job.kept)
+            case Share(names):
+                self._job = replace(job, kept=all_but(built(job), job.kept, names))
+            case Fetch(model):
+                own = models.in_training(model)
+                return Fetched({n: own[n] for n in sorted(job.kept & own.keys())}, len(job.entries["training"]))
+            case Personalize(model, source):
+                models.park()  # one network in memory at a time
+                weights = models.finished(source)
+                trained, own = personalize(job, weights, request, site=site, device=self.device, cancelled=cancelled)
+                models.keep(model, own)
+                return trained
+            case Reestimate(model):
+                models.park()
+                entries, _ = subset_of(self.settings, job, "test" if self.settings.role == "test" else "all")
+                weights = models.finished(model)
+                models.keep(model, reestimate(job, weights, entries, device=self.device, cancelled=cancelled))
         return Done()
 
     def _store(self, request: Keep | Snapshot | Restore | Forget) -> None:
         models = self._models
         match request:
-            case Keep(model, weights, source, personal):
+            case Keep(model, weights, source, personal, merge):
                 own = weights or (models.finished(source) if source else None)
+                if merge:
+                    own = self._merged(models.in_training(model), weights)
                 if not own:
                     own = models.learner(self._prepared_job(), personal or model).trained_weights(
                         personal=bool(personal)
@@ -163,6 +182,13 @@ class Site:
                 models.restore(model, number)
             case Forget(model, finished):
                 models.forget(model, finished=finished)
+
+    def _merged(self, trained: Tensors, shared: Tensors) -> Tensors:
+        """The shared weights with what stays here of those that trained."""
+        job = self._prepared_job()
+        whole = {**shared, **{n: trained[n] for n in job.kept & trained.keys()}}
+        check_like(whole, built(job).state_dict())
+        return whole
 
     def _train(self, request: Train | Front | Tail | Finish, cancelled: Check) -> Reply:
         models, job = self._models, self._prepared_job()

@@ -218,7 +218,7 @@ def test_settings_that_are_given_are_kept(kit: Path, phantom: Path, monkeypatch:
 def test_by_default_nothing_beyond_updates_leaves_a_site(kit: Path, phantom: Path) -> None:
     write_settings(kit, read_settings(kit, {"data": phantom / "north"}))
     settings = settings_of_run(kit, read_about(kit), "0a1b")
-    assert settings.policy == Policy(plug_ins=(), split=False, labels=False, case_scores=False)
+    assert settings.policy == Policy(plug_ins=(), split=False, labels=False, case_scores=False, kept=False)
     assert settings.folder == kit / "runs" / "0a1b"
     assert (settings.name, settings.role, settings.data) == ("north", "site", {"north": (phantom / "north").resolve()})
 

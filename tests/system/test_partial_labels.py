@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import SimpleITK as sitk
+import torch
 from safetensors.torch import load_file
 from torch import equal
 
+from concilium.data.labels import n_heads, silenced
 from concilium.errors import StudyError
+from concilium.exports import export_run
+from concilium.finished import open_finished
 from concilium.line import Outcome, run
+from concilium.predict import predict
 from concilium.study import Study
 
 Make = Callable[..., Study]
@@ -122,3 +127,40 @@ def test_labels_to_teach_that_there_are_not_are_refused_before_anything_trains(p
     with pytest.raises(StudyError, match=r"names 'leison'\. Did you mean 'lesion'"):
         run(study, tmp_path / "run")
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_own_heads_draw_and_are_scored_on_what_their_site_looked_for(
+    partly: Make, phantom: Path, tmp_path: Path
+) -> None:
+    """SegViz: heads stay at their sites. What north's never learnt, it neither draws nor is blamed for; its body is shared."""
+    study = partly(loss__name="own_labels", sharing__keep=["heads"], protocol__rounds=1, protocol__compare=["local"])
+    outcome = run(study, tmp_path / "run")
+    assert outcome.exit_code == 0
+    found: dict[str, dict[str, set[str]]] = {}
+    for row in outcome.results["cases"]:
+        if row["subset"] == "test":
+            told = "not annotated" if row["status"] == "not_annotated" else "scored"
+            found.setdefault(row["model"], {}).setdefault(row["label"], set()).add(told)
+    for name in ("federated", "local"):
+        assert found[f"{name}:north"] == {"organ": {"scored"}, "lesion": {"not annotated"}}
+        assert found[f"{name}:south"] == {"organ": {"not annotated"}, "lesion": {"scored"}}
+        assert found[f"{name}:west"] == {"organ": {"scored"}, "lesion": {"scored"}}
+    assert open_finished(tmp_path / "run", "federated:north").unknown == ("lesion",)
+    assert not predict(
+        tmp_path / "run", phantom / "north" / "imagesTr", tmp_path / "n", model="federated:south", device="cpu"
+    )
+    for path in (tmp_path / "n").glob("*.nii.gz"):
+        assert 1 not in sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    with pytest.raises(StudyError, match="never learnt lesion"):
+        export_run(tmp_path / "run", tmp_path / "out", format="safetensors", model="federated:north")
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_label_that_is_silenced_never_wins(regions: bool) -> None:
+    labels = {"background": 0, "a": (1, 2), "b": 2} if regions else {"background": 0, "a": 1, "b": 2}
+    logits = torch.randn(n_heads(labels), 6, 6, 6).half()
+    quiet = silenced(logits, labels, ["b"])
+    assert bool((quiet[-1] < -9e3).all())
+    assert torch.equal(quiet[:-1], logits[:-1])
+    assert silenced(logits, labels, []) is logits
+    assert bool(logits[-1].isfinite().all())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from concilium.data.dataset import Case, Dataset
+from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels
 from concilium.data.matching import Names
 from concilium.data.patches import Batches
@@ -35,6 +36,8 @@ class Policy:
     """Whether in split training heads may act on maps that the server made, whose gradients tell it the labels."""
     case_scores: bool = True
     """Whether the scores of single cases may leave, under numbers; otherwise averages over `MIN_CASES` patients or more."""
+    kept: bool = True
+    """Whether tensors that a study keeps at its sites may leave once, at a model's end, to make one for sites elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,18 @@ class Job:
     """`None` where there is nothing to train on."""
     channels: tuple[str, ...] = ()
     """Their names, in the study's order."""
+    kept: frozenset[str] = frozenset()
+    """Tensors of the network that stay here."""
+    unknown: tuple[str, ...] = ()
+    """Labels that nobody looked for here."""
     micro_batch: int | None = None
     """How many patches the site's network sees at once; `None`: all of a batch."""
+
+
+def built(job: Job) -> Stages:
+    """The network, to be looked at: its weights are drawn from a generator of their own."""
+    with drawn_from("look"):
+        return job.network()
 
 
 Check = Callable[[], bool]

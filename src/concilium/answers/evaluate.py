@@ -17,7 +17,7 @@ from concilium import catalog
 from concilium.answers import Cancelled, Check, Entry, Job, Settings, pictures
 from concilium.answers.statistics import Exclusions, count, find_cases
 from concilium.data.dataset import Case, Dataset, pixel_size, read_case
-from concilium.data.labels import Labels, foreground, ignored
+from concilium.data.labels import Labels, foreground, ignored, silenced
 from concilium.data.matching import Space
 from concilium.data.patches import predict_logits
 from concilium.data.plan import Plan
@@ -51,14 +51,15 @@ def evaluate(
         network = job.network().to(device)
         network.load_state_dict(dict(weights))
         networks.append(network.eval())
-    found, excluded = _subset(settings, job, request.subset)
+    unknown = job.unknown if request.own else ()
+    found, excluded = subset_of(settings, job, request.subset)
     scores: list[Score] = []
     kept: list[pictures.Row] = []  # for the site's own eyes
     for entry in found:
         if cancelled():
             raise Cancelled
         try:
-            scored, arrays, spacing = _score_case(entry, job, networks, request.metrics, device)
+            scored, arrays, spacing = _score_case(entry, job, networks, request.metrics, device, unknown)
         except DataError as e:
             excluded[entry.key] = (e.code, str(e))
             continue
@@ -115,7 +116,12 @@ def _means(values: Iterable[tuple[Any, float | None]], *, key: Callable[[Any], A
     return {k: statistics.fmean(found) for k, found in of.items()}
 
 
-def _subset(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry], Exclusions]:
+def subset_of(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry], Exclusions]:
+    """The cases of a subset, and those of which a file is missing.
+
+    Raises:
+        DataError: the site has no such subset.
+    """
     if subset in job.entries:
         return job.entries[subset], {}
     if subset == "all":
@@ -129,7 +135,12 @@ def _subset(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry],
 
 
 def _score_case(
-    entry: Entry, job: Job, networks: Sequence[nn.Module], metrics: Sequence[PlugIn], device: torch.device
+    entry: Entry,
+    job: Job,
+    networks: Sequence[nn.Module],
+    metrics: Sequence[PlugIn],
+    device: torch.device,
+    unknown: Sequence[str],
 ) -> tuple[list[Score], tuple[NDArray[Any], NDArray[Any], NDArray[Any]], tuple[float, ...] | None]:
     """Scores of a case; its image, reference and prediction; its spacing [mm], if known."""
     image, reference, properties = read_case(entry.case, entry.dataset)
@@ -145,16 +156,18 @@ def _score_case(
         device=device,
         mirror=t.mirror,
         precision=t.precision,
+        unknown=unknown,
     )
     spacing = pixel_size(entry.case, entry.dataset, properties)
     numbers = {"case": entry.number, "patient": entry.patient}
-    scores = score_labels(
-        prediction, reference[0], spacing, job.labels, metrics, **numbers, annotated=entry.case.annotated
-    )
+    looked_for = entry.case.annotated
+    if unknown:
+        looked_for = tuple(n for n in looked_for or foreground(job.labels) if n not in unknown)
+    scores = score_labels(prediction, reference[0], spacing, job.labels, metrics, **numbers, annotated=looked_for)
     return scores, (image, reference[0], prediction), spacing
 
 
-def segment(
+def segment(  # noqa: PLR0913  (what a network needs, and what it does not know)
     case: Case,
     dataset: Dataset,
     *,
@@ -164,10 +177,12 @@ def segment(
     device: torch.device,
     mirror: bool,
     precision: str,
+    unknown: Sequence[str] = (),
 ) -> tuple[NDArray[Any], dict[str, Any]]:
     """Label map (X, Y, Z) of a case in its original geometry, and that geometry. Its own label map is not looked at.
 
-    The logits of several networks are averaged, as nnU-Net does with those of its folds.
+    The logits of several networks are averaged, as nnU-Net does with those of its folds. Labels that are `unknown` to them are
+    not in the label map.
     """
     image, properties = preprocess(case, dataset, plan)
     see = partial(predict_logits, plan=plan, labels=labels, device=device, mirror=mirror, precision=precision)
@@ -176,7 +191,7 @@ def segment(
         logits = logits + see(network, image)
     if len(networks) > 1:
         logits = logits / len(networks)
-    return restore(logits, plan, labels, properties), properties
+    return restore(silenced(logits, labels, unknown), plan, labels, properties), properties
 
 
 def score_labels(

@@ -17,7 +17,7 @@ from concilium.answers.split import Session
 from concilium.answers.train import Cut, Learner
 from concilium.errors import ContractError
 from concilium.messages import Front, Tensors
-from concilium.wire import read_tensors, write_tensors
+from concilium.wire import part, read_tensors, write_tensors
 
 
 class Models:
@@ -139,6 +139,20 @@ class Models:
     def keep(self, model: str, weights: Tensors) -> None:
         """Store the weights of a finished model."""
         write_tensors(self._finished(model), weights, {})
+
+    def in_training(self, model: str) -> Tensors:
+        """The weights of a model in training; of split training, those of front and tail.
+
+        Raises:
+            ContractError: it never trained here.
+        """
+        if self._resident is not None and self._resident[0] == model:
+            return self._resident[1].trained_weights()
+        if not self._working(model).is_file():
+            raise ContractError(
+                f"{self.site} was asked for what it keeps of {model}. It never trained that. Train it first."
+            )
+        return part(read_tensors(self._working(model))[0], "weights/")
 
     def finished(self, model: str) -> Tensors:
         """The weights of a finished model.

@@ -7,7 +7,7 @@ import re
 from concilium import catalog
 from concilium.answers import Policy
 from concilium.errors import ContractError, PrivacyError
-from concilium.messages import Evaluate, Front, Keep, Prepare, Request
+from concilium.messages import Evaluate, Fetch, Front, Keep, Personalize, Prepare, Request
 
 
 def check_names(request: Request) -> None:
@@ -15,6 +15,8 @@ def check_names(request: Request) -> None:
     names = [getattr(request, "model", "none"), *getattr(request, "members", ())]
     if isinstance(request, Keep):
         names += [name for name in (request.source, request.personal) if name]
+    if isinstance(request, Personalize):
+        names.append(request.source)
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ContractError(f"A model is called {name!r}. Allowed: letters, digits, - . and _. Rename it.")
@@ -43,6 +45,12 @@ def check_policy(request: Request, policy: Policy) -> None:
     """
     if isinstance(request, Front):
         _check_split(request, policy)
+    if isinstance(request, Fetch) and not policy.kept:
+        raise PrivacyError(
+            f"The tensors of {request.model} that stay here were asked for. This site's policy does not let them leave. Allow it "
+            "in the site's own settings (kept = true), or run the study with [sharing] unseen = 'none'.",
+            rule="kept",
+        )
     asked = []
     match request:
         case Prepare():

@@ -38,7 +38,7 @@ class Session:
         self.parts: Parts = learner.parts
         self.model, self.round, self.steps = request.model, request.round, request.steps
         training = learner.job.training
-        batches = learner.begin(request.weights, site=site, model=request.model)
+        batches = learner.begin(request.weights, site=site, model=request.model, begins=request.begins)
         self._keys = [(learner.job.seed, site, request.round, step) for step in range(request.steps)]
         self._batches: Iterator[Batch] = stream(batches, self._keys, workers=training.loader_workers)
         self._objective = make_objective(learner.job)

@@ -15,7 +15,7 @@ from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
-from concilium.data.labels import annotation_mask, flaw, n_heads
+from concilium.data.labels import annotation_mask, flaw, n_heads, unknown_labels
 from concilium.data.matching import Names, Space
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
@@ -25,6 +25,7 @@ from concilium.errors import ContractError, DataError
 from concilium.local_updates import brought_by
 from concilium.messages import Examine, Examined, Excluded, Fingerprint, Prepare, Prepared, Training
 from concilium.networks import Stages, make_network
+from concilium.sharing import kept_of
 
 T = TypeVar("T")
 Exclusions = dict[str, tuple[str, str]]
@@ -90,10 +91,10 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     found, excluded = find_cases(settings.data, settings.names, _agreed(request))
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
-    build = _builder(request, plan, found[0].dataset)
+    network = _builder(request, plan, found[0].dataset)
     if trains and settings.micro_batch is not None:  # before an hour of preprocessing
         with drawn_from("micro_batch"):
-            must_be_divisible(settings.micro_batch, plan.batch_size, request.training.local_update.name, build())
+            must_be_divisible(settings.micro_batch, plan.batch_size, request.training.local_update.name, network())
     read = partial(_prepare_case, plan=plan, cache=settings.cache)
     files = _each(found, read, excluded, cancelled) if trains else {}
     if trains:
@@ -114,18 +115,28 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         plan,
         dataset.labels,
         len(dataset.channels),
-        build,
+        network,
         request.training,
         request.seed,
         parts,
         _batches(own, request.training, plan, dataset, _partly(parts["training"])) if own else None,
         dataset.channels,
+        _kept(request, network),
+        unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
         settings.micro_batch,
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
     reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
     return reply, job, excluded
+
+
+def _kept(request: Prepare, network: Callable[..., Stages]) -> frozenset[str]:
+    """The tensors of the network that stay here."""
+    if not request.keep:
+        return frozenset()
+    with drawn_from("kept"):  # the weights are thrown away
+        return kept_of(network(), request.keep)
 
 
 def _batches(

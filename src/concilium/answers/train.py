@@ -9,17 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from concilium import catalog
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job
 from concilium.answers.objective import Teacher, make_objective
 from concilium.answers.time_box import while_it_fits
-from concilium.data.draws import seed_all
+from concilium.data.draws import drawn_from, seed_all
 from concilium.data.patches import Batches, stream
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import Brought, Local, brought_by, finish_of, has_personal, when_alone
@@ -49,29 +48,35 @@ class Learner:
         self.cut = cut
         self.parts: Parts | None = None
         self.brought: Brought | None = None
-        if cut is not None:
-            whole = job.network(deep_supervision=job.training.deep_supervision and cut.reveal_labels)
-            self.parts = cut_apart(whole, cut.after, reveal_labels=cut.reveal_labels)
-        else:
-            self.brought = brought_by(
-                job.training.local_update, plan=job.plan, labels=job.labels, channels=job.channels, device=device
-            )
-        if self.brought is not None:
-            self.network, self.scaler = self.brought.network.to(device), self.brought.scaler
-        else:
-            self.network = (self.parts.at_site if self.parts else job.network()).to(device)
-            self.scaler = torch.amp.GradScaler(device.type) if job.training.precision == "float16" else None
-        self._optimizer = None if self.brought else make_optimizer(self.network, job.training)
+        with drawn_from(job.seed, "weights"):  # what a site keeps begins as all sites' does
+            self.network = self._built().to(device)
+        self.scaler = self.brought.scaler if self.brought else None
+        if self.brought is None and job.training.precision == "float16":
+            self.scaler = torch.amp.GradScaler(device.type)
+        self.own_optimizer = None if self.brought else make_optimizer(self.network, job.training)
         self.trained = False
+        self.kept: frozenset[str] = frozenset()
+        """What stays here of the weights, in the round at hand."""
         self.memory: dict[str, Tensor] = {}
         """The local update's own tensors."""
         self.personal: Learner | None = None
         """The site's own second network, from when the local update first trains one."""
 
+    def _built(self) -> nn.Module:
+        job, cut = self.job, self.cut
+        if cut is not None:
+            whole = job.network(deep_supervision=job.training.deep_supervision and cut.reveal_labels)
+            self.parts = cut_apart(whole, cut.after, reveal_labels=cut.reveal_labels)
+            return self.parts.at_site
+        self.brought = brought_by(
+            job.training.local_update, plan=job.plan, labels=job.labels, channels=job.channels, device=self.device
+        )
+        return self.brought.network if self.brought else job.network()
+
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """Over the parameters that train."""
-        return self.brought.optimizer if self.brought else cast(torch.optim.Optimizer, self._optimizer)
+        return self.brought.optimizer if self.brought else self.own_optimizer
 
     def load_weights(self, weights: Tensors) -> None:
         """Replace all weights.
@@ -131,11 +136,15 @@ class Learner:
             self.personal = Learner(self.job, self.device)
             self.personal._restore(own, part(about, "personal/"))
 
-    def begin(self, weights: Tensors, *, site: str, model: str) -> Batches:
+    def begin(self, weights: Tensors, *, site: str, model: str, begins: bool = False, alone: bool = False) -> Batches:
         """Take over the weights, where there are any, and get ready to take steps; where the batches come from.
 
+        Args:
+            begins: what stays here begins now, as it was drawn or is sent.
+            alone: nothing is shared, and all weights are sent or none.
+
         Raises:
-            ContractError: the weights are not this network's, or there never were any.
+            ContractError: the weights are not what is shared of this network, or there never were any.
             DataError: there is nothing to train on.
         """
         if self.job.batches is None:
@@ -143,14 +152,28 @@ class Learner:
                 f"{site} has no training cases in this fold. Expected at least one. Choose other folds.",
                 code="no_training_cases",
             )
+        self.kept = frozenset() if alone else self.job.kept
         if weights:
-            self.load_weights(weights)
+            self._take_over(weights, begins=begins)
+        self.trained |= begins
         if not self.trained:
             raise ContractError(
                 f"{site} has no weights of {model}. The first round must send them. Start the run again."
             )
         self.network.train()
         return self.job.batches
+
+    def _take_over(self, weights: Tensors, *, begins: bool) -> None:
+        """Replace the shared weights; where the model begins, those that stay here too, if they are sent."""
+        own = self.network.state_dict()
+        fresh = begins and not self.trained
+        if not (self.trained or fresh or self.kept.isdisjoint(own)):
+            raise ContractError(
+                f"{len(self.kept & own.keys())} tensors that stay at this site are not there any more. Only a model that begins "
+                "has none. Restore the site's folder, or start the run again."
+            )
+        check_like(weights, {n: t for n, t in own.items() if n not in self.kept or (fresh and n in weights)})
+        self.load_weights({**own, **weights})
 
     def begin_personal(self) -> None:
         """Get the second network ready to take steps; the first time it begins where the shared one does."""
@@ -180,7 +203,10 @@ class Learner:
             raise FloatingPointError(f"Weights of {model} are not finite after round {round}.")
         n_cases = len(self.job.entries["training"])
         mean = sum(losses) / len(losses)
-        weights, beside = (self.weights(), control or {}) if send else ({}, {})
+        weights, beside = (
+            ({n: t for n, t in tensors.items() if n not in self.kept} if send else {})
+            for tensors in (self.weights(), control or {})
+        )
         return Trained(weights, n_cases, len(losses), mean, seconds, beside)
 
     def train(self, request: Train, *, site: str, cancelled: Check) -> Trained:
@@ -193,7 +219,9 @@ class Learner:
             Cancelled: the request was cancelled.
         """
         started = time.monotonic()
-        batches = self.begin(request.weights, site=site, model=request.model)
+        batches = self.begin(
+            request.weights, site=site, model=request.model, begins=request.begins, alone=request.alone
+        )
         if self.brought is not None:
             self.brought.begin(total_steps=request.total_steps)
         update = self.job.training.local_update
@@ -201,7 +229,7 @@ class Learner:
         if has_personal(update.name):
             self.begin_personal()
         local = self._lend(request)
-        losses = self._steps(batches, local, update, request, site, cancelled, began=started)
+        losses = self._steps(batches, local, update, request, site, cancelled, started)
         if self.brought is not None:
             self.brought.end()
         return self.finish(
@@ -218,34 +246,25 @@ class Learner:
         training = self.job.training
         received = self.weights()
         precision = partial(autocast, self.device, training.precision)
-        own = None
-        if self.personal is not None:
-            own = Local(
-                self.personal.network,
-                self.personal.optimizer,
-                make_objective(self.job),
-                precision,
-                received,
-                training.clip_norm,
-                self.personal.scaler,
-                micro_batch=self.job.micro_batch,
-            )
-        return Local(
+        lend = partial(
+            Local,
+            objective=make_objective(self.job),
+            autocast=precision,
+            received=received,
+            clip_norm=training.clip_norm,
+            micro_batch=self.job.micro_batch,
+        )
+        return lend(
             self.network,
             self.optimizer,
-            make_objective(self.job),
-            precision,
-            received,
-            training.clip_norm,
-            self.scaler,
-            self.brought,
-            Teacher(self.job.network, received, self.device, precision, self.job.micro_batch),
-            request.control,
-            self.memory,
-            own,
-            self.job.labels,
-            self.job.micro_batch,
-            request.first_step / max(1, request.total_steps - request.steps),
+            scaler=self.scaler,
+            brought=self.brought,
+            teacher=Teacher(self.job.network, received, self.device, precision, self.job.micro_batch),
+            control=request.control,
+            memory=self.memory,
+            personal=lend(own.network, own.optimizer, scaler=own.scaler) if (own := self.personal) else None,
+            labels=self.job.labels,
+            progress=request.first_step / max(1, request.total_steps - request.steps),
         )
 
     def _steps(
@@ -256,7 +275,6 @@ class Learner:
         request: Train,
         site: str,
         cancelled: Check,
-        *,
         began: float,
     ) -> list[float]:
         training = self.job.training
@@ -269,10 +287,9 @@ class Learner:
                 raise Cancelled
             if self.brought is not None:
                 self.brought.set_rate(request.first_step + step)
-            for learner in (self, self.personal) if self.brought is None else ():
-                if learner is not None:
-                    rate = {"step": request.first_step + step, "total_steps": request.total_steps}
-                    set_rate(learner.optimizer, training, **rate)
+            for learner in filter(None, (self, self.personal)) if self.brought is None else ():
+                rate = {"step": request.first_step + step, "total_steps": request.total_steps}
+                set_rate(learner.optimizer, training, **rate)
             seed_all(*keys[step], "step")  # whatever drew the batch, dropout and the like draw from here
             loss = float(take(local, batch.to(self.device)))
             if not math.isfinite(loss):

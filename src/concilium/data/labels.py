@@ -8,8 +8,11 @@ its ids is the one that a predicted label map holds where this region, and none 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from concilium.messages import Labels
 
@@ -24,9 +27,13 @@ __all__ = [
     "ids_of",
     "ignored",
     "n_heads",
+    "silenced",
     "to_nnunet",
     "unknown_ids",
+    "unknown_labels",
 ]
+NEVER = -1e4
+"""A logit that is never chosen, and that half precision can hold."""
 BACKGROUND, IGNORE = "background", "ignore"
 
 
@@ -56,6 +63,28 @@ def unknown_ids(labels: Labels, annotated: Sequence[str]) -> tuple[int, ...]:
     """The ids that stand for nothing that was looked for: voxels with them may be anything."""
     known = {i for name, ids in foreground(labels).items() if name in annotated for i in ids}
     return tuple(i for ids in foreground(labels).values() for i in ids if i not in known)
+
+
+def unknown_labels(labels: Labels, annotated: Iterable[Sequence[str] | None]) -> tuple[str, ...]:
+    """The labels that were looked for in none of these cases (`None`: all were, in that case)."""
+    known: set[str] = set()
+    for one in annotated:
+        if one is None:
+            return ()
+        known |= set(one)
+    return tuple(name for name in foreground(labels) if name not in known)
+
+
+def silenced(logits: Tensor, labels: Labels, names: Sequence[str]) -> Tensor:
+    """Logits (L, ...) in which these labels or regions never win. Finite, since logits are interpolated afterwards."""
+    if not names:
+        return logits
+    mask = torch.tensor([not on for on in annotation_mask(labels, [n for n in foreground(labels) if n not in names])])
+    if not has_regions(labels):
+        mask[0] = False
+    logits = logits.clone()
+    logits[mask] = NEVER
+    return logits
 
 
 def all_ids(labels: Labels) -> tuple[int, ...]:

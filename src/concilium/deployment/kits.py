@@ -73,6 +73,8 @@ class SiteSettings:
     """The labels that were looked for at this site, in the study's words; omitted: as its dataset.json says, or all."""
     case_scores: bool = False
     """Whether the scores of single cases may leave, under numbers. Otherwise averages do, over 5 patients or more."""
+    kept: bool = False
+    """Whether tensors that a study keeps at its sites may leave once, to make a network for sites elsewhere."""
     pictures: bool = True
     """Whether a picture of each scored case is kept in the run's folder here."""
     micro_batch: int | None = None
@@ -146,7 +148,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "device": str,
         "split": bool,
     }
-    hints |= dict.fromkeys(("labels", "pictures", "case_scores"), bool)
+    hints |= dict.fromkeys(("labels", "pictures", "case_scores", "kept"), bool)
     hints |= dict.fromkeys(("plug_ins", "annotated"), tuple[str, ...])
     hints |= dict.fromkeys(("label_names", "channel_names"), Mapping[str, str])
     values: dict[str, Any] = {}
@@ -201,7 +203,7 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         folder / "cache",
         s.threads,
         s.device,
-        Policy(s.plug_ins, s.split, s.labels, s.case_scores),
+        Policy(s.plug_ins, s.split, s.labels, s.case_scores, s.kept),
         names={about.name: Names(s.label_names or {}, s.channel_names or {}, s.annotated)},
         pictures=s.pictures,
         micro_batch=s.micro_batch,

@@ -49,6 +49,11 @@ def export_run(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise StudyError(f"{out} is not empty. Expected a new folder for the export. Give another -o.")
     finished = _open(run, model)
+    if finished.unknown:
+        raise StudyError(
+            f"{finished.name} never learnt {', '.join(finished.unknown)}: nobody looked for that at its site, whose own its last "
+            "layers are. Exported, it would draw that all the same. Export a model of all labels, or use concilium predict."
+        )
     purpose = _intended_use(intended_use)
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

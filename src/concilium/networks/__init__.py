@@ -213,6 +213,13 @@ def names_elsewhere(network: PlugIn, *, n_channels: int, n_labels: int, plan: Ma
     return {} if known is None else known(plan=plan, n_channels=n_channels, n_labels=n_labels)
 
 
+def bare(name: str) -> str:
+    """A tensor's name without what `torch.compile` and `DistributedDataParallel` put before it."""
+    while name.startswith(("_orig_mod.", "module.")):
+        name = name.partition(".")[2]
+    return name
+
+
 def as_stages(network: nn.Module) -> Stages:
     """The network itself, or, where it is no list of stages, one stage called `whole` around it."""
     return network if isinstance(network, Stages) else Stages({"whole": Whole(network)})

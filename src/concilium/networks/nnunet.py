@@ -20,11 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from concilium.errors import ContractError
-from concilium.networks import Stack, Stage, Stages
+from concilium.networks import Stack, Stage, Stages, bare
 from concilium.networks._plan import LAYERS, arguments_of, check_plan
 from concilium.nnunet_parts import ConvDropoutNormReLU, get_network_from_plans
-
-_PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
 
 
 class _Down(Stage):
@@ -140,7 +138,7 @@ def from_library(
     ours, shapes = _names(plan, n_channels, n_labels)
     given: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if (name := _bare(key)) in given:
+        if (name := bare(key)) in given:
             raise ContractError(
                 f"Tensor {name} is given twice, with and without a prefix. One is allowed. Give one state dict."
             )
@@ -218,12 +216,6 @@ def _names(plan: Mapping[str, Any], n_channels: int, n_labels: int) -> tuple[dic
 
 def _extra_heads(names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith("head") and not name.startswith("head0.")]
-
-
-def _bare(key: str) -> str:
-    while key.startswith(_PREFIXES):
-        key = key.partition(".")[2]
-    return key
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -34,7 +34,9 @@ def train_alone(
     for number in range(start.number + 1, rounds + 1):
         before = copy_traffic(engine, steps)
         fetches = fetch and number == rounds
-        begin = train_requests(model, number, rounds, steps, initial, send_weights=fetches, alone=True, box_s=box_s)
+        begin = train_requests(
+            model, number, rounds, steps, initial, send_weights=fetches, alone=True, box_s=box_s, begins=True
+        )
         go_on = train_requests(model, number, rounds, steps, {}, send_weights=fetches, alone=True, box_s=box_s)
         requests = {site: (begin if site in waiting else go_on)[site] for site in steps}
         answers: dict[str, Answer] = {}

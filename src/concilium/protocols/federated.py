@@ -1,7 +1,8 @@
 """Federated averaging and all that differs from it only in the rule, the local update or what is shared.
 
 McMahan et al. 2017 (arXiv:1602.05629): every round each site trains from the shared weights, and the server makes new ones of the
-updates. All sites take part in every round; the optimiser's state stays at the site.
+updates. All sites take part in every round; the optimiser's state stays at the site. Where sites' networks differ, each tensor is
+averaged over the sites that have it (`sharing.match`), by the same rule.
 """
 
 from __future__ import annotations
@@ -13,8 +14,20 @@ from typing import Any
 from concilium.aggregation import Sum, check_like, one_block
 from concilium.collect import Collected
 from concilium.engines import Engine, ask
-from concilium.messages import Tensors
-from concilium.protocols import CONTROL, STATE, WEIGHTS, Round, copy_traffic, require, traffic_since, train_requests
+from concilium.messages import Tensors, Train
+from concilium.protocols import (
+    BEGUN,
+    CONTROL,
+    STATE,
+    WEIGHTS,
+    Round,
+    begun_at,
+    copy_traffic,
+    require,
+    traffic_since,
+    train_requests,
+)
+from concilium.sharing import EVERYTHING, Sharing, shared_now
 from concilium.wire import part
 
 
@@ -30,10 +43,16 @@ def federated(
     min_sites: int,
     deadline_s: float | None,
     cases: Mapping[str, int],
+    sharing: Sharing = EVERYTHING,
+    begin_with: Tensors | None = None,
     box_s: float | None = None,
     **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: shared weights, the rule's own tensors, the total of what came beside the weights.
+
+    Args:
+        sharing: which tensors travel.
+        begin_with: of tensors that stay at the sites, what these begin with; those that are missing each site draws itself.
 
     Raises:
         EngineError: fewer than `min_sites` sites answered in a round.
@@ -41,20 +60,63 @@ def federated(
     weights: Tensors = part(start.tensors, WEIGHTS)
     state: Tensors = part(start.tensors, STATE)
     control: Tensors = part(start.tensors, CONTROL)
-    blocks = (one_block(weights, steps),)
+    begun = begun_at(start)
+    blocks = sharing.blocks or (one_block(weights, steps),)
     for number in range(start.number + 1, rounds + 1):
         before = copy_traffic(engine, steps)
-        requests = train_requests(
-            model, number, rounds, steps, weights, send_weights=True, control=control, box_s=box_s
-        )
+        begins = frozenset() if sharing.whole else steps.keys() - begun
+        requests: dict[str, Train] = {}
+        for sites in sharing.alike(steps):
+            own = sharing.for_site(weights, min(sites))
+            for some, more in ((sites - begins, {}), (sites & begins, begin_with or {})):
+                taken = {site: steps[site] for site in steps if site in some}
+                requests |= train_requests(
+                    model,
+                    number,
+                    rounds,
+                    taken,
+                    {**own, **more},
+                    send_weights=True,
+                    control=control,
+                    begins=some <= begins,
+                    box_s=box_s,
+                )
         got = collect(partial(ask, engine, deadline_s=deadline_s), requests, blocks=blocks, asked=steps)
         require(got.answers, got.failures, min_sites=min_sites, model=model, number=number)
-        weights, state = rule(got.updates[0] if got.updates else got.totals[0], state, before=weights)
+        weights, state = applied(rule, got, weights, state)
         control = added(control, got.control, sum(cases[site] for site in steps))
+        begun |= got.answers.keys()
         tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
         tensors |= {CONTROL + n: t for n, t in control.items()}
-        traffic = traffic_since(engine, steps, before)
-        yield Round(number, tensors, {}, got.answers, got.failures, traffic, n_tensors=len(got.totals[0].names))
+        values = {} if sharing.whole else {BEGUN: tuple(sorted(begun))}
+        yield Round(
+            number,
+            tensors,
+            values,
+            got.answers,
+            got.failures,
+            traffic_since(engine, steps, before),
+            n_tensors=sum(len(total.names) for total in got.totals),
+            shared=shared_now(blocks, got.answers.keys(), sharing.sizes),
+        )
+
+
+def applied(
+    rule: Callable[..., tuple[Tensors, Tensors]], got: Collected, weights: Tensors, state: Tensors
+) -> tuple[Tensors, Tensors]:
+    """New weights and the rule's tensors; a block of which no site answered stays as it was."""
+    if len(got.totals) == 1:
+        return rule(got.updates[0] if got.updates else got.totals[0], state, before=weights)
+    new, kept = dict(weights), dict(state)
+    for i, total in enumerate(got.totals):
+        if total.count:
+            own = f"{i}/"
+            made, told = rule(
+                got.updates[i] if got.updates else total, part(state, own), before={n: weights[n] for n in total.names}
+            )
+            new |= made
+            kept |= {own + n: t for n, t in told.items()}
+    return new, kept
 
 
 def added(control: Tensors, sent: Sum, n_cases: int) -> Tensors:

@@ -10,7 +10,7 @@ Each owner clips its own gradient: a site that of front and tail together, the s
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -22,11 +22,12 @@ from concilium.collect import Collected
 from concilium.data.draws import digest
 from concilium.engines import Engine, ask
 from concilium.errors import EngineError
-from concilium.messages import Finish, Front, Tensors, Training
+from concilium.messages import Finish, Front, Json, Tensors, Training
 from concilium.networks import Parts, Stages, cut_apart
-from concilium.protocols import STATE, WEIGHTS, Round, copy_traffic, require, traffic_since
+from concilium.protocols import BEGUN, STATE, WEIGHTS, Round, begun_at, copy_traffic, require, traffic_since
 from concilium.protocols._body import Body
 from concilium.protocols._exchange import Exchange
+from concilium.sharing import EVERYTHING, Sharing, shared_now
 from concilium.wire import part
 
 MOMENTS = "body/"
@@ -51,6 +52,8 @@ def splitfed(
     seed: int,
     device: torch.device,
     weigh: Callable[[int, float], int],
+    sharing: Sharing = EVERYTHING,
+    begin_with: Tensors | None = None,
     variant: Literal["v1", "v2"] = "v1",
     cut: Literal["shallow", "deep"] | tuple[str, ...] = "deep",
     reveal_labels: bool = False,
@@ -60,6 +63,8 @@ def splitfed(
     """Yield the state after each round: the whole network's weights, the rule's tensors and the bodies' optimisers.
 
     Args:
+        sharing: which tensors of front and tail travel.
+        begin_with: of those that do not, what they begin with; those that are missing each site draws itself.
         variant: `v1`, a body for each site, averaged; `v2`, one body.
         cut: `shallow`, `deep`, or the two stages after which the network is cut.
         reveal_labels: let heads act on maps that the server made, as deep supervision does; it can then compute the labels
@@ -78,7 +83,9 @@ def splitfed(
         return cut_apart(network(deep_supervision=deep_supervision), after, reveal_labels=reveal_labels)
 
     named = parts()
-    in_body, at_site = named.body.state_dict().keys(), named.at_site.state_dict().keys()
+    in_body, at_site = named.body.state_dict().keys(), named.at_site.state_dict().keys() - sharing.kept
+    size = sum(t.numel() for t in named.at_site.state_dict().values())
+    begun = begun_at(start)
     bodies = {owner: Body(parts().body, training, device) for owner in (sorted(steps) if variant == "v1" else [ALL])}
     weights: Tensors = part(start.tensors, WEIGHTS)
     state: Tensors = part(start.tensors, STATE)
@@ -89,10 +96,12 @@ def splitfed(
         before = copy_traffic(engine, steps)
         for owner, body in bodies.items():
             body.load({n: weights[n] for n in in_body}, *moments[owner])
-        ours = {n: weights[n] for n in at_site}
+        ours = {n: weights[n] for n in weights if n in at_site}
         request = Front(model, number, after, reveal_labels, 0, 0, 0, 0, ours, ())
+        begins = frozenset() if sharing.whole else steps.keys() - begun
+        first = replace(request, weights={**ours, **(begin_with or {})}, begins=True)
         queues = _queues(bodies, steps, (seed, "order", number))
-        exchange = Exchange(engine, queues, _first(request, steps, rounds), seed=seed)
+        exchange = Exchange(engine, queues, _first(request, first, begins, steps, rounds), seed=seed)
         exchange.run(deadline_s=deadline)
         requests = {site: Finish(model, number, gradients) for site, gradients in exchange.last.items()}
         got = collect(
@@ -100,11 +109,7 @@ def splitfed(
         )
         failures = {**exchange.failures, **got.failures}
         require(got.answers, failures, min_sites=min_sites, model=model, number=number)
-        if variant == "v2" and not bodies[ALL].is_finite():
-            raise EngineError(
-                f"{model}, round {number}: the body is not finite any more. Expected finite weights. Go on from the round before "
-                "with --resume, or start again with a lower learning rate."
-            )
+        _require_finite(bodies, model=model, number=number)
         (total,) = got.totals
         if variant == "v1":
             total.join(_sum_of({site: (bodies[site], weigh(a.n_cases, 1.0)) for site, a in got.answers.items()}))
@@ -113,9 +118,12 @@ def splitfed(
         moments |= {owner: body.state() for owner, body in bodies.items() if owner == ALL or owner in got.answers}
         tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
         tensors |= {f"{MOMENTS}{o}/{n}": t for o, (ts, _) in moments.items() for n, t in ts.items()}
-        values = {owner: numbers for owner, (_, numbers) in moments.items()}
+        values: dict[str, Json] = {owner: numbers for owner, (_, numbers) in moments.items()}
+        begun |= got.answers.keys()
+        values |= {} if sharing.whole else {BEGUN: tuple(sorted(begun))}
+        shared = {} if sharing.whole else shared_now((one_block(ours, steps),), got.answers, dict.fromkeys(steps, size))
         traffic = traffic_since(engine, steps, before)
-        yield Round(number, tensors, values, got.answers, failures, traffic, n_tensors=len(total.names))
+        yield Round(number, tensors, values, got.answers, failures, traffic, n_tensors=len(total.names), shared=shared)
 
 
 def check(network: Stages, *, cut: Literal["shallow", "deep"] | tuple[str, ...], reveal_labels: bool, **_: Any) -> None:
@@ -125,6 +133,14 @@ def check(network: Stages, *, cut: Literal["shallow", "deep"] | tuple[str, ...],
         StudyError: it cannot be cut so.
     """
     cut_apart(network, (cut,) if isinstance(cut, str) else cut, reveal_labels=reveal_labels)
+
+
+def _require_finite(bodies: Mapping[str, Body], *, model: str, number: int) -> None:
+    if ALL in bodies and not bodies[ALL].is_finite():
+        raise EngineError(
+            f"{model}, round {number}: the body is not finite any more. Expected finite weights. Go on from the round before "
+            "with --resume, or start again with a lower learning rate."
+        )
 
 
 def _queues(
@@ -138,13 +154,23 @@ def _queues(
     return [(bodies[ALL], [site for step in range(max(steps.values())) for site in order if step < steps[site]])]
 
 
-def _first(request: Front, steps: Mapping[str, int], rounds: int) -> dict[str, Front]:
+def at_sites(
+    network: Callable[..., Stages], *, cut: Literal["shallow", "deep"] | tuple[str, ...], reveal_labels: bool, **_: Any
+) -> frozenset[str]:
+    """The tensors of front and tail."""
+    built = network() if reveal_labels else network(deep_supervision=False)
+    parts = cut_apart(built, (cut,) if isinstance(cut, str) else cut, reveal_labels=reveal_labels)
+    return frozenset(parts.at_site.state_dict())
+
+
+def _first(request: Front, first: Front, begins: Set[str], steps: Mapping[str, int], rounds: int) -> dict[str, Front]:
     """Each site's first request of a round; sites with equally many steps share one, which is packed once."""
     shared = {
-        n: replace(request, steps=n, first_step=(request.round - 1) * n, total_steps=rounds * n)
+        (n, new): replace(r, steps=n, first_step=(r.round - 1) * n, total_steps=rounds * n)
         for n in set(steps.values())
+        for new, r in ((False, request), (True, first))
     }
-    return {site: shared[n] for site, n in steps.items()}
+    return {site: shared[n, site in begins] for site, n in steps.items()}
 
 
 def _sum_of(bodies: Mapping[str, tuple[Body, int]]) -> Sum:

@@ -18,6 +18,8 @@ CHANGEABLE = (
     "collect",
     "loss",
     "local_update",
+    "sharing",
+    "personalize",
 )
 FIXED = ("study", "sites", "test", "partition", "validation", "engine", "variants")
 """Tables of the study that all its variants share: who takes part, and which cases are held out."""

@@ -21,6 +21,7 @@ from concilium.data.shifts import Shift
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
 from concilium.study._hardware import unequal
+from concilium.study._sharing import misshared
 from concilium.study._trainers import network_of_trainer, overruled
 from concilium.study._variants import FIXED, variant_tables
 from concilium.study.tables import ProtocolTable, SiteTable, StartTable, Study, training_of
@@ -95,7 +96,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     ]
 
     found: dict[str, Any] = {"protocol": _protocol(tables.get("protocol", {}), problems)}
-    for key in ("study", "plan", "preprocessing", "training", "validation", "engine"):
+    for key in ("study", "plan", "preprocessing", "training", "sharing", "personalize", "validation", "engine"):
         found[key] = _table(hints[key], tables.get(key, {}), f"[{key}]", problems)
     tables["network"], found["start"] = _start(tables.get("network", {}), problems)
     tables["network"] = network_of_trainer(tables["network"], tables.get("local_update", {}), problems)
@@ -109,7 +110,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     )
     problems += _lost_data(found, "partition" in tables, folder if check_data else None)
     problems += [*undivided(found, "partition" in tables), *unequal(found)]
-    problems += [*contradictions(found, n_sites=len(tables.get("sites", {}))), *overruled(found)]
+    problems += [*contradictions(found, n_sites=len(tables.get("sites", {}))), *overruled(found), *misshared(found)]
     problems += confusions(found["sites"], found["test"], folder)
     return _resolve(Study(**found), folder) if len(problems) == before else None
 
@@ -210,9 +211,8 @@ def _start(raw: Mapping[str, Any], problems: list[str]) -> tuple[Mapping[str, An
 def _plug_in(kind: str, raw: Mapping[str, Any], default: PlugIn, where: str, problems: list[str]) -> PlugIn:
     name = raw.get("name", default.name)
     if not isinstance(name, str):
-        problems.append(
-            f"{where} name = {name!r} is not allowed. Known: {', '.join(names(kind))}, or `module:function`."
-        )
+        known = ", ".join(names(kind))
+        problems.append(f"{where} name = {name!r} is not allowed. Known: {known}, or `module:function`.")
         return default
     given = {k: v for k, v in raw.items() if k != "name"}
     more = [f.name for f in dataclasses.fields(StartTable)] if kind == "networks" else []

@@ -80,6 +80,30 @@ class PlanTable:
     """GPU memory that the plan is made for; omitted: the planner's own (8 GB for the default)."""
     exact_geometry: bool = False
     """Let sites tell the shape and spacing of every case in full; otherwise binned."""
+    fingerprint: Literal["pooled", "site"] = "pooled"
+    """pooled: one plan, from the statistics of all sites. site: each has its own, and networks share what they have in common."""
+
+
+@dataclass(frozen=True)
+class SharingTable:
+    keep: tuple[str, ...] = ()
+    """What stays at each site: `norms`, `statistics` (of norms), `heads`, `stem`, `decoder`, or patterns of tensors' names."""
+    unseen: Literal["none", "mean", "reestimate"] = "none"
+    """What a site that did not train gets for what stays, and the test set: nothing, and every site's model is tested by itself;
+    the mean of the sites', fetched once at the end; or this with running statistics estimated on its own images, unlabelled."""
+    match: Literal["resolution", "intersection", "published"] = "resolution"
+    """Of plans by site: tensors of one name and shape are shared by those that have them, at least two; only if all have them; or
+    by the names that the network's authors gave."""
+
+
+@dataclass(frozen=True)
+class PersonalizeTable:
+    steps: int | None = None
+    """How many plain steps every site trains the finished model on for itself; omitted: none. Both are scored."""
+    tensors: tuple[str, ...] = ()
+    """Which tensors then change, by roles or patterns as in `[sharing] keep`; omitted: all."""
+    learning_rate: float | None = None
+    """Of the first of these steps; omitted: that of training."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +208,8 @@ class Study:
     collect: PlugIn = PlugIn("plain")
     loss: PlugIn = PlugIn("dice_ce")
     local_update: PlugIn = PlugIn("plain")
+    sharing: SharingTable = SharingTable()
+    personalize: PersonalizeTable = PersonalizeTable()
     validation: ValidationTable = ValidationTable()
     engine: EngineTable = EngineTable()
     variants: Mapping[str, Study] = field(default_factory=dict)

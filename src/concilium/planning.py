@@ -1,0 +1,177 @@
+"""The plan of a setting, or of each of its sites; the networks that are built by it, and what of these is shared."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+from torch import Tensor
+
+from concilium import catalog
+from concilium.data.draws import drawn_from
+from concilium.data.labels import Labels, n_heads
+from concilium.data.plan import make_plans, open_plan
+from concilium.messages import Fingerprint, Tensors
+from concilium.networks import Stages, make_network, names_elsewhere
+from concilium.schedule import Model
+from concilium.sharing import EVERYTHING, Sharing, Table, kept_of, match
+from concilium.start_from import Start
+from concilium.study import Study
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the sites told of their data."""
+
+    channels: tuple[str, ...]
+    labels: Labels
+    file_ending: str
+    fingerprints: Mapping[str, Fingerprint]
+    """Of the study's sites, by name."""
+    partial: bool = False
+    """Whether a site annotates some labels only."""
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plan that was made of what the sites told, and what follows from it."""
+
+    text: str
+    channels: tuple[str, ...]
+    labels: Labels
+    patch_size: tuple[int, ...]
+    batch_size: int
+    start: Start | None = None
+    """What models start from in place of drawn weights."""
+    by_site: Mapping[str, str] = field(default_factory=dict)
+    """Site -> its own plan, where each has one; then `text` is that of all their cases together, for baselines."""
+    sharing: Sharing = EVERYTHING
+    """What of the setting's own model travels."""
+
+    def of(self, site: str) -> str:
+        """The plan by which a site prepares and trains."""
+        return self.by_site.get(site, self.text)
+
+
+def plan_text(study: Study, told: Told, fingerprint: Fingerprint) -> str:
+    """nnU-Net's plan of these cases, by the study's settings."""
+    p, t, r = study.plan, study.training, study.preprocessing
+    return make_plans(
+        fingerprint,
+        channels=told.channels,
+        labels=told.labels,
+        file_ending=told.file_ending,
+        configuration=p.configuration,
+        planner=p.planner,
+        memory_gb=p.memory_gb,
+        base_features=cast("int | None", study.network.options.get("base_features")),
+        batch_size=t.batch_size,
+        patch_size=t.patch_size,
+        resize=None if r.name == "nnunet" else {"size": r.size, "intensity": r.intensity},
+    )
+
+
+def batch_size_of(study: Study, plans: Plans, site: str) -> int:
+    """Patches in a batch at a site."""
+    own = plans.by_site.get(site)
+    return plans.batch_size if own is None else open_plan(own, study.plan.configuration).batch_size
+
+
+def network_of(study: Study, plans: Plans, site: str = "") -> Callable[..., Stages]:
+    """What builds the study's network, with new weights each time; `deep_supervision` may be given in place of the study's."""
+    return partial(
+        make_network,
+        study.network,
+        n_channels=len(plans.channels),
+        n_labels=n_heads(plans.labels),
+        plan=open_plan(plans.of(site), study.plan.configuration).architecture,
+        deep_supervision=study.training.deep_supervision,
+    )
+
+
+def initial_weights(study: Study, plans: Plans, site: str = "") -> Tensors:
+    """The weights that every model of a run starts from: a function of the seed, the plan, and what the study starts from."""
+    network = network_of(study, plans, site)
+    with drawn_from(study.study.seed, "weights"):
+        drawn = network().state_dict()
+    return drawn if plans.start is None else {**drawn, **plans.start.weights}
+
+
+# ------------------------------------------------------------------------------------------------------ what is shared
+
+
+def share_one_plan(study: Study, plans: Plans) -> Sharing:
+    """What is shared of one network.
+
+    Raises:
+        StudyError: what is to be kept is not in it, or is all of it.
+    """
+    if not study.sharing.keep:
+        return EVERYTHING
+    build = network_of(study, plans)
+    at_sites = getattr(inspect.getmodule(catalog.load("protocols", study.protocol.name)), "at_sites", None)
+    with drawn_from("look"):  # the weights are thrown away
+        network = build()
+        kept = kept_of(network, study.sharing.keep)
+        if at_sites is not None:
+            kept &= at_sites(build, **study.protocol.options)
+    size = sum(t.numel() for t in network.state_dict().values())
+    return Sharing(kept, sizes=dict.fromkeys(study.sites, size))
+
+
+def share_own_plans(study: Study, plans: Plans, tables: Mapping[str, Table]) -> Sharing:
+    """What sites' own networks have in common.
+
+    Raises:
+        StudyError: nothing.
+    """
+    mode = study.sharing.match
+    elsewhere = {}
+    if mode == "published":
+        shape = {"n_channels": len(plans.channels), "n_labels": n_heads(plans.labels)}
+        elsewhere = {
+            site: names_elsewhere(
+                study.network, plan=open_plan(plans.of(site), study.plan.configuration).architecture, **shape
+            )
+            for site in tables
+        }
+    return match(tables, mode=mode, elsewhere=elsewhere)
+
+
+def initial_shared(study: Study, plans: Plans) -> Tensors:
+    """What the shared tensors of the setting's own model start from; of own plans, those of the first site that has each."""
+    sharing = plans.sharing
+    if not sharing.blocks:
+        return sharing.of(initial_weights(study, plans))
+    values: dict[str, Tensors] = {}
+    start: dict[str, Tensor] = {}
+    for block in sharing.blocks:
+        first = min(block.sites)
+        own = values.setdefault(first, initial_weights(study, plans, first))
+        start |= {key: own[name] for key, name in block.names[first].items()}
+    return start
+
+
+def start_weights(model: Model, plans: Plans) -> Tensors:
+    """What the server begins a model with: all weights, or what is shared. A network that is a site's own begins there."""
+    study = model.setting.study
+    if model.partly:
+        return initial_shared(study, plans)
+    return {} if plans.by_site and model.protocol == "local" else initial_weights(study, plans)
+
+
+def n_parameters(model: Model, plans: Plans) -> int:
+    """How many values a model has; where sites' networks differ, that of the largest."""
+    study = model.setting.study
+    if plans.sharing.sizes and model.protocol != "centralized":
+        return max(plans.sharing.sizes.values())
+    return sum(t.numel() for t in initial_weights(study, plans).values())
+
+
+def begin_with(plans: Plans) -> Tensors:
+    """Of what stays at the sites, that which the study starts from."""
+    start = {} if plans.start is None else plans.start.weights
+    return {name: t for name, t in start.items() if name in plans.sharing.kept}

@@ -1,0 +1,106 @@
+"""What a study may not say of what is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from concilium.errors import StudyError
+from concilium.local_updates import exchanges, is_more_than_a_step
+
+
+def misshared(found: Mapping[str, Any]) -> list[str]:
+    """What is wrong between `[sharing]`, `[plan] fingerprint` and the other tables."""
+    p, plan, s, v = (found[table] for table in ("protocol", "plan", "sharing", "validation"))
+    if not (p and plan and s and v):
+        return []
+    by_site = plan.fingerprint == "site"
+    problems = [*(_plans_by_site(found) if by_site else []), *_unpersonal(found)]
+    if not by_site and s.match != "resolution":
+        problems.append(
+            f"[sharing] match = {s.match!r} is not used with one plan. Used there: none. Remove it, or set [plan] fingerprint = "
+            "'site'."
+        )
+    if not s.keep and not by_site:
+        if s.unseen != "none":
+            problems.append(
+                f"[sharing] unseen = {s.unseen!r} is not used where nothing stays at a site. Used there: none. Remove it, or "
+                "say what to keep."
+            )
+        return problems
+    what = f"[sharing] keep = {list(s.keep)}" if s.keep else "[plan] fingerprint = 'site'"
+    if p.name in ("local", "centralized"):
+        problems.append(
+            f"{what} is not allowed with protocol {p.name!r}, which shares no tensors. Allowed: 'federated'. Choose it, or take "
+            "the setting out."
+        )
+    if found["collect"].name == "judged":
+        problems.append(
+            f"{what} is not allowed with [collect] name = 'judged': an update that lacks tensors cannot be judged elsewhere. "
+            "Allowed: 'plain'. Take one of the two out."
+        )
+    if v.leave_one_site_out and s.unseen == "none":
+        problems.append(
+            f"{what} is not allowed with leave_one_site_out and unseen = 'none': the site that is left out would lack tensors. "
+            "Allowed: unseen = 'mean' or 'reestimate', where there is one plan. Say which."
+        )
+    return problems
+
+
+def _plans_by_site(found: Mapping[str, Any]) -> list[str]:
+    """What does not go together with networks that differ."""
+    given = "[plan] fingerprint = 'site' is not allowed with"
+    problems = []
+    p, s, start = found["protocol"], found["sharing"], found["start"]
+    if p.name == "splitfed":
+        problems.append(f"{given} protocol {p.name!r}: its body is one network. Allowed: 'federated'. Choose it.")
+    if s.unseen != "none":
+        problems.append(
+            f"{given} [sharing] unseen = {s.unseen!r}: a site that did not train has no network. Allowed: 'none'. Take it out."
+        )
+    if start and start.weights is not None:
+        problems.append(
+            f"{given} [network] weights = '{start.weights}': they fit one network. Allowed: one plan. Take one of the two out."
+        )
+    if _exchanges(found["local_update"].name):
+        problems.append(
+            f"{given} [local_update] name = {found['local_update'].name!r}, which exchanges more than weights. Allowed: 'plain', "
+            "'proximal', 'ditto' and others that do not. Choose one of these."
+        )
+    return problems
+
+
+def _unpersonal(found: Mapping[str, Any]) -> list[str]:
+    """What fine-tuning at the sites does not go together with."""
+    own, p = found["personalize"], found["protocol"]
+    problems = []
+    if own and own.steps is None and own != type(own)():
+        given = f"tensors = {list(own.tensors)}, learning_rate = {own.learning_rate}"
+        problems.append(
+            f"[personalize] {given} is not used without steps. Allowed: steps of 1 or more. Add steps, or take the table out."
+        )
+    if own and own.steps and p.name == "local":
+        problems.append(
+            f"[personalize] steps = {own.steps} is not allowed with protocol 'local', whose models are the sites' own already. "
+            "Allowed: a protocol that shares weights. Take it out."
+        )
+    if own and own.steps and _brings(found["local_update"].name):
+        problems.append(
+            f"[personalize] steps = {own.steps} is not allowed with [local_update] name = {found['local_update'].name!r}, which "
+            "brings batches and optimiser of its own. Allowed: the others. Take one of the two out."
+        )
+    return problems
+
+
+def _brings(name: str) -> bool:
+    try:
+        return is_more_than_a_step(name)
+    except StudyError:
+        return False
+
+
+def _exchanges(name: str) -> bool:
+    try:
+        return exchanges(name)
+    except StudyError:  # there is no such update, which is told elsewhere
+        return False
