@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 
 import concilium
-from concilium.answers import train
+from concilium.answers import time_box, train
 from concilium.engines.simulation import connect
 from concilium.errors import DataError, EngineError
 from concilium.line import Outcome, run
@@ -97,10 +98,11 @@ def boxed(small_study: Make, tmp_path_factory: pytest.TempPathFactory) -> Outcom
     """Two sites that are to take 60 steps a round, and have time for a few; and each alone."""
     study = small_study(
         local_update__name="faults:crawls", local_update__seconds=0.3, protocol__steps=60, protocol__rounds=1,
-        protocol__round_seconds=3.0, protocol__time_box=True, protocol__compare=["local"], sites=("north", "south"),
+        protocol__round_seconds=8.0, protocol__time_box=True, protocol__compare=["local"], sites=("north", "south"),
         test=False,
     )  # fmt: skip
-    return run(study, tmp_path_factory.mktemp("boxed") / "run")
+    with mock.patch.object(time_box, "ROOM", 0.7):  # the machine that tests may be busy
+        return run(study, tmp_path_factory.mktemp("boxed") / "run")
 
 
 def test_slow_sites_answer_in_time_with_what_they_did(boxed: Outcome) -> None:
@@ -110,7 +112,7 @@ def test_slow_sites_answer_in_time_with_what_they_did(boxed: Outcome) -> None:
         for took in line["sites"].values():
             assert took["n_asked"] == 60
             assert 1 <= took["n_steps"] <= 9
-            assert took["seconds"] < 3
+            assert took["seconds"] < 8
 
 
 def test_the_record_says_how_many_steps_were_taken_of_how_many(boxed: Outcome) -> None:
@@ -181,9 +183,10 @@ def test_a_step_that_is_longer_than_the_box_is_still_a_failure(small_study: Make
 @pytest.mark.slow
 def test_it_goes_on_after_a_stop(small_study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the round and the rates at which it stopped, though not to the bit."""
+    monkeypatch.setattr(time_box, "ROOM", 0.7)
     study = small_study(
         sites=("north", "south"), local_update__name="faults:crawls", local_update__seconds=0.2, test=False,
-        protocol__steps=60, protocol__round_seconds=3.0, protocol__time_box=True,
+        protocol__steps=60, protocol__round_seconds=6.0, protocol__time_box=True,
     )  # fmt: skip
     commit = Record.commit
 
