@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from concilium.reports.matrix import Matrix, matrix, matrix_of_run, to_markdown
+from concilium.reports.matrix import INTERVAL, Matrix, fitting, matrix, matrix_of_run, to_markdown
 from concilium.statistics import FOREGROUND_MEAN
 
 
@@ -172,3 +172,21 @@ def test_a_site_that_a_model_never_saw_has_a_row() -> None:
     assert got.header == ("site", "federated")
     assert got.rows == (("north, n = 4", "0.800"), ("north unseen, n = 9", "0.600"), ("test set, n = 4", "0.700"))
     assert got.notes[-1].startswith("unseen:")
+
+
+def test_models_that_do_not_fit_beside_one_another_stand_in_rows() -> None:
+    wide = Matrix(
+        "Dice, mean",
+        ("site", "federated", "local", "asymmetric"),
+        (
+            ("north, n = 2", "0.1", "0.2", "0.3"),
+            ("all sites, n = 5", "0.4", "0.5", "0.6"),
+            (INTERVAL, "[0, 1]", "", ""),
+        ),
+        ("Sites: their validation cases. n: patients.", "In brackets: 95 % intervals."),
+    )
+    assert fitting(wide, 100) is wide
+    turned = fitting(wide, 40)
+    assert turned.header == ("model", "north 2", "all sites 5")
+    assert turned.rows == (("federated", "0.1", "0.4"), ("local", "0.2", "0.5"), ("asymmetric", "0.3", "0.6"))
+    assert turned.notes == ("Sites, with their patients: their validation cases.",)

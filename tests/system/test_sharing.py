@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sessions import quick
 from torch import Tensor
 
+from concilium.answers.train import Learner
 from concilium.data.phantom import PhantomSite, write_phantom
 from concilium.errors import StudyError
 from concilium.finished import finished_models, open_finished
@@ -370,6 +371,38 @@ def test_sites_with_plans_of_their_own_share_what_fits(
         ]
         shared = [n for n in common if all(torch.equal(models["north"][n], m[n]) for m in models.values())]
         assert set(shared) == set(common)
+
+
+def test_each_shared_tensor_is_the_mean_of_the_sites_that_have_it_and_the_others_are_as_they_were_trained(
+    unequal: Path, small_study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle: the mean by hand, of what the sites sent in the last round, tensor by tensor."""
+    passed = seen_at_sites(monkeypatch)
+    trained: dict[str, dict[str, Tensor]] = {}
+    finish = Learner.finish
+
+    def finishes(self: Learner, *args: Any, **named: Any) -> Trained:
+        trained[self.job.entries["training"][0].member] = self.weights()
+        return finish(self, *args, **named)
+
+    monkeypatch.setattr(Learner, "finish", finishes)
+    study = small_study(
+        data=unequal, test=False, plan__fingerprint="site", training__patch_size=None, training__batch_size=None
+    )
+    run(study, tmp_path / "run")
+    sent = {site: r for site, q, r in passed if isinstance(q, Train) and q.round == 2}
+    assert len({len(r.weights) for r in sent.values()}) > 1
+    for site in SITES:
+        own = at_site(tmp_path / "run", site)
+        for name, tensor in own.items():
+            having = [r for r in sent.values() if name in r.weights and r.weights[name].shape == tensor.shape]
+            if name in sent[site].weights:
+                n = sum(r.n_cases for r in having)
+                mean = sum(r.n_cases * r.weights[name].double() for r in having) / n
+                assert len(having) >= 2
+                assert torch.allclose(tensor.double(), mean, atol=1e-6), (site, name)
+            else:
+                assert torch.equal(tensor, trained[site][name]), (site, name)
 
 
 def test_own_plans_stopped_and_resumed_and_predicted(unequal: Path, small_study: Make, tmp_path: Path) -> None:

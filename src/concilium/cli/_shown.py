@@ -73,10 +73,10 @@ def _shower(progress: Progress) -> Callable[[Event], None]:
 
 
 def _show(outcome: Run) -> None:
-    from concilium.reports.matrix import matrix_of_run
+    from concilium.reports.matrix import fitting, matrix_of_run
 
     results = outcome.results
-    table_text = matrix_of_run(outcome.folder, results)
+    table_text = fitting(matrix_of_run(outcome.folder, results), shown.width)
     table = Table(
         title=table_text.title, title_justify="left", caption=" ".join(table_text.notes), caption_justify="left"
     )

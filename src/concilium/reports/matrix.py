@@ -124,6 +124,21 @@ def _intervals(
     return [(INTERVAL, *texts)] if any(texts) and sum(w + 3 for w in widths) < WIDTH else []
 
 
+def fitting(table: Matrix, width: int) -> Matrix:
+    """The table in so many columns of text: with a row per model and a column per site, where the models do not fit beside one
+    another."""
+    columns = zip(table.header, *table.rows, strict=True)
+    if sum(max(map(len, column)) + 3 for column in columns) < width:
+        return table
+    rows = [row for row in table.rows if row[0] != INTERVAL]
+    header = ("model", *(row[0].replace(", n = ", " ") for row in rows))
+    each = tuple((model, *(row[i] for row in rows)) for i, model in enumerate(table.header[1:], 1))
+    notes = tuple(
+        "Sites, with their patients: their validation cases." if "n: patients" in n else n for n in table.notes
+    )
+    return Matrix(table.title, header, each, tuple(n for n in notes if not n.startswith("In brackets")))
+
+
 def to_markdown(table: Matrix) -> str:
     """The table, ready to paste."""
     lines = [table.header, tuple("---" for _ in table.header), *table.rows]
