@@ -3,7 +3,7 @@
     python benchmarks/unequal_hardware.py data/hippocampus/north data/hippocampus/south data/hippocampus/west \
         --test data/hippocampus/test
 
-The last site holds one patch of a batch of three (`micro_batch`), and sleeps after each step until four times its time is over.
+The last site holds two patches of a batch of six (`micro_batch`), and sleeps after each step until four times its time is over.
 Three runs of one study: `equal`, all sites alike; `waiting`, that site takes all its steps; `boxed`, rounds end (`time_box`)
 when a quarter more time is over than the others need. Dice is the mean over the test set. A simulation takes sites in turn: the
 time of a round between hospitals is that of the slowest site, so it is these that are added up; sending weights is not in them.
@@ -35,8 +35,8 @@ from concilium.answers.train import Learner
 from concilium.data.patches import Batch
 from concilium.local_updates import Local, take
 
-BATCH, SLOWER, LONGER = 3, 4, 1.25
-"""Patches in a batch; how many times the slow site's steps take; a boxed round, in rounds of equal sites."""
+BATCH, PART, SLOWER, LONGER = 6, 2, 4, 1.25
+"""Patches in a batch; in a part of it; by what steps of the slow site take longer; how long a box is, in equal rounds."""
 
 
 # ------------------------------------------------------------------------------------------------------- a slow machine
@@ -141,8 +141,8 @@ def measure(sites: Mapping[str, Path], test: Path, given: argparse.Namespace, fo
     raw["engine"]["cache"] = str(folder / "cache")
     kept: list[tuple[Local, Batch]] = []
     found = {"equal": run(raw, folder / "equal", None, kept)}
-    memory = {str(size): held(*kept[0], size) for size in (BATCH, 1)}
-    raw["sites"][slow]["micro_batch"] = 1
+    memory = {str(size): held(*kept[0], size) for size in (BATCH, PART)}
+    raw["sites"][slow]["micro_batch"] = PART
     found["waiting"] = run(raw, folder / "waiting", slow, kept)
     box = LONGER * max(found["equal"]["rounds"]) / (1 - time_box.ROOM)
     raw["protocol"] |= {"round_seconds": box, "time_box": True}
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("sites", type=Path, nargs="+", help="nnU-Net raw folders; the last one is the slow site")
     parser.add_argument("--test", type=Path, required=True, help="raw folder of the held-out cases")
     add("--rounds", default=8, help="(default: %(default)s)")
-    add("--steps", default=10, help="in each (default: %(default)s)")
+    add("--steps", default=20, help="in each (default: %(default)s)")
     add("--features", default=8, help="of the first resolution, a quarter of nnU-Net's (default: %(default)s)")
     add("--patch", nargs="+", help="(default: the plan's)")
     add("--seed", default=1, help="(default: %(default)s)")
@@ -170,9 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print("| run | Dice | seconds of all rounds | part of its steps that the slow site took |\n|---|---|---|---|")
     for name, f in found["runs"].items():
         print(f"| {name} | {f['dice']:.4f} | {f['seconds']:.1f} | {f['taken'][found['slow']]:.2f} |")
-    whole, part = found["held"][str(BATCH)], found["held"]["1"]
+    whole, part = found["held"][str(BATCH)], found["held"][str(PART)]
     print(
-        f"Held in a step: {whole / 1e6:.1f} MB of a batch of {BATCH}, {part / 1e6:.1f} MB in parts of 1 ({part / whole:.2f})"
+        f"Held in a step: {whole / 1e6:.1f} MB of a batch of {BATCH}, {part / 1e6:.1f} MB in parts of {PART} ({part / whole:.2f})"
     )
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
