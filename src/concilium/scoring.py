@@ -30,7 +30,7 @@ from concilium.messages import (
 )
 from concilium.preparation import Event, Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round, begun_at
-from concilium.results import METRICS, score_rows
+from concilium.results import METRICS, score_rows, short_of_steps
 from concilium.schedule import BEST, Model, ensemble_key, has_own_heads
 from concilium.study import training_of
 from concilium.wire import part
@@ -44,6 +44,14 @@ def tell(engine: Engine, requests: Mapping[str, Request], deadline_s: float | No
     """Send what is answered by `Done`; the failures."""
     replies = ask(engine, requests, deadline_s=deadline_s)
     return {site: as_failure(reply) for site, reply in replies if not isinstance(reply, Done)}
+
+
+def note_rounds(model: str, rounds: Sequence[Mapping[str, Any]], ledger: Ledger) -> None:
+    """Note the failures of all rounds, and which sites took fewer steps than they were asked for."""
+    for line in rounds:
+        failed = line["failures"].items()
+        ledger.problems += [f"{model}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
+    ledger.warnings += short_of_steps(model, rounds)
 
 
 def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:

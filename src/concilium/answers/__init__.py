@@ -61,6 +61,8 @@ class Settings:
     """Member (or `test`) -> what it calls otherwise than the study."""
     pictures: bool = True
     """Whether a picture of each scored case is kept in `folder`."""
+    micro_batch: int | None = None
+    """How many patches fit into this site's memory at once while it trains; `None`: a batch of any study."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Job:
     """Tensors of the network that stay here."""
     unknown: tuple[str, ...] = ()
     """Labels that nobody looked for here."""
+    micro_batch: int | None = None
+    """How many patches the site's network sees at once; `None`: all of a batch."""
 
 
 def built(job: Job) -> Stages:

@@ -45,6 +45,7 @@ def federated(
     cases: Mapping[str, int],
     sharing: Sharing = EVERYTHING,
     begin_with: Tensors | None = None,
+    box_s: float | None = None,
     **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: shared weights, the rule's own tensors, the total of what came beside the weights.
@@ -78,6 +79,7 @@ def federated(
                     send_weights=True,
                     control=control,
                     begins=some <= begins,
+                    box_s=box_s,
                 )
         got = collect(partial(ask, engine, deadline_s=deadline_s), requests, blocks=blocks, asked=steps)
         require(got.answers, got.failures, min_sites=min_sites, model=model, number=number)
