@@ -191,6 +191,7 @@ def test_results_are_read_once_until_they_change(folder: Path, monkeypatch: pyte
     [
         (api, "run", ["run", "study.toml"]),
         (api, "check", ["check", "study.toml"]),
+        (api, "plan", ["plan", "study.toml"]),
         (api, "evaluate", ["evaluate", "-p", "p", "-r", "r"]),
         (api, "table", ["table", "."]),
         (cc.Run, "predict", ["predict", ".", "-i", "i", "-o", "o"]),

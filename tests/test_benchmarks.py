@@ -16,6 +16,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from concilium import wire
+from concilium.answers import time_box
 from concilium.messages import Trained
 from concilium.study import read_study
 
@@ -347,7 +348,7 @@ def test_local_updates_run_and_count_what_they_hold(tmp_path: Path, capsys: pyte
     assert json.loads((tmp_path / "figures.json").read_text()) == found
     held = {name: round(f["held"], 2) for name, f in found["updates"].items()}
     # a teacher; a network, its gradient and AdamW's two moments; c, c_i, c - c_i and the sum of directions
-    assert held == {"plain": 0, "proximal": 0, "distill": 1, "ditto": 4, "scaffold": 4}
+    assert held == {"plain": 0, "proximal": 0, "distill": 1, "condistfl": 1, "ditto": 4, "scaffold": 4}
     assert {name for name, f in found["updates"].items() if f["sent"] == 1} == {"scaffold"}
     assert min(f["ratio"] for f in found["updates"].values()) > 0
     assert "| scaffold |" in capsys.readouterr().out
@@ -375,3 +376,29 @@ def test_many_sites_runs_and_tells_the_straggler(
     assert 0 < f["server_before_mb"] <= f["server_peak_mb"]
     assert f["worker_peak_mb"] > 100
     assert "round 3: " in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------- unequal hardware
+
+
+def test_unequal_hardware_runs(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time_box, "ROOM", 0.8)  # such short rounds on a busy machine
+    threads = torch.get_num_threads()
+    sites = [str(phantom / name) for name in ("north", "south", "west")]
+    small = ["--rounds", "2", "--steps", "8", "--features", "4", "--patch", "16", "16", "16"]
+    found = load("unequal_hardware").main(
+        [*sites, "--test", str(phantom / "test"), *small, "--out", str(tmp_path / "f.json")]
+    )
+    assert json.loads((tmp_path / "f.json").read_text()) == found
+    runs = found["runs"]
+    assert list(runs) == ["equal", "waiting", "boxed"]
+    assert runs["equal"]["taken"] == runs["waiting"]["taken"] == {"north": 1, "south": 1, "west": 1}
+    assert 0 < runs["boxed"]["taken"]["west"] < 1
+    assert runs["waiting"]["seconds"] > 2 * runs["equal"]["seconds"]
+    assert runs["boxed"]["seconds"] < runs["waiting"]["seconds"]
+    assert all(0 <= f["dice"] <= 1 for f in runs.values())
+    assert 0 < found["held"]["2"] < found["held"]["6"]
+    assert "| boxed |" in capsys.readouterr().out
+    torch.set_num_threads(threads)

@@ -55,6 +55,7 @@ def round_(number: int, *, with_tensors: bool = True) -> Round:
         {"west": SiteLost(), "east": SiteTimeout(5.0)},
         {"north": Traffic(10, 20), "south": Traffic(30, 40), "west": Traffic(50, 0), "east": Traffic(50, 0)},
         n_tensors=4,
+        asked={"north": 5, "south": 2},
     )
 
 
@@ -124,8 +125,10 @@ def test_a_line_says_who_took_part_and_what_it_took(tmp_path: Path) -> None:
         {
             "model": "federated", "round": 1, "seconds": 9.877, "matched": 4, "asked": ["east", "north", "south", "west"],
             "sites": {
-                "north": {"loss": 0.5, "n_cases": 1, "n_steps": 2, "seconds": 2.0, "bytes_down": 10, "bytes_up": 20},
-                "south": {"loss": 0.1, "n_cases": 3, "n_steps": 2, "seconds": 1.235, "bytes_down": 30, "bytes_up": 40},
+                "north": {"loss": 0.5, "n_cases": 1, "n_steps": 2, "n_asked": 5, "seconds": 2.0, "bytes_down": 10,
+                          "bytes_up": 20},
+                "south": {"loss": 0.1, "n_cases": 3, "n_steps": 2, "n_asked": 2, "seconds": 1.235, "bytes_down": 30,
+                          "bytes_up": 40},
             },
             "failures": {
                 "east": {"type": "SiteTimeout", "text": "no reply within 5 s"},

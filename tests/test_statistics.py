@@ -70,6 +70,19 @@ def test_the_foreground_mean_is_taken_within_each_patient() -> None:
     assert found["tumour", "dice"]["n"] == 1
 
 
+def test_models_of_sites_that_drew_one_label_each_keep_their_patients_in_the_foreground_mean() -> None:
+    """North drew livers (0.2, 0.4), south tumours (0.9): the mean over the sites' own models is over three patients, 0.5."""
+    own = [case(p, d, model="local:north") for p, d in (("A", 0.2), ("B", 0.4))]
+    own.append(case("C", 0.9, label="tumour", model="local:south", site="south"))
+    shared = [{**c, "model": "federated"} for c in own]
+    found = {(r["model"], r["site"], r["label"]): r for r in summarize([*shared, *own], DICE)}
+    for model in ("federated", "local"):
+        row = found[model, ALL_SITES, FOREGROUND_MEAN]
+        assert (row["mean"], row["n"], row["n_cases"]) == (pytest.approx(0.5), 3, 3), model
+    assert found["local:north", "north", FOREGROUND_MEAN]["mean"] == pytest.approx(0.3)
+    assert found["federated", "south", FOREGROUND_MEAN]["mean"] == pytest.approx(0.9)
+
+
 def test_one_label_has_no_foreground_mean() -> None:
     assert set(rows([case("A", 0.5)])) == {("liver", "dice")}
 

@@ -162,11 +162,11 @@ def test_what_to_start_from_is_checked(network: dict[str, Any], told: str) -> No
 
 FULL: dict[str, dict[str, Any]] = {
     "study": {"name": "size-1_2.a", "seed": -3, "max_excluded": 0.25},
-    "sites": {"a": {"data": "a b"}, "B-2_c": {"data": "/x"}, "3": {"data": 'ö "1" \\ 2'}},
+    "sites": {"a": {"data": "a b"}, "B-2_c": {"data": "/x", "micro_batch": 2}, "3": {"data": 'ö "1" \\ 2'}},
     "test": {"data": "t"},
     "protocol": {
         "name": "federated", "rounds": 3, "epochs": 0.1, "compare": ["local", "centralized"], "min_sites": 3,
-        "round_seconds": 1e-3,
+        "round_seconds": 1e-3, "time_box": True,
     },
     "plan": {"configuration": "2d", "planner": "resenc_l", "memory_gb": 11, "exact_geometry": True},
     "network": {"name": "nnunet", "base_features": 8, "weights": "run#local:a", "min_matched": 0.5},
@@ -228,6 +228,7 @@ def test_the_protocols_own_options_stand_in_its_table() -> None:
         "min_sites": 2,
         "participation": 1.0,
         "cohorts": [],
+        "time_box": False,
     }
     assert "options" not in written
 
@@ -349,6 +350,36 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         "[local_update] name = 'ditto' is not allowed with protocol 'local', which shares no weights for it to refer to. Allowed",
     ),
     (
+        {"sites": {"north": {"data": "n", "micro_batch": 0}}},
+        "[sites.north] micro_batch = 0 is not allowed. Allowed: 1 or more.",
+    ),
+    (
+        {"sites": {"north": {"data": "n", "micro_batch": 1}}, "protocol": {"name": "splitfed"}},
+        "[sites.north] micro_batch = 1 is not allowed with splitfed: the body sees whole batches. Allowed: another protocol",
+    ),
+    (
+        {
+            "sites": {"north": {"data": "n", "micro_batch": 1}},
+            "local_update": {
+                "name": "nnunet_trainer",
+                "trainer": "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer",
+            },
+        },
+        "[sites.north] micro_batch = 1 is not allowed with [local_update] name = 'nnunet_trainer': its trainer runs whole",
+    ),
+    (
+        {"test": {"data": "t", "micro_batch": 1}},
+        "[test] micro_batch = 1 is not allowed: nobody trains there. Allowed: at a site.",
+    ),
+    (
+        {"protocol": {"time_box": True}},
+        "[protocol] time_box = true is not allowed without round_seconds. Allowed: with it. Add it.",
+    ),
+    (
+        {"protocol": {"name": "splitfed", "time_box": True, "round_seconds": 9}},
+        "[protocol] time_box = true is not allowed with 'splitfed', whose sites do not choose their steps. Allowed with: ",
+    ),
+    (
         {"local_update": {"name": "proximal", "weight": 1}},
         "[local_update] weight = 1 is not known. Known: mu.",
     ),
@@ -420,6 +451,7 @@ RULE_WITH = {
     "learning_rate": "adam", "momentum": "momentum", "beta1": "adam", "beta2": "yogi", "tau": "adam", "share": "trimmed_mean",
     "faulty": "krum", "keep": "krum", "lag": "agreement", "turn": "agreement", "memory": "agreement", "sharpness": "quality",
     "cutoff": "quality", "cases": "judged", "mu": "proximal", "weight": "ditto", "temperature": "distill",
+    "first_weight": "condistfl",
 }  # fmt: skip
 """Option -> a plug-in that has it."""
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from concilium.outcomes import Check, Run, Scores
+from concilium.outcomes import Check, Plan, Run, Scores
 
 if TYPE_CHECKING:  # takes seconds to load
     from concilium.preparation import Event
     from concilium.study import Study
 
 __all__ = [
-    "Check", "Run", "Scores", "check", "evaluate", "open_run", "report", "reported", "run", "table", "tensorboard"
+    "Check", "Plan", "Run", "Scores", "check", "evaluate", "open_run", "plan", "report", "reported", "run", "table", "tensorboard"
 ]  # fmt: skip
 
 
@@ -37,15 +37,20 @@ def run(
         StudyError, DataError, EngineError, PrivacyError: it could not be finished; what there is lies in `out`.
     """
     from concilium.line import run as run_study
-    from concilium.study import parse_study, read_study, with_seeds
+    from concilium.study import with_seeds
 
-    if isinstance(study, str | Path):
-        study = read_study(Path(study))
-    elif isinstance(study, Mapping):
-        study = parse_study(study, folder=Path.cwd())
-    study = with_seeds(study, seeds)
+    study = with_seeds(_study(study), seeds)
     folder = Path("runs") / study.study.name if out is None else Path(out)
     return reported(run_study(study, folder, resume=resume, watch=watch).folder, watch)
+
+
+def _study(given: str | Path | Mapping[str, Any] | Study) -> Study:
+    """A study from its file, or from nested mappings."""
+    from concilium.study import parse_study, read_study
+
+    if isinstance(given, str | Path):
+        return read_study(Path(given))
+    return parse_study(given, folder=Path.cwd()) if isinstance(given, Mapping) else given
 
 
 def reported(folder: Path, watch: Callable[[Event], None]) -> Run:
@@ -94,6 +99,27 @@ def check(
         check_free(Path(fix), data.members)
     found = check_data(data.sites, test=data.test, folds=data.folds, names=data.names, divide=data.divide, watch=watch)
     return Check(found if fix is None else replace(found, changes=mend(data.members, found.findings, Path(fix))))
+
+
+def plan(
+    study: str | Path | Mapping[str, Any] | Study,
+    *,
+    out: str | Path | None = None,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Plan:
+    """Whether one plan suits all sites of a study, or plans of their own, and why; nothing is trained.
+
+    Args:
+        study: as for `run`.
+        out: an empty folder to keep the plans and fingerprints in, of all sites together and of each.
+        watch: is told what happens.
+
+    Raises:
+        StudyError, DataError, EngineError: a study whose data are not all here, or cannot be used together.
+    """
+    from concilium.advice import plan as plan_sites
+
+    return Plan(plan_sites(_study(study), None if out is None else Path(out), watch=watch))
 
 
 def evaluate(

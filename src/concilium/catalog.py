@@ -57,6 +57,7 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
             "weigh",
             "sharing",
             "begin_with",
+            "box_s",
         }
     ),
 }

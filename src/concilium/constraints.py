@@ -70,6 +70,7 @@ OPTION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[collect] cases": (lambda x: x >= 1, "1 or more"),
     "[local_update] mu": (lambda x: x >= 0, "0 or more"),
     "[local_update] weight": (lambda x: x >= 0, "0 or more"),
+    "[local_update] first_weight": (lambda x: x >= 0, "0 or more"),
     "[local_update] temperature": (lambda x: x > 0, "more than 0"),
 }
 """The same for options of plug-ins that are Concilium's."""

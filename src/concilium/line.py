@@ -39,9 +39,9 @@ from concilium.protocols import Round, start_with
 from concilium.record import Record
 from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
-from concilium.scoring import POOL, for_elsewhere, give, score, tell, watch_validation
+from concilium.scoring import POOL, for_elsewhere, give, note_rounds, score, tell, watch_validation
 from concilium.sharing import EVERYTHING
-from concilium.study import Study, divide, names_of, training_of
+from concilium.study import Study, divide, of_sites, training_of
 
 NOT_READY = SiteError("EngineError", "not_prepared", "")
 """A site of the study that failed before training began."""
@@ -113,7 +113,7 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
         device=e.device,
         cache=e.cache,
         pictures=e.pictures,
-        **({"names": names} if (names := names_of(study)) else {}),
+        **of_sites(study),
     )
 
 
@@ -192,9 +192,8 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
         about["parameters"] = n_parameters(model, work.plans)
         finished = {"model": about} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
-    if all(
-        _finished(work.record, key) for key in model.group
-    ):  # told once more on resumption: a kill may have come between
+    # told once more on resumption: a kill may have come between
+    if all(_finished(work.record, key) for key in model.group):
         tell(work.engine, dict.fromkeys(model.steps, Forget(model.group[0])))
     return finished
 
@@ -245,7 +244,8 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
         unsaved = tell(engine, dict.fromkeys(failed, Restore(model.key, done.number - 1)), p.round_seconds)
         there = [site for site in model.steps if site not in unsaved]
         unsaved |= tell(engine, dict.fromkeys(there, Snapshot(model.key, done.number)), p.round_seconds)
-        done = replace(done, failures={**dict.fromkeys(missing, NOT_READY), **unsaved, **done.failures})
+        failures = {**dict.fromkeys(missing, NOT_READY), **unsaved, **done.failures}
+        done = replace(done, failures=failures, asked=model.steps)
         record.commit(model.key, done, seconds=time.monotonic() - began)
         losses = [a.loss for a in done.answers.values()]
         loss = sum(losses) / len(losses) if losses else None
@@ -254,9 +254,7 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
             work.watch(Event("warning", f"{model.key}, round {done.number}: {failure_line(record, site, failure)}"))
         _watch(work, model, done, ledger)
         began = time.monotonic()
-    for line in record.rounds(model.key):
-        failed = line["failures"].items()
-        ledger.problems += [f"{model.key}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
+    note_rounds(model.key, record.rounds(model.key), ledger)
     return done
 
 
@@ -269,6 +267,7 @@ def _watch(work: Work, model: Model, done: Round, ledger: Ledger) -> None:
 def _rounds(work: Work, model: Model, done: Round) -> Iterator[Round]:
     """The model's protocol, from a complete round on."""
     study, p = model.setting.study, model.setting.study.protocol
+    deadline = None if model.protocol == "centralized" else p.round_seconds  # a site's, and the pool is none
     weigh = weight_of(study.aggregation.name)
     return cast(
         Iterator[Round],
@@ -287,7 +286,8 @@ def _rounds(work: Work, model: Model, done: Round) -> Iterator[Round]:
             rounds=p.rounds,
             steps=model.steps,
             min_sites=min(p.min_sites or 1, len(model.steps)),
-            deadline_s=None if model.protocol == "centralized" else p.round_seconds,  # a site's, and the pool is none
+            deadline_s=deadline,
+            box_s=deadline if p.time_box else None,
             network=network_of(study, work.plans),
             training=training_of(study),
             seed=study.study.seed,

@@ -224,6 +224,8 @@ class Train:
     """Whether nothing of this model is shared: a local update that needs the shared weights then gives way to `plain`."""
     begins: bool = False
     """Whether the site has not answered for this model yet: what it keeps then begins as the site draws it, or as sent."""
+    seconds: float | None = None
+    """By when the site answers, with the steps that it has taken by then; `None`: when all are taken."""
 
 
 @dataclass(frozen=True)
@@ -386,6 +388,8 @@ class Personalize:
     """One that no round of training had: batches are drawn by it."""
     steps: int
     learning_rate: float
+    deep_supervision: bool
+    """Whether the heads below full resolution were trained, and train on."""
     tensors: tuple[str, ...] = ()
 
 
@@ -486,7 +490,8 @@ class Described:
 
 @dataclass(frozen=True)
 class Trained:
-    """An update. `loss` is the mean over the steps; `weights` is empty where they were not asked for."""
+    """An update after `n_steps`, fewer than asked for where time was short. `loss` is the mean over the steps; `weights` is empty
+    where they were not asked for."""
 
     weights: Tensors
     n_cases: int
@@ -668,4 +673,5 @@ def describe(failure: Failure) -> str:
             return f"refused by its policy ({rule})"
         case SiteError(exception, code, reference):
             where = f"; reference {reference} in the site's own log" if reference else ""
-            return f"{code} ({exception}{where})"
+            help = "; in training, a smaller micro_batch at the site may help" if code == "out_of_memory" else ""
+            return f"{code} ({exception}{where}){help}"

@@ -12,6 +12,7 @@ from concilium.errors import StudyError
 if TYPE_CHECKING:  # torch and pandas take seconds to load
     import pandas
 
+    from concilium.advice import Planned
     from concilium.data.check import Checked
     from concilium.evaluation import Evaluation
 
@@ -197,6 +198,60 @@ class Check:
     def write(self, file: str | Path) -> None:
         """Write all findings as JSON."""
         from concilium.reports.findings import to_json
+
+        Path(file).write_text(to_json(self.found), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. It tells of each site's images: it stays where the data lie."""
+
+    found: Planned
+
+    @property
+    def suits(self) -> str:
+        """`one` (a plan for all sites) or `asymmetric` (some sites may gain by their own)."""
+        return self.found.advice.suits
+
+    @property
+    def text(self) -> str:
+        """The advice, with its reasons."""
+        return self.found.advice.text
+
+    @property
+    def sites(self) -> pandas.DataFrame:
+        """A row per site: its images, what the joint plan does to them, and the plan of its own. Axes are those of `axes`."""
+        import pandas
+
+        from concilium.reports.planned import rows
+
+        return pandas.DataFrame(rows(self.found)).set_index("site")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The file's axes in the order of the joint plan."""
+        return self.found.joint.axes
+
+    @property
+    def grounds(self) -> pandas.DataFrame:
+        """A row per ground for a plan of its own: site, kind, text."""
+        import pandas
+
+        return pandas.DataFrame(map(vars, self.found.advice.grounds), columns=["site", "kind", "text"])
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Sites that are not in it."""
+        return self.found.problems
+
+    @property
+    def exit_code(self) -> int:
+        """That of the command: 0, or 4 where a site is not in it."""
+        return 4 if self.found.problems else 0
+
+    def write(self, file: str | Path) -> None:
+        """Write everything as JSON."""
+        from concilium.reports.planned import to_json
 
         Path(file).write_text(to_json(self.found), encoding="utf-8")
 

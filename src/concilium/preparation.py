@@ -16,6 +16,7 @@ from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
+from concilium.local_updates import check_labels
 from concilium.messages import (
     Describe,
     Described,
@@ -141,6 +142,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     for name in plans.by_site or ("",):
         try_network(study, network_of(study, plans, name))
         try_tensors(study, network_of(study, plans, name))
+    check_labels(study.local_update, plans.labels)
     if told.partial:
         try_loss(study.loss, plans.labels)
     if not plans.by_site:

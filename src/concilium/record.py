@@ -32,6 +32,12 @@ from concilium.protocols import Round
 from concilium.study import Study, to_toml
 from concilium.wire import read_tensors, write_tensors
 
+PACKAGES = (
+    *("torch", "nnunetv2", "dynamic_network_architectures", "batchgeneratorsv2", "numpy", "scipy", "monai"),
+    *("safetensors", "SimpleITK"),
+)
+"""Whose versions a record tells."""
+
 
 class Record:
     """An open run folder."""
@@ -128,8 +134,9 @@ class Record:
             "matched": done.n_tensors, "asked": sorted(done.traffic),
             "sites": {
                 site: {
-                    "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "seconds": round(a.seconds, 3),
-                    "bytes_down": done.traffic[site].down, "bytes_up": done.traffic[site].up, **done.told_shared(site),
+                    "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "n_asked": done.asked.get(site, a.n_steps),
+                    "seconds": round(a.seconds, 3), "bytes_down": done.traffic[site].down, "bytes_up": done.traffic[site].up,
+                    **done.told_shared(site),
                 }
                 for site, a in sorted(done.answers.items())
             },
@@ -274,17 +281,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 def _environment() -> dict[str, Any]:
     """What this process runs on."""
     packages = {}
-    for name in (
-        "torch",
-        "nnunetv2",
-        "dynamic_network_architectures",
-        "batchgeneratorsv2",
-        "numpy",
-        "scipy",
-        "monai",
-        "safetensors",
-        "SimpleITK",
-    ):
+    for name in PACKAGES:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -56,14 +56,10 @@ def account(
         batch_size: of a site's plan.
         selected: the round whose weights it ended with, where that is not the last.
     """
-    counted = ("n_steps", "seconds", "bytes_down", "bytes_up")
-    took = {
-        site: {key: sum(line["sites"][site][key] for line in rounds if site in line["sites"]) for key in counted}
-        for site in model.steps
-    }
+    took = {site: _took(site, rounds) for site in model.steps}
     if model.is_finetuned:  # at the sites, without a byte
         for told in took.values():
-            told["n_steps"] += model.setting.study.personalize.steps or 0
+            told |= {key: told[key] + (model.setting.study.personalize.steps or 0) for key in ("n_steps", "n_asked")}
     n_steps = [t["n_steps"] for t in took.values()]
     return {
         "name": model.name,
@@ -78,6 +74,26 @@ def account(
         "seconds": round(sum(line["seconds"] for line in rounds), 3),
         "sites": took,
     }
+
+
+def _took(site: str, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all rounds took at a site, of those that it answered."""
+    lines = [line["sites"][site] for line in rounds if site in line["sites"]]
+    took = {key: sum(line[key] for line in lines) for key in ("n_steps", "seconds", "bytes_down", "bytes_up")}
+    return took | {
+        "n_asked": sum(line.get("n_asked", line["n_steps"]) for line in lines)
+    }  # not in runs of earlier versions
+
+
+def short_of_steps(model: str, rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each site that took fewer steps than it was asked for."""
+    sites = sorted({site for line in rounds for site in line["sites"]})
+    took = {site: _took(site, rounds) for site in sites}
+    return [
+        f"{model}: {site} took {t['n_steps']} of {t['n_asked']} steps in the time of its rounds, and counted for so much less."
+        for site, t in took.items()
+        if t["n_steps"] < t["n_asked"]
+    ]
 
 
 def write_results(

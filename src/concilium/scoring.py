@@ -32,7 +32,7 @@ from concilium.messages import (
 from concilium.preparation import Event, Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round, begun_at
 from concilium.protocols.cyclic import HOLDER, hand_out
-from concilium.results import METRICS, score_rows
+from concilium.results import METRICS, score_rows, short_of_steps
 from concilium.schedule import BEST, Model, ensemble_key, has_own_heads
 from concilium.study import training_of
 from concilium.wire import part
@@ -46,6 +46,14 @@ def tell(engine: Engine, requests: Mapping[str, Request], deadline_s: float | No
     """Send what is answered by `Done`; the failures."""
     replies = ask(engine, requests, deadline_s=deadline_s)
     return {site: as_failure(reply) for site, reply in replies if not isinstance(reply, Done)}
+
+
+def note_rounds(model: str, rounds: Sequence[Mapping[str, Any]], ledger: Ledger) -> None:
+    """Note the failures of all rounds, and which sites took fewer steps than they were asked for."""
+    for line in rounds:
+        failed = line["failures"].items()
+        ledger.problems += [f"{model}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
+    ledger.warnings += short_of_steps(model, rounds)
 
 
 def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
@@ -103,8 +111,10 @@ def personalize(work: Work, model: Model, ledger: Ledger) -> None:
     """Have every site train the finished model on for itself."""
     study = model.setting.study
     own, rounds = study.personalize, study.protocol.rounds
-    rate = own.learning_rate or training_of(study).learning_rate
-    request = Personalize(model.key, model.beside, rounds + 1, own.steps or 0, rate, own.tensors)
+    training = training_of(study)
+    deep = training.deep_supervision and bool(study.protocol.options.get("reveal_labels", True))
+    rate = own.learning_rate or training.learning_rate
+    request = Personalize(model.key, model.beside, rounds + 1, own.steps or 0, rate, deep, own.tensors)
     for site, reply in ask(work.engine, dict.fromkeys(model.steps, request)):
         if not isinstance(reply, Trained):
             failure = failure_line(work.record, site, as_failure(reply))

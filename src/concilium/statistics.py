@@ -228,10 +228,12 @@ def _tables(cases: Iterable[Mapping[str, Any]], metrics: Mapping[str, Scale]) ->
     for case in cases:
         if case.get("status") != NOT_ANNOTATED:
             groups[case["model"], case["subset"]].append(case)
-    return {key: _scores(rows, list(metrics)) for key, rows in groups.items()}
+    # also of a model that was scored on one label, beside others: a mean over all of them must not lose its patients
+    several = len({case["label"] for rows in groups.values() for case in rows}) > 1
+    return {key: _scores(rows, list(metrics), several=several) for key, rows in groups.items()}
 
 
-def _scores(rows: list[Mapping[str, Any]], metrics: Sequence[str]) -> _Scores:
+def _scores(rows: list[Mapping[str, Any]], metrics: Sequence[str], *, several: bool) -> _Scores:
     labels = {label: i for i, label in enumerate(dict.fromkeys(r["label"] for r in rows))}
     patients = {p: i for i, p in enumerate(sorted({(r["site"], r["patient"]) for r in rows}))}
     seeds = {s: i for i, s in enumerate(sorted({r.get("seed", 0) for r in rows}))}
@@ -251,7 +253,7 @@ def _scores(rows: list[Mapping[str, Any]], metrics: Sequence[str]) -> _Scores:
                 count[(*at, place)] += 1
     values = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
     names = tuple(labels)
-    if len(labels) > 1:
+    if several:
         values = np.concatenate([values, _mean(values, axis=2)[:, :, None]], axis=2)
         names = (*names, FOREGROUND_MEAN)
     in_order = {(r["site"], label): frozenset(cases[r["site"], label]) for r in rows for label in labels}

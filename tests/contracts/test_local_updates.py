@@ -28,6 +28,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "scaffold": {},  # in a first round: nothing has been exchanged
     "ditto": {"weight": 3.0},  # the shared network is as ever, whatever the other is held to
     "distill": {"weight": 0.0},
+    "condistfl": {},  # where everything is annotated
 }
 """Options under which a local update is `plain`, where nothing has been exchanged. A new one is added here."""
 every_update = pytest.mark.parametrize("name", FOUND)

@@ -231,7 +231,14 @@ def test_a_site_may_have_its_own_words(kit: Path, phantom: Path) -> None:
     text = f"data = '{phantom / 'north'}'\nlabel_names = {{ ant = 'anterior' }}\nchannel_names = {{ T1w = 'T1' }}\n"
     (kit / "local" / "site.toml").write_text(text)
     write_settings(kit, read_settings(kit, {"threads": 2}))
+    assert settings_of_run(kit, read_about(kit), "0a1b").micro_batch is None
     assert settings_of_run(kit, read_about(kit), "0a1b").names == {"north": Names({"ant": "anterior"}, {"T1w": "T1"})}
+
+
+def test_a_site_says_how_much_it_holds(kit: Path, phantom: Path) -> None:
+    (kit / "local" / "site.toml").write_text(f"data = '{phantom / 'north'}'\nmicro_batch = 2\n")
+    write_settings(kit, read_settings(kit, {"threads": 2}))
+    assert settings_of_run(kit, read_about(kit), "0a1b").micro_batch == 2
 
 
 @pytest.mark.parametrize(
@@ -243,6 +250,8 @@ def test_a_site_may_have_its_own_words(kit: Path, phantom: Path) -> None:
         ("data = '{phantom}/north'\nthread = 2", r"site.toml: thread is not known.*threads"),
         ("data = '{phantom}/north'\nthreads = 'two'", r"site.toml: threads = 'two' is not allowed"),
         ("data = '{phantom}/north'\nthreads = 0", r"threads = 0"),
+        ("data = '{phantom}/north'\nmicro_batch = 0", r"micro_batch = 0 is not allowed. Allowed: 1 or more"),
+        ("data = '{phantom}/north'\nmicro_batch = true", r"micro_batch = True is not allowed"),
         ("data = '{phantom}/north'\nsplit = 'yes'", r"split = 'yes' is not allowed"),
         ("data = '{phantom}/north'\ndevice = 'tpu'", r"device = 'tpu'"),
         ("data = '{phantom}/north'\nplug_ins = 'a:b'", r"plug_ins = 'a:b' is not allowed"),
@@ -353,6 +362,11 @@ def test_run_refuses_the_engine_and_says_what_to_do(study_of: Any, phantom: Path
             (),
             {"sites": {"north": {"data": "n", "labels": {"ant": "anterior"}}, "south": {"data": "s"}}, "engine": {}},
             r"\[sites.north\] labels is not read between hospitals.*label_names",
+        ),
+        (
+            (),
+            {"sites": {"north": {"data": "n", "micro_batch": 1}, "south": {"data": "s"}}, "engine": {}},
+            r"\[sites.north\] micro_batch is not read between hospitals.*`micro_batch` in that site's site.toml",
         ),
     ],
 )

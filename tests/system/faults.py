@@ -151,3 +151,16 @@ def dropping(*, n_channels: int, n_labels: int, plan: Any, deep_supervision: boo
 def frozen(*, n_channels: int, n_labels: int, plan: Any, deep_supervision: bool) -> Stages:
     """Nothing wrong with it: one of the maps that travel depends on no weight, as behind layers that do not train."""
     return stages(n_channels=n_channels, n_labels=n_labels, first=lambda x: x.abs().sqrt(), dropout=0.0)
+
+
+def lacks(local: Local, batch: Batch, *, fuse: str) -> Tensor:
+    """A step that once does not fit into memory."""
+    if burns(fuse):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 3.00 GiB")
+    return plain(local, batch)
+
+
+def crawls(local: Local, batch: Batch, *, seconds: float) -> Tensor:
+    """A step that takes long."""
+    time.sleep(seconds)
+    return plain(local, batch)

@@ -94,6 +94,41 @@ def test_a_loss_that_needs_all_labels_is_refused_before_anything_trains(partly: 
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
 
 
+@pytest.mark.parametrize("patch", [[16, 16, 8], [16, 16]], ids=["3D", "2D"])
+def test_the_shared_network_teaches_what_a_site_does_not_annotate(
+    patch: list[int], partly: Make, tmp_path: Path
+) -> None:
+    """With deep supervision; the baseline that shares nothing has no teacher."""
+    flat = {"plan__configuration": "2d"} if len(patch) == 2 else {}
+    changes = {
+        "test": False, "training__patch_size": patch, "training__optimizer": "sgd", "protocol__compare": ["local"], **flat,
+    }  # fmt: skip
+    plain = run(partly(**changes), tmp_path / "plain")
+    update = {"local_update__name": "condistfl", "local_update__weight": 20.0, "local_update__first_weight": 1.0}
+    taught = run(partly(**changes, **update), tmp_path / "taught")
+    assert (plain.exit_code, taught.exit_code) == (0, 0)
+    paths = ["weights/federated", *(f"sites/{site}/models/local" for site in ("north", "south", "west"))]
+    a, b = ([load_file(o.folder / f"{path}.safetensors") for path in paths] for o in (plain, taught))
+    assert [all(equal(x[n], y[n]) for n in x) for x, y in zip(a, b, strict=True)] == [False, True, True, True]
+
+
+def test_where_everything_is_annotated_there_is_nothing_to_teach(small_study: Make, tmp_path: Path) -> None:
+    """To the bit."""
+    found = []
+    for name in ("plain", "condistfl"):
+        changes = {"local_update__name": name, "loss__name": "marginal", "sites": ("north", "south"), "test": False}
+        outcome = run(small_study(**changes), tmp_path / name)
+        found.append(load_file(outcome.folder / "weights" / "federated.safetensors"))
+    assert all(equal(found[0][n], found[1][n]) for n in found[0])
+
+
+def test_labels_to_teach_that_there_are_not_are_refused_before_anything_trains(partly: Make, tmp_path: Path) -> None:
+    study = partly(local_update__name="condistfl", local_update__groups=[["organ", "leison"]])
+    with pytest.raises(StudyError, match=r"names 'leison'\. Did you mean 'lesion'"):
+        run(study, tmp_path / "run")
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
 def test_own_heads_draw_and_are_scored_on_what_their_site_looked_for(
     partly: Make, phantom: Path, tmp_path: Path
 ) -> None:

@@ -70,6 +70,8 @@ class Settings:
     """By which other sites know this one; none in a simulation."""
     sealing_key: Path | None = None
     """Where it lies; omitted: in `folder`."""
+    micro_batch: int | None = None
+    """How many patches fit into this site's memory at once while it trains; `None`: a batch of any study."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Job:
     """Tensors of the network that stay here."""
     unknown: tuple[str, ...] = ()
     """Labels that nobody looked for here."""
+    micro_batch: int | None = None
+    """How many patches the site's network sees at once; `None`: all of a batch."""
 
 
 def built(job: Job) -> Stages:

@@ -17,6 +17,7 @@ from concilium.data.augment import deep_supervision_weights
 from concilium.data.labels import has_regions, ignored
 from concilium.data.patches import Batch
 from concilium.errors import ContractError
+from concilium.local_updates import in_parts
 from concilium.messages import Tensors
 
 
@@ -29,8 +30,10 @@ class Teacher:
         weights: Tensors,
         device: torch.device,
         precision: Callable[[], AbstractContextManager[object]],
+        micro_batch: int | None = None,
     ) -> None:
         self._build, self._weights, self._device, self._precision = build, weights, device, precision
+        self._micro_batch = micro_batch
         self._network: nn.Module | None = None
 
     def __call__(self, image: Tensor) -> Sequence[Tensor]:
@@ -39,8 +42,7 @@ class Teacher:
             self._network.load_state_dict(dict(self._weights))
             self._network.eval()
         with torch.no_grad(), self._precision():
-            logits: Sequence[Tensor] = self._network(image)
-        return logits
+            return in_parts(self._network, image, self._micro_batch)
 
 
 def make_objective(job: Job) -> Callable[[Sequence[Tensor], Batch], Tensor]:

@@ -34,7 +34,12 @@ def personalize(
         FloatingPointError: the loss, or a weight, is not finite.
         Cancelled: the request was cancelled.
     """
-    training = replace(job.training, local_update=PlugIn("plain"), learning_rate=request.learning_rate)
+    training = replace(
+        job.training,
+        local_update=PlugIn("plain"),
+        learning_rate=request.learning_rate,
+        deep_supervision=request.deep_supervision,
+    )
     learner = Learner(replace(job, training=training, kept=frozenset()), device)
     learner.load_weights(weights)
     if request.tensors:

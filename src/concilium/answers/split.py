@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from concilium.answers import Cancelled, Check
+from concilium.answers.micro_batch import must_be_whole
 from concilium.answers.objective import make_objective
 from concilium.answers.train import Learner
 from concilium.data.draws import seed_all
@@ -32,6 +33,7 @@ class Session:
     def __init__(self, learner: Learner, request: Front, *, site: str) -> None:
         if learner.parts is None:
             raise ContractError(f"{request.model} was not cut at {site}. A split step needs a cut. Report this.")
+        must_be_whole(learner.job.micro_batch, learner.job.plan.batch_size, request.model)
         self.learner = learner
         self.parts: Parts = learner.parts
         self.model, self.round, self.steps = request.model, request.round, request.steps

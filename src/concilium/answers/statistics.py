@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
+from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
@@ -90,6 +91,10 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     found, excluded = find_cases(settings.data, settings.names, _agreed(request))
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
+    network = _builder(request, plan, found[0].dataset)
+    if trains and settings.micro_batch is not None:  # before an hour of preprocessing
+        with drawn_from("micro_batch"):
+            must_be_divisible(settings.micro_batch, plan.batch_size, request.training.local_update.name, network())
     read = partial(_prepare_case, plan=plan, cache=settings.cache)
     files = _each(found, read, excluded, cancelled) if trains else {}
     if trains:
@@ -106,7 +111,6 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     }
     dataset = found[0].dataset
     own = {e.key: files[e.key] for e in parts["training"]}
-    network = _builder(request, plan, dataset)
     job = Job(
         plan,
         dataset.labels,
@@ -119,6 +123,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         dataset.channels,
         _kept(request, network),
         unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
+        settings.micro_batch,
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})

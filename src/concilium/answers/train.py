@@ -17,6 +17,7 @@ from concilium import catalog
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job
 from concilium.answers.objective import Teacher, make_objective
+from concilium.answers.time_box import while_it_fits
 from concilium.data.draws import drawn_from, seed_all
 from concilium.data.patches import Batches, stream
 from concilium.errors import ContractError, DataError
@@ -209,7 +210,7 @@ class Learner:
         return Trained(weights, n_cases, len(losses), mean, seconds, beside)
 
     def train(self, request: Train, *, site: str, cancelled: Check) -> Trained:
-        """Take the steps that were asked for.
+        """Take the steps that were asked for, or as many as fit into the time.
 
         Raises:
             ContractError: the weights are not this network's, or there never were any.
@@ -228,7 +229,7 @@ class Learner:
         if has_personal(update.name):
             self.begin_personal()
         local = self._lend(request)
-        losses = self._steps(batches, local, update, request, site, cancelled)
+        losses = self._steps(batches, local, update, request, site, cancelled, started)
         if self.brought is not None:
             self.brought.end()
         return self.finish(
@@ -245,49 +246,50 @@ class Learner:
         training = self.job.training
         received = self.weights()
         precision = partial(autocast, self.device, training.precision)
-        own = None
-        if self.personal is not None:
-            own = Local(
-                self.personal.network,
-                self.personal.optimizer,
-                make_objective(self.job),
-                precision,
-                received,
-                training.clip_norm,
-                self.personal.scaler,
-            )
-        return Local(
+        lend = partial(
+            Local,
+            objective=make_objective(self.job),
+            autocast=precision,
+            received=received,
+            clip_norm=training.clip_norm,
+            micro_batch=self.job.micro_batch,
+        )
+        return lend(
             self.network,
             self.optimizer,
-            make_objective(self.job),
-            precision,
-            received,
-            training.clip_norm,
-            self.scaler,
-            self.brought,
-            Teacher(self.job.network, received, self.device, precision),
-            request.control,
-            self.memory,
-            own,
-            self.job.labels,
+            scaler=self.scaler,
+            brought=self.brought,
+            teacher=Teacher(self.job.network, received, self.device, precision, self.job.micro_batch),
+            control=request.control,
+            memory=self.memory,
+            personal=lend(own.network, own.optimizer, scaler=own.scaler) if (own := self.personal) else None,
+            labels=self.job.labels,
+            progress=request.first_step / max(1, request.total_steps - request.steps),
         )
 
     def _steps(
-        self, batches: Batches, local: Local, update: PlugIn, request: Train, site: str, cancelled: Check
+        self,
+        batches: Batches,
+        local: Local,
+        update: PlugIn,
+        request: Train,
+        site: str,
+        cancelled: Check,
+        began: float,
     ) -> list[float]:
         training = self.job.training
         take = partial(catalog.load("local_updates", update.name), **update.options)
         keys = [(self.job.seed, site, request.round, step) for step in range(request.steps)]
         losses: list[float] = []
-        for step, batch in enumerate(stream(batches, keys, workers=training.loader_workers)):
+        drawn = stream(batches, keys, workers=training.loader_workers)
+        for step, batch in enumerate(while_it_fits(drawn, request.seconds, began=began)):
             if cancelled():
                 raise Cancelled
             if self.brought is not None:
                 self.brought.set_rate(request.first_step + step)
-            for learner in (self, self.personal) if self.brought is None else ():
-                if learner is not None:
-                    rate = {"step": request.first_step + step, "total_steps": request.total_steps}
-                    set_rate(learner.optimizer, training, **rate)
+            for learner in filter(None, (self, self.personal)) if self.brought is None else ():
+                rate = {"step": request.first_step + step, "total_steps": request.total_steps}
+                set_rate(learner.optimizer, training, **rate)
             seed_all(*keys[step], "step")  # whatever drew the batch, dropout and the like draw from here
             loss = float(take(local, batch.to(self.device)))
             if not math.isfinite(loss):

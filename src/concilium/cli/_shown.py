@@ -76,15 +76,8 @@ def _show(outcome: Run) -> None:
     from concilium.reports.matrix import fitting, matrix_of_run
 
     results = outcome.results
-    table_text = fitting(matrix_of_run(outcome.folder, results), shown.width)
-    table = Table(
-        title=table_text.title, title_justify="left", caption=" ".join(table_text.notes), caption_justify="left"
-    )
-    for i, name in enumerate(table_text.header):
-        table.add_column(name.replace("_", " "), justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
-    for row in table_text.rows:
-        table.add_row(*row)
-    shown.print(table)
+    text = fitting(matrix_of_run(outcome.folder, results), shown.width)
+    show_table(text.title, [name.replace("_", " ") for name in text.header], text.rows, text.notes)
     _show_costs(results["models"])
     for line in results["excluded"]:
         what = f"case {line['case']}: {line['text']}" if line["case"] else f"{line['count']} × {line['reason']}"
@@ -96,6 +89,16 @@ def _show(outcome: Run) -> None:
     shown.print(f"Run folder: {outcome.folder}", markup=False, soft_wrap=True)
     if outcome.report_file.is_file():
         shown.print(f"Report: {outcome.report_file}", markup=False, soft_wrap=True)
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+    """A table on standard output: its first column in one piece, the others folded where the terminal is narrow."""
+    table = Table(title=title, title_justify="left", caption=" ".join(notes), caption_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    shown.print(table)
 
 
 def _show_costs(models: Sequence[Mapping[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from concilium.cli._shown import Out, Resume, Seeds, progress_bar, show_run, shown
+from concilium.cli._shown import Out, Resume, Seeds, console, progress_bar, show_run, show_table, shown
 
 
 def demo(out: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/demo")) -> None:
@@ -59,6 +59,31 @@ def check(
         checked.write(json)
     if checked.exit_code:
         raise typer.Exit(checked.exit_code)
+
+
+def plan(
+    study: Annotated[Path, typer.Argument(help="Study file (TOML).")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Empty folder to keep the plans and fingerprints in, of all and of each site."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="File for everything. It tells of each site: keep it.")
+    ] = None,
+) -> None:
+    """Say whether one plan suits all sites, or plans of their own, and why. Reads every case, trains nothing, sends nothing."""
+    from concilium import api
+    from concilium.reports.planned import grids, lines
+
+    planned = api.plan(study, out=out, watch=lambda event: console.print(event.text, style="dim", markup=False))
+    for grid in grids(planned.found):
+        show_table(grid.title, grid.header, grid.rows, grid.notes)
+    for style, line in lines(planned.found):
+        shown.print(line, style=style, markup=False, soft_wrap=not shown.is_terminal)
+    if json:
+        planned.write(json)
+    if planned.exit_code:
+        raise typer.Exit(planned.exit_code)
 
 
 def _run(study: Any, out: Path, *, resume: bool) -> None:

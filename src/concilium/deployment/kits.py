@@ -81,6 +81,8 @@ class SiteSettings:
     """Whether tensors that a study keeps at its sites may leave once, to make a network for sites elsewhere."""
     pictures: bool = True
     """Whether a picture of each scored case is kept in the run's folder here."""
+    micro_batch: int | None = None
+    """How many patches fit into this machine's memory at once; larger batches are trained in parts. Omitted: a batch fits."""
 
 
 def read_about(kit: Path) -> About:
@@ -146,6 +148,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "test": Path | None,
         "folder": Path | None,
         "threads": int,
+        "micro_batch": int,
         "device": str,
         "split": bool,
     }
@@ -170,6 +173,10 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         raise StudyError(
             f"threads = {settings.threads}, device = {settings.device!r} is not allowed. Allowed: 1 or more threads; auto, cpu "
             "or cuda. Correct them."
+        )
+    if settings.micro_batch is not None and settings.micro_batch < 1:
+        raise StudyError(
+            f"micro_batch = {settings.micro_batch} is not allowed. Allowed: 1 or more. Correct it in {path}."
         )
     return settings
 
@@ -215,4 +222,5 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         pictures=s.pictures,
         identity=Identity(files.authority, files.certificate, files.key, about.sites),
         sealing_key=files.key.with_name("sealing.key"),  # beside the certificate's
+        micro_batch=s.micro_batch,
     )

@@ -81,13 +81,13 @@ def _check(kit: Path, about: About, study: Study, sites: tuple[str, ...]) -> Non
     renamed = [
         f"[{name}] {key}"
         for name, table in tables.items()
-        for key in ("labels", "channels", "annotated")
+        for key in ("labels", "channels", "annotated", "micro_batch")
         if getattr(table, key)
     ]
     if renamed:
         raise StudyError(
-            f"{', '.join(renamed)} is not read between hospitals: a site says so itself. Allowed: `label_names`, `channel_names` "
-            "and `annotated` in that site's site.toml. Write it there, and take it out here."
+            f"{', '.join(renamed)} is not read between hospitals: a site says so itself. Allowed: `label_names`, "
+            "`channel_names`, `annotated` and `micro_batch` in that site's site.toml. Write it there, and take it out here."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a site that was lost must be told again when it is back: how to prepare, and the last snapshot of each model.
+"""What a site that was lost must be told again when it is back: how to prepare, what it shares, and each model's last snapshot.
 
 A site that was lost after it had trained, and before its snapshot, has lost what it had learnt. Whoever asked it then is told so
 at once; if nobody did, its next reply is replaced by the news, since the protocol would take it for a site that goes on.
@@ -23,11 +23,15 @@ from concilium.messages import (
     Reply,
     Request,
     Restore,
+    Share,
     SiteLost,
     Snapshot,
     Train,
     Trained,
 )
+
+SHARED = ".share"
+"""Where what a site shares stands among the requests that it must be told again. No model is called so."""
 
 
 class Recovery:
@@ -47,6 +51,8 @@ class Recovery:
         """Note a request on its way."""
         if isinstance(request, Prepare):
             self._kept[site] = {"": self._keep(f"{site}.prepare", packed)}
+        if isinstance(request, Share):
+            self._kept[site][SHARED] = self._keep(f"{site}.share", packed)
 
     def settle(self, site: str, request: Request, reply: Reply | Failure) -> Reply | Failure:
         """Note what was answered. The reply, or that the site has lost what it had learnt."""

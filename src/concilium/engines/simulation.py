@@ -45,10 +45,11 @@ def connect(
     cache: Path | None = None,
     names: Mapping[str, Names] | None = None,
     pictures: bool = True,
+    micro_batch: Mapping[str, int] | None = None,
 ) -> Engine:
     """A simulation of these sites (name -> data); `folder` gets a folder for each of them. Whoever connects closes it.
 
-    `names`: what a site, or the test set, calls otherwise than the study.
+    `names`: what a site, or the test set, calls otherwise than the study. `micro_batch`: how many patches a site holds at once.
     """
     data: dict[str, Mapping[str, Path]] = {name: {name: path} for name, path in sites.items()} | {"pooled": sites}
     if test is not None:
@@ -66,6 +67,7 @@ def connect(
             device,
             names=names or {},
             pictures=pictures,
+            micro_batch=(micro_batch or {}).get(name),
         )
         for name, members in data.items()
     ]

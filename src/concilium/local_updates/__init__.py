@@ -20,6 +20,11 @@ A second network of the site's own, with an optimiser, that stays there and is e
 
 It makes sense only where weights are shared: models that train alone (`local`, `centralized`) then take `plain` steps.
 
+    check(labels: Labels, **options) -> None
+
+called for every variant before anything trains: it raises a `StudyError` where the update cannot train a network of these
+labels.
+
 Where more than the step is its own, a file also has
 
     bring(*, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.device, ...options) -> Brought
@@ -39,6 +44,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from concilium import catalog
 from concilium.data.labels import Labels
@@ -100,6 +106,10 @@ class Local:
     """The same of the site's own second network."""
     labels: Labels = field(default_factory=dict)
     """What the channels of the logits stand for."""
+    micro_batch: int | None = None
+    """How many patches the network sees at once; `None`: all of a batch."""
+    progress: float = 0.0
+    """From 0 in the first round to 1 in the last."""
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
@@ -130,6 +140,17 @@ def finish_of(local_update: PlugIn, local: Local, *, steps: int) -> Tensors:
     """What the local update sends beside the weights after the steps of a round."""
     finish = _part_of(local_update.name, "finish")
     return {} if finish is None else cast(Tensors, finish(local, steps=steps, **local_update.options))
+
+
+def check_labels(local_update: PlugIn, labels: Labels) -> None:
+    """Let the local update say whether it can train a network of these labels.
+
+    Raises:
+        StudyError: it cannot.
+    """
+    check = _part_of(local_update.name, "check")
+    if check is not None:
+        check(labels, **local_update.options)
 
 
 def has_personal(name: str) -> bool:
@@ -163,11 +184,24 @@ def _part_of(name: str, part: str) -> Any:
 
 
 def logits_of(local: Local, batch: Batch) -> Sequence[Tensor]:
-    """Forget the gradient of the step before, and run the network on the batch."""
+    """Forget the gradient of the step before, and run the network on the batch, in micro-batches where the site says so."""
     local.optimizer.zero_grad(set_to_none=True)
     with local.autocast():
-        logits: Sequence[Tensor] = local.network(batch.image)
-    return logits
+        return in_parts(local.network, batch.image, local.micro_batch)
+
+
+def in_parts(network: nn.Module, image: Tensor, size: int | None) -> Sequence[Tensor]:
+    """Logits of the whole batch, of which the network sees `size` patches at a time; of each part the logits alone are kept.
+
+    Back-propagation then runs the network on each part once more, with the same draws of chance, and forgets it again. So the
+    gradient is that of the whole batch, for a loss that counts over it too: gradients of parts, added up, are not (nnU-Net's
+    Dice). Chen et al. 2016 (arXiv:1604.06174), over the batch as Gao et al. 2021 (arXiv:2101.06983).
+    """
+    if size is None or size >= len(image):
+        whole: Sequence[Tensor] = network(image)
+        return whole
+    parts = [checkpoint(network, part, use_reentrant=False) for part in torch.split(image, size)]
+    return tuple(torch.cat(scale) for scale in zip(*parts, strict=True))
 
 
 def descend(local: Local, loss: Tensor, change: Change = ()) -> None:

@@ -1,12 +1,14 @@
 """Protocols: who talks when. One file here: one protocol, a function of the file's name that is a plain loop over rounds.
 
     def NAME(engine, start: Round, *, model, collect, rule, rounds, steps, min_sites, deadline_s, network, training, seed, device,
-             cases, weigh, sharing, begin_with, ...options) -> Iterator[Round]
+             cases, weigh, sharing, begin_with, box_s, ...options) -> Iterator[Round]
 
 A protocol that does not need all of these takes the rest as `**_`. It starts again from any complete round: a `Round` holds
 every value that the next one needs, as named tensors and JSON numbers. At a yield nothing is outstanding. `steps` says who takes
 part, and with how many optimiser steps a round; `cases`, how many training cases each has; `weigh`, what an update counts in a
-sum (`aggregation.weight_of`); `sharing`, which tensors travel; `begin_with`, what those begin with that do not travel.
+sum (`aggregation.weight_of`); `sharing`, which tensors travel; `begin_with`, what those begin with that do not travel;
+`box_s`, after how many seconds a site answers with the steps that it has taken (a study may ask for it only where a protocol has
+this parameter).
 
 A file may also have `check(network: Stages, **options) -> None`, called for every variant before anything trains: it raises a
 `StudyError` where this protocol cannot train that network. And `at_sites(network: Callable[..., Stages], **options)`: the names
@@ -47,6 +49,8 @@ class Round:
     """How many tensors matched by name, shape and type, and were aggregated."""
     shared: Mapping[str, tuple[float, tuple[str, ...]]] = field(default_factory=dict)
     """Where not all is shared: site -> the share of its network's values that were averaged with others, and with whom."""
+    asked: Mapping[str, int] = field(default_factory=dict)
+    """How many steps each site was asked for."""
 
     def told_shared(self, site: str) -> dict[str, float | list[str]]:
         """The same of one site, for the record; nothing where all is shared."""
@@ -75,10 +79,13 @@ def train_requests(
     control: Tensors | None = None,
     alone: bool = False,
     begins: bool = False,
+    box_s: float | None = None,
 ) -> dict[str, Train]:
     """Round `number`'s request for each site; sites with equally many steps share one, which is packed once."""
     shared = {
-        n: Train(model, number, (number - 1) * n, n, rounds * n, weights, send_weights, control or {}, alone, begins)
+        n: Train(
+            model, number, (number - 1) * n, n, rounds * n, weights, send_weights, control or {}, alone, begins, box_s
+        )
         for n in set(steps.values())
     }
     return {site: shared[n] for site, n in steps.items()}

@@ -23,6 +23,7 @@ def train_alone(
     steps: Mapping[str, int],
     deadline_s: float | None,
     fetch: bool,
+    box_s: float | None = None,
 ) -> Iterator[Round]:
     """Yield after each round. Each site goes on from its own weights; with `fetch` they are sent after the last round.
 
@@ -33,8 +34,10 @@ def train_alone(
     for number in range(start.number + 1, rounds + 1):
         before = copy_traffic(engine, steps)
         fetches = fetch and number == rounds
-        begin = train_requests(model, number, rounds, steps, initial, send_weights=fetches, alone=True, begins=True)
-        go_on = train_requests(model, number, rounds, steps, {}, send_weights=fetches, alone=True)
+        begin = train_requests(
+            model, number, rounds, steps, initial, send_weights=fetches, alone=True, box_s=box_s, begins=True
+        )
+        go_on = train_requests(model, number, rounds, steps, {}, send_weights=fetches, alone=True, box_s=box_s)
         requests = {site: (begin if site in waiting else go_on)[site] for site in steps}
         answers: dict[str, Answer] = {}
         failures: dict[str, Failure] = {}

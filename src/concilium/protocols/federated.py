@@ -49,6 +49,7 @@ def federated(
     begin_with: Tensors | None = None,
     participation: float = 1.0,
     cohorts: tuple[tuple[str, ...], ...] = (),
+    box_s: float | None = None,
     **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: shared weights, the rule's own tensors, the total of what came beside the weights.
@@ -85,6 +86,7 @@ def federated(
                     send_weights=True,
                     control=control,
                     begins=some <= begins,
+                    box_s=box_s,
                 )
         got = collect(
             partial(ask, engine, deadline_s=deadline_s), requests, blocks=restricted(blocks, asked), asked=asked

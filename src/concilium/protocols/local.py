@@ -18,7 +18,10 @@ def local(
     rounds: int,
     steps: Mapping[str, int],
     deadline_s: float | None,
+    box_s: float | None = None,
     **_: Any,
 ) -> Iterator[Round]:
     """Yield after each round; the models stay at their sites. A site that fails falls behind the others, and is recorded."""
-    return train_alone(engine, start, model=model, rounds=rounds, steps=steps, deadline_s=deadline_s, fetch=False)
+    return train_alone(
+        engine, start, model=model, rounds=rounds, steps=steps, deadline_s=deadline_s, fetch=False, box_s=box_s
+    )

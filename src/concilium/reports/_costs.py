@@ -29,7 +29,7 @@ def costs(view: View) -> Element | None:
     for name, of in groups.items():
         for site in dict.fromkeys(site for m in of for site in m["sites"]):
             took = [m["sites"][site] for m in of if site in m["sites"]]
-            times = [f"{_mean(took, 'n_steps'):,.0f}", duration(_mean(took, "seconds"))]
+            times = [_steps(took), duration(_mean(took, "seconds"))]
             sizes = [size(_mean(took, key)) for key in ("bytes_down", "bytes_up")]
             rows.append([shown_model(name), site, *times, *sizes])
     slowest = max(view.found.rounds, key=lambda r: r.get("seconds", 0.0), default=None)
@@ -51,6 +51,13 @@ def costs(view: View) -> Element | None:
             words=2,
         ),
     )
+
+
+def _steps(took: Sequence[Row]) -> str:
+    """Steps taken, and of how many where time was short."""
+    asked = fmean(row.get("n_asked", row["n_steps"]) for row in took)
+    steps = _mean(took, "n_steps")
+    return f"{steps:,.0f}" if asked == steps else f"{steps:,.0f} of {asked:,.0f}"
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concilium.study.data_sets import DataSets, data_sets, divide, names_of
+from concilium.study.data_sets import DataSets, data_sets, divide, names_of, of_sites
 from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
 from concilium.study.tables import SiteTable, StartTable, Study, training_of, with_seeds
 
@@ -15,6 +15,7 @@ __all__ = [
     "data_sets",
     "divide",
     "names_of",
+    "of_sites",
     "parse_study",
     "read_study",
     "to_toml",

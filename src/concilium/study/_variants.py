@@ -85,7 +85,7 @@ def _changed(key: str, base: Any, table: Mapping[str, Any]) -> dict[str, Any]:
         return dict(table)
     kept = dict(base)
     if "name" in table and table["name"] != base.get("name"):
-        common = ("rounds", "steps", "epochs", "min_sites", "round_seconds")
+        common = ("rounds", "steps", "epochs", "min_sites", "round_seconds", "time_box")
         kept = {k: v for k, v in kept.items() if key == "protocol" and k in common}
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if given in table:

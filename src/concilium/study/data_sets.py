@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from concilium.data.matching import Names
 from concilium.data.partition import Layout, Member, lay_out
@@ -21,6 +22,13 @@ def names_of(study: Study) -> dict[str, Names]:
     tables = dict(study.sites) | ({"test": study.test} if study.test else {})
     named = {name: Names(t.labels or {}, t.channels or {}, t.annotated) for name, t in tables.items()}
     return {name: found for name, found in named.items() if found != Names()}
+
+
+def of_sites(study: Study) -> dict[str, Any]:
+    """What a simulation is told of single sites; between hospitals, and where there is nothing to tell, nothing."""
+    parts = {name: site.micro_batch for name, site in study.sites.items() if site.micro_batch is not None}
+    told = {"names": names_of(study), "micro_batch": parts}
+    return {key: value for key, value in told.items() if value}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from concilium.data.partition import Partition
 from concilium.data.shifts import Shift
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
+from concilium.study._hardware import unequal
 from concilium.study._sharing import misshared
 from concilium.study._trainers import network_of_trainer, overruled
 from concilium.study._variants import FIXED, variant_tables
@@ -108,9 +109,8 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
         _table(Partition, tables["partition"], "[partition]", problems) if "partition" in tables else None
     )
     problems += _lost_data(found, "partition" in tables, folder if check_data else None)
-    problems += undivided(found, "partition" in tables)
-    problems += contradictions(found, n_sites=len(tables.get("sites", {})))
-    problems += overruled(found) + misshared(found)
+    problems += [*undivided(found, "partition" in tables), *unequal(found)]
+    problems += [*contradictions(found, n_sites=len(tables.get("sites", {}))), *overruled(found), *misshared(found)]
     problems += confusions(found["sites"], found["test"], folder)
     return _resolve(Study(**found), folder) if len(problems) == before else None
 

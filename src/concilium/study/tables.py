@@ -43,6 +43,9 @@ class SiteTable:
     """Its own names of labels, where they differ -> the study's. Between hospitals: `label_names` in the site's `site.toml`."""
     channels: Mapping[str, str] | None = None
     """The same of channels (`channel_names`)."""
+    micro_batch: int | None = None
+    """How many patches fit into its memory at once: a larger batch is trained in so large parts, to the same step. Omitted: a
+    batch fits. Between hospitals `micro_batch` in the site's `site.toml`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class ProtocolTable:
     """A round in which fewer sites answer stops the study; omitted: 2, or 1 where only one site is asked."""
     round_seconds: float | None = None
     """Deadline of a round; omitted: none."""
+    time_box: bool = False
+    """Whether a site that would not be done by the deadline stops before it, and answers with the steps it took; otherwise it
+    fails in that round. Its update then counts for so much less. A run with it cannot be repeated to the bit."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The protocol's own, which stand in the same table."""
 

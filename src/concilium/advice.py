@@ -1,0 +1,217 @@
+"""Before training: the plan of all sites together, beside the plan that each site's own data would give.
+
+The sites are examined as a run examines them, and the plans are made as a run makes them, in a folder that is gone afterwards.
+Every site's fingerprint is seen alone here: this is for one workstation that has the folders, not for the server of a federation.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from concilium import catalog
+from concilium.data.draws import drawn_from
+from concilium.data.fingerprint import merge, percentile, to_json
+from concilium.data.plan import open_plan
+from concilium.engines import Engine
+from concilium.errors import ContractError, DataError, StudyError
+from concilium.messages import Fingerprint
+from concilium.planning import Plans, Told, network_of, share_own_plans
+from concilium.preparation import Event, Ledger, ask_sites, on_folders, plan_for
+from concilium.record import Record
+from concilium.schedule import Setting, settings
+from concilium.sharing import Table, described, kept_of, shared_now, table_of
+from concilium.study import StartTable, Study, divide, names_of
+from concilium.suitability import Advice, Axes, Outline, View, advise, view_of
+
+AXES = ("z", "y", "x")
+"""Names of the file's axes, its last first, as arrays have them."""
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The joint plan, each site beside it, and what the rule says."""
+
+    study: str
+    configuration: str
+    n_cases: int
+    channels: tuple[str, ...]
+    joint: Outline
+    sites: Mapping[str, View]
+    advice: Advice
+    warnings: tuple[str, ...]
+    problems: tuple[str, ...]
+    """Sites that did not answer."""
+    excluded: tuple[Mapping[str, Any], ...]
+    """Cases that were set aside."""
+
+
+def plan(study: Study, out: Path | None, *, watch: Callable[[Event], None] = lambda event: None) -> Planned:
+    """Examine the sites of a study, make the joint plan and each site's own; variants, and what models start from, do not count.
+
+    `out`: a folder to keep the plans and fingerprints in: of all (`plans.json`, `fingerprint.json`) and of each site.
+
+    Raises:
+        StudyError: the study says of a site not where its data lie, or `out` is not empty.
+        DataError, EngineError: the sites' data cannot be used together.
+    """
+    _check(study, out)
+    study = replace(study, variants={}, start=StartTable(), plan=replace(study.plan, fingerprint="pooled"))
+    with tempfile.TemporaryDirectory(prefix="concilium-plan-") as name:
+        folder = Path(name) / "plan"
+        layout = divide(study, folder)
+        record = Record(folder, study, resume=False)
+        try:
+            ledger = Ledger(warnings=list(layout.notes))
+            if layout.parts:
+                watch(Event("stage", f"Writing {layout.summary}"))
+                study = on_folders(study, layout, folder)
+            engine = _connect(study, record)
+            try:
+                watch(Event("stage", "Reading every case"))
+                told = ask_sites(study, engine, record, ledger)
+            finally:
+                engine.close()
+            planned = _plans(study, told, record, ledger, watch)
+            if out is not None:
+                _keep(folder, out)
+        finally:
+            record.close()
+    return planned
+
+
+def _check(study: Study, out: Path | None) -> None:
+    if study.engine.name == "flare":
+        raise StudyError(
+            f"Study {study.study.name} is for the engine flare: its sites' fingerprints are not for one workstation to see. "
+            "concilium plan needs the folders of all sites. Give a study for the engine simulation."
+        )
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StudyError(f"--out {out} is not empty. Expected a folder that is not there yet. Give another.")
+
+
+def _connect(study: Study, record: Record) -> Engine:
+    e = study.engine
+    engine: Engine = catalog.load("engines", e.name)(
+        sites={name: site.data for name, site in study.sites.items()},
+        test=None,  # the test set has no part in the plan
+        folder=record.folder,
+        run=record.run_id,
+        workers=e.workers,
+        threads=e.threads,
+        device=e.device,
+        **({"names": names} if (names := names_of(study)) else {}),
+    )
+    return engine
+
+
+def _keep(folder: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("fingerprint.json", "plans.json"):
+        shutil.copy(folder / name, out / name)
+    for name in ("fingerprints", "plans"):
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, out / name)
+
+
+# ------------------------------------------------------------------------------------------------------------------ plans
+
+
+def _plans(study: Study, told: Told, record: Record, ledger: Ledger, watch: Callable[[Event], None]) -> Planned:
+    base = settings(study)[0][0]
+    watch(Event("stage", "Planning for all sites together"))
+    joint_plans = plan_for(base, told, record, ledger)
+    joint = _outline(study, joint_plans, merge(told.fingerprints.values()))
+    own: dict[str, Plans] = {}
+    why_not: dict[str, str] = {}
+    for site, fingerprint in told.fingerprints.items():
+        watch(Event("stage", f"Planning for {site} alone"))
+        record.write_text(f"fingerprints/{site}.json", to_json(fingerprint))
+        try:
+            own[site] = plan_for(_alone(base, site), replace(told, fingerprints={site: fingerprint}), record, Ledger())
+        except (ContractError, DataError, StudyError) as e:
+            why_not[site] = str(e)
+    networks = {site: _table(study, plans) for site, plans in own.items()}
+    of_all = _table(study, joint_plans)
+    shared = _shared(study, joint_plans, own, networks)
+    views = {}
+    for site in (s for s in study.sites if s in told.fingerprints):
+        fingerprint = told.fingerprints[site]
+        shape, spacing = _medians(fingerprint, joint.axes)
+        outline = _outline(study, own[site], fingerprint) if site in own else None
+        views[site] = view_of(
+            joint, n_cases=fingerprint.n_cases, shape=shape, spacing=spacing, ranges=_ranges(fingerprint), own=outline,
+            why_not=why_not.get(site, ""), differs=networks.get(site, of_all) != of_all, shared=shared.get(site),
+        )  # fmt: skip
+    return Planned(
+        study.study.name, study.plan.configuration, sum(v.n_cases for v in views.values()), told.channels, joint, views,
+        advise(joint, views), tuple(ledger.warnings), tuple(ledger.problems), tuple(record.excluded(study.sites)),
+    )  # fmt: skip
+
+
+def _alone(base: Setting, site: str) -> Setting:
+    """The setting of one site: its plan goes beside the joint one, under its name."""
+    study = replace(base.study, sites={site: base.study.sites[site]})
+    return replace(base, name=site, study=study, is_base=False)
+
+
+def _outline(study: Study, plans: Plans, fingerprint: Fingerprint) -> Outline:
+    plan = open_plan(plans.text, study.plan.configuration)
+    arguments = plan.architecture["architecture"]["arch_kwargs"]
+    n = len(plan.spacing)
+    return Outline(
+        axes=tuple(AXES[i] for i in plan.transpose_forward[-n:]),
+        patch_size=plan.patch_size,
+        batch_size=plan.batch_size,
+        spacing=plan.spacing,
+        size=tuple(float(v) for v in plan.architecture["median_image_size_in_voxels"]),
+        kernels=tuple(tuple(int(k) for k in kernel) for kernel in arguments["kernel_sizes"]),
+        strides=plan.strides,
+        clips=tuple(name == "CTNormalization" for name in plan.architecture["normalization_schemes"]),
+        ranges=_ranges(fingerprint),
+        resizes=study.preprocessing.name == "resize",
+    )
+
+
+def _table(study: Study, plans: Plans) -> tuple[Table, int]:
+    """The tensors that a run by this plan could share, and how many values its network has in all."""
+    with drawn_from("look"):  # the weights are thrown away, and nothing else is to draw from here
+        network = network_of(study, plans)()
+    kept = kept_of(network, study.sharing.keep) if study.sharing.keep else frozenset()
+    return table_of(described(network, kept)), sum(t.numel() for t in network.state_dict().values())
+
+
+def _shared(
+    study: Study, joint: Plans, own: Mapping[str, Plans], networks: Mapping[str, tuple[Table, int]]
+) -> dict[str, float]:
+    """Site -> the share of its values that a run by own plans would average, by the study's `[sharing] match`."""
+    if len(own) < 2:
+        return {}
+    by_site = replace(joint, by_site={site: plans.text for site, plans in own.items()})
+    try:
+        sharing = share_own_plans(study, by_site, {site: table for site, (table, _) in networks.items()})
+    except StudyError:  # nothing in common
+        return dict.fromkeys(own, 0.0)
+    sizes = {site: n for site, (_, n) in networks.items()}
+    return {site: share for site, (share, _) in shared_now(sharing.blocks, own, sizes).items()}
+
+
+def _medians(fingerprint: Fingerprint, axes: Sequence[str]) -> tuple[Axes, Axes]:
+    """Median shape [voxels] and spacing [mm] of a site's cases, along these axes."""
+    shapes = np.array([g.shape for g in fingerprint.geometry for _ in range(g.count)], float)
+    spacings = np.array([g.spacing for g in fingerprint.geometry for _ in range(g.count)], float)
+    order = [AXES.index(axis) for axis in axes]
+    shape, spacing = (np.median(values, axis=0)[order] for values in (shapes, spacings))
+    return tuple(map(float, shape)), tuple(map(float, spacing))
+
+
+def _ranges(fingerprint: Fingerprint) -> tuple[Range | None, ...]:
+    """From 0.5 to 99.5 % of the foreground of each channel."""
+    return tuple((percentile(c, 0.5), percentile(c, 99.5)) if len(c.keys) else None for c in fingerprint.channels)
