@@ -21,6 +21,7 @@ from concilium import catalog
 from concilium.aggregation import must_see_updates, weight_of
 from concilium.engines import Engine
 from concilium.errors import ConciliumError
+from concilium.giving import for_elsewhere, give, tell
 from concilium.messages import Forget, Restore, SiteError, SiteLost, Snapshot
 from concilium.optimization import device_named
 from concilium.planning import batch_size_of, begin_with, n_parameters, network_of, start_weights
@@ -39,7 +40,7 @@ from concilium.protocols import Round, start_with
 from concilium.record import Record
 from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
-from concilium.scoring import POOL, for_elsewhere, give, note_rounds, score, tell, watch_validation
+from concilium.scoring import POOL, note_rounds, score, watch_validation
 from concilium.sharing import EVERYTHING
 from concilium.study import Study, divide, of_sites, training_of
 
@@ -192,8 +193,9 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
         about["parameters"] = n_parameters(model, work.plans)
         finished = {"model": about} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
-    # told once more on resumption: a kill may have come between
-    if all(_finished(work.record, key) for key in model.group):
+    if all(
+        _finished(work.record, key) for key in model.group
+    ):  # told again on resumption: a kill may have come between
         tell(work.engine, dict.fromkeys(model.steps, Forget(model.group[0])))
     return finished
 
