@@ -185,17 +185,14 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
         last = _made_beside(work, model, scoring) if model.beside else _train(work, model, training)
         give(work, model, last, scoring)
         scored = score(work, [model], scoring)
-        rounds = work.record.rounds(model.beside or model.key)
         batch_size = partial(batch_size_of, model.setting.study, work.plans)
         best = None if model.stays else work.record.best_rounds(model.key).get(POOL)
         select = best[0] if best and work.study.validation.select == "best" else None
-        about = account(model, rounds, batch_size=batch_size, selected=select)
-        about["parameters"] = n_parameters(model, work.plans)
+        took = account(model, work.record.rounds(model.group[0]), batch_size=batch_size, selected=select)
+        about = took | {"parameters": n_parameters(model, work.plans)}
         finished = {"model": about} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
-    if all(
-        _finished(work.record, key) for key in model.group
-    ):  # told again on resumption: a kill may have come between
+    if all(_finished(work.record, key) for key in model.group):  # told again on resumption
         tell(work.engine, dict.fromkeys(model.steps, Forget(model.group[0])))
     return finished
 
