@@ -110,7 +110,7 @@ def job_of(
 ) -> Job:
     """A site that is ready to train, without a file."""
     strides = SimpleNamespace(pool_op_kernel_sizes=STRIDES[dims])
-    plan: Any = SimpleNamespace(batch_dice=False, configuration=strides)
+    plan: Any = SimpleNamespace(batch_dice=False, batch_size=2, configuration=strides)
     batches: Any = Noise(dims)
     entries: Any = {"training": (None,) * n_cases, "validation": ()}
     training = Training(**{**vars(TRAINING), "deep_supervision": deep_supervision, **changes})
