@@ -402,3 +402,29 @@ def test_unequal_hardware_runs(
     assert 0 < found["held"]["2"] < found["held"]["6"]
     assert "| boxed |" in capsys.readouterr().out
     torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------------------ wrong masks
+
+
+def test_corrupted_masks_runs_and_moves_half_of_them(phantom: Path, tmp_path: Path) -> None:
+    module = load("corrupted_masks")
+    n = module.corrupt(phantom / "north", tmp_path / "copy")
+    names = sorted(p.name for p in (phantom / "north" / "labelsTr").iterdir())
+    same = [
+        (phantom / "north" / "labelsTr" / x).read_bytes() == (tmp_path / "copy" / "labelsTr" / x).read_bytes()
+        for x in names
+    ]
+    assert same.count(False) == n == (len(names) + 1) // 2
+    study = {
+        "study": {"name": "wrong", "seed": 1},
+        "sites": {name: {"data": str(phantom / name)} for name in ("north", "south", "west")},
+        "test": {"data": str(phantom / "test")},
+        "protocol": {"rounds": 1, "steps": 1},
+        "network": {"base_features": 4},
+        "training": {"batch_size": 2, "patch_size": [16, 16, 8], "mirror": False},
+        "engine": {"threads": 1, "device": "cpu", "pictures": False},
+    }
+    found = module.measure(study, "north", tmp_path / "runs", seeds=1)
+    assert found["dice"].keys() == {"mean, with north", "quality", "agreement", "mean, without north"}
+    assert found["lost"]["mean, without north"] == 0

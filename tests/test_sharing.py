@@ -176,6 +176,18 @@ def test_each_tensor_counts_once(depths: tuple[Stages, ...]) -> None:
         assert len(keys) == len(set(keys)) == len(names)
 
 
+def test_kernels_along_other_axes_are_other_tensors() -> None:
+    """A plan may turn images so that thick slices come first: then equal shapes lie along other axes of the patient."""
+    net = network(plan(4))
+    told = {site: tables(net)["s0"] for site in ("a", "b", "c")}
+    axes = {"a": (0, 1, 2), "b": (2, 0, 1), "c": (0, 1, 2)}
+    sharing = match(told, mode="resolution", elsewhere={}, axes=axes)
+    kernels = {n for n, t in net.state_dict().items() if t.ndim > 2}
+    assert set(sharing.names("b")) == set(net.state_dict()) - kernels
+    assert set(sharing.names("a")) == set(sharing.names("c")) == set(net.state_dict())
+    assert {block.sites for block in sharing.blocks} == {frozenset("abc"), frozenset("ac")}
+
+
 def test_nothing_in_common_is_an_error() -> None:
     with pytest.raises(StudyError, match="none in common"):
         match({"a": {"x": ((2,), "float32")}, "b": {"x": ((3,), "float32")}}, mode="resolution", elsewhere={})
@@ -239,9 +251,9 @@ def test_a_site_shares_what_the_study_does_not_keep_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     "told",
     [
-        Described(("a",), ((1,), (2,)), ("float32",)),
-        Described(("a", "a"), ((1,), (2,)), ("float32", "float32")),
-        Described(("a",), ((1,),), ("complex64",)),
+        Described(("a",), ((1,), (2,)), ("float32",), 3),
+        Described(("a", "a"), ((1,), (2,)), ("float32", "float32"), 3),
+        Described(("a",), ((1,),), ("complex64",), 3),
     ],
 )
 def test_a_table_that_does_not_hold_together_is_refused(told: Described) -> None:

@@ -486,6 +486,8 @@ class Described:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
+    n_values: int
+    """Of the whole network."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -122,8 +123,10 @@ def share_one_plan(study: Study, plans: Plans) -> Sharing:
     return Sharing(kept, sizes=dict.fromkeys(study.sites, size))
 
 
-def share_own_plans(study: Study, plans: Plans, tables: Mapping[str, Table]) -> Sharing:
-    """What sites' own networks have in common.
+def share_own_plans(
+    study: Study, plans: Plans, tables: Mapping[str, Table], sizes: Mapping[str, int] | None = None
+) -> Sharing:
+    """What sites' own networks have in common; `sizes`: how many values each has, where tables are not of all.
 
     Raises:
         StudyError: nothing.
@@ -138,7 +141,9 @@ def share_own_plans(study: Study, plans: Plans, tables: Mapping[str, Table]) -> 
             )
             for site in tables
         }
-    return match(tables, mode=mode, elsewhere=elsewhere)
+    axes = {site: tuple(json.loads(plans.of(site))["transpose_forward"]) for site in tables}
+    sharing = match(tables, mode=mode, elsewhere=elsewhere, axes=axes)
+    return replace(sharing, sizes=sizes) if sizes else sharing
 
 
 def initial_shared(study: Study, plans: Plans) -> Tensors:

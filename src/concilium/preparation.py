@@ -221,7 +221,8 @@ def agree_on_tensors(
     study = setting.study
     asked = dict.fromkeys(cases, Describe())
     told = {n: r for n, r in _must(engine, record, asked, study, ledger) if isinstance(r, Described)}
-    sharing = share_own_plans(study, plans, {name: table_of(reply) for name, reply in told.items()})
+    sizes = {name: reply.n_values for name, reply in told.items()}
+    sharing = share_own_plans(study, plans, {name: table_of(reply) for name, reply in told.items()}, sizes)
     for site in told:
         if not sharing.names(site):
             ledger.warnings.append(f"{site} has no tensor in common with another site: it trains by itself.")

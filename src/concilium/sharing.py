@@ -26,6 +26,12 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+Tensor: TypeAlias = tuple[str, tuple[int, ...], str, tuple[int, ...]]
+"""What sites may have in common: name, shape, type, and of a kernel the axes along which it lies."""
+KERNEL = 2
+"""A tensor of more dimensions than inputs and outputs has extents along axes of the image."""
+
+
 def _norms(network: Stages) -> Iterator[str]:
     owned = {
         id(t) for m in network.modules() if isinstance(m, NORMS) for t in m.state_dict(keep_vars=True).values()
@@ -163,7 +169,9 @@ def described(network: Stages, kept: frozenset[str]) -> Described:
     """The network's tensors but those that are kept anyway."""
     tensors = {name: t for name, t in network.state_dict().items() if name not in kept}
     shapes = tuple(tuple(t.shape) for t in tensors.values())
-    return Described(tuple(tensors), shapes, tuple(str(t.dtype).removeprefix("torch.") for t in tensors.values()))
+    n_values = sum(t.numel() for t in network.state_dict().values())
+    types = tuple(str(t.dtype).removeprefix("torch.") for t in tensors.values())
+    return Described(tuple(tensors), shapes, types, n_values)
 
 
 def all_but(network: Stages, kept: frozenset[str], shared: Sequence[str]) -> frozenset[str]:
@@ -185,6 +193,7 @@ def match(
     *,
     mode: Literal["resolution", "intersection", "published"],
     elsewhere: Mapping[str, Mapping[str, str]],
+    axes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Sharing:
     """What networks that differ have in common: tensors of one name, shape and type, each averaged over those that have it.
 
@@ -196,12 +205,13 @@ def match(
         mode: `resolution`: at least two sites have it. `intersection`: all have. `published`: at least two have it by the name
             that the network's authors gave it, the first where they gave several.
         elsewhere: of `published`: site -> published name -> its own.
+        axes: site -> in which order its plan takes the axes of an image. Kernels along other axes are other tensors.
 
     Raises:
         StudyError: nothing is in common.
     """
     least = len(tables) if mode == "intersection" else 2
-    found: dict[tuple[str, tuple[int, ...], str], dict[str, str]] = {}
+    found: dict[Tensor, dict[str, str]] = {}
     for site, table in tables.items():
         public: dict[str, str] = {}
         for theirs, own in elsewhere.get(site, {}).items():
@@ -209,7 +219,8 @@ def match(
         for name, about in table.items():
             if mode != "published" or bare(name) in public:
                 known = public[bare(name)] if mode == "published" else bare(name)
-                found.setdefault((known, *about), {})[site] = name
+                along = (axes or {}).get(site, ()) if len(about[0]) > KERNEL else ()
+                found.setdefault((known, *about, along), {})[site] = name
     shared = {key: names for key, names in found.items() if len(names) >= max(2, least)}
     if not shared:
         sizes = ", ".join(f"{site} {len(table)}" for site, table in tables.items())
@@ -221,15 +232,15 @@ def match(
     return Sharing(blocks=_blocks(shared), sizes=sizes_of)
 
 
-def _blocks(shared: Mapping[tuple[str, tuple[int, ...], str], Mapping[str, str]]) -> tuple[Block, ...]:
-    """Tensors that the same sites have stand together; one whose name is there in several shapes has its shape in its key."""
+def _blocks(shared: Mapping[Tensor, Mapping[str, str]]) -> tuple[Block, ...]:
+    """Tensors that the same sites have stand together; one whose name is there several times has all of it in its key."""
     times = Counter(name for name, *_ in shared)
-    members: dict[tuple[str, ...], list[tuple[str, tuple[int, ...], str]]] = {}
+    members: dict[tuple[str, ...], list[Tensor]] = {}
     for tensor, names in shared.items():
         members.setdefault(tuple(sorted(names)), []).append(tensor)
     blocks = []
     for sites, tensors in members.items():
-        keys = {t: t[0] if times[t[0]] == 1 else f"{t[0]} {'x'.join(map(str, t[1]))} {t[2]}" for t in tensors}
+        keys = {t: t[0] if times[t[0]] == 1 else " ".join(map(str, t)) for t in tensors}
         like = {keys[t]: torch.empty(t[1], dtype=TYPES[t[2]], device="meta") for t in tensors}
         blocks.append(Block(like, {site: {keys[t]: shared[t][site] for t in tensors} for site in sites}))
     return tuple(blocks)

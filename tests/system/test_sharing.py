@@ -16,6 +16,7 @@ from torch import Tensor
 from concilium.answers.train import Learner
 from concilium.data.phantom import PhantomSite, write_phantom
 from concilium.errors import StudyError
+from concilium.exports import export_run
 from concilium.finished import finished_models, open_finished
 from concilium.line import Event, run
 from concilium.messages import Fetch, Front, Keep, Personalize, Train, Trained
@@ -193,6 +194,13 @@ def test_a_site_that_did_not_train_gets_the_mean_of_what_is_kept(
     tested = {row["model"] for row in outcome.results["cases"] if row["subset"] == "test"}
     assert tested == {"federated-elsewhere", *(f"federated:{site}" for site in SITES)}
     assert open_finished(tmp_path / "run", "federated-elsewhere").networks()
+    card = card_of(tmp_path, "federated-elsewhere")
+    assert "it holds the mean, for sites that did not train" in card
+
+
+def card_of(folder: Path, model: str) -> str:
+    out, _ = export_run(folder / "run", folder / "out", format="safetensors", model=model)
+    return (out / "MODEL_CARD.md").read_text()
 
 
 def test_leave_one_site_out_needs_a_rule_for_it_and_has_one(brief: Make, tmp_path: Path) -> None:
@@ -249,6 +257,10 @@ def test_every_site_fine_tunes_what_it_is_told_to_and_both_are_scored(
     assert scored == shared | {f"federated-finetuned:{site}" for site in SITES}
     assert "federated-finetuned:west" in finished_models(tmp_path / "run")
     assert open_finished(tmp_path / "run", "federated-finetuned:west").networks()
+    card = card_of(tmp_path, "federated-finetuned:west")
+    assert "then west trained `heads` on for 3 steps" in card
+    assert all(f"| {site} | " in card for site in SITES), "shared tensors saw the cases of all"
+    assert ("`norms` never left west" in card) == bool(keep)
 
 
 def test_by_default_fine_tuning_changes_everything_and_leaves_the_shared_model_as_it_was(

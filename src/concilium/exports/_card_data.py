@@ -16,7 +16,7 @@ from concilium.disclosure import MIN_CASES, count
 from concilium.finished import Finished
 from concilium.reports._guarded import guarded
 from concilium.results import SCALES
-from concilium.schedule import PERSONAL
+from concilium.schedule import ELSEWHERE, FINETUNED, PERSONAL, title_of
 from concilium.statistics import WITHOUT, summarize
 
 Results = Mapping[str, Any]
@@ -87,7 +87,14 @@ class Record:
     @property
     def sites(self) -> tuple[str, ...]:
         """Those whose cases it was trained on."""
-        return tuple(s for s in self.finished.study.sites if s != self.unseen and self.owner in ("", s))
+        alone = self.owner if self.is_of_one_site else ""
+        return tuple(s for s in self.finished.study.sites if s != self.unseen and alone in ("", s))
+
+    @property
+    def is_of_one_site(self) -> bool:
+        """Whether its weights saw the cases of its owner only, and those of others at most from afar."""
+        alone = self.finished.study.protocol.name == "local" or self.title == "local"
+        return bool(self.owner) and (alone or self.title.endswith(PERSONAL))
 
 
 def record_of(finished: Finished, results: Results) -> Record:
@@ -153,14 +160,15 @@ def _scored(record: Record, site: str) -> tuple[int, int]:
 
 def _cases_trained_on(record: Record) -> dict[str, int]:
     """Site -> cases; of several members those that any has seen: each case is left out by one of them."""
-    members = {file.stem.replace(PERSONAL, "", 1) for file in record.finished.files}  # trained in the same rounds
+    # what is made beside a model was trained in its rounds
+    members = {title_of(f.stem) + "".join(f.stem.partition(".")[1:]) for f in record.finished.files}
     last: dict[tuple[str, str], int] = {}
     for line in _lines(record.finished, "rounds.jsonl"):
         if line.get("model") in members:
             last |= {(site, line["model"]): told["n_cases"] for site, told in line["sites"].items()}
     found: dict[str, int] = {}
     for (site, _), n in last.items():
-        if record.owner in ("", site):
+        if site in (*record.sites, "pooled"):
             found[site] = found.get(site, 0) + n
     return {site: n // max(1, len(members) - 1) for site, n in found.items()}
 
@@ -175,7 +183,12 @@ def _patients_trained_on(record: Record, site: str) -> int | None:
     noted = json.loads(path.read_text(encoding="utf-8")).get(site, [])
     left_out = {line["case"] for line in record.results["excluded"] if line["site"] == site}
     if record.fold is not None:
-        left_out |= {c["case"] for c in record.cases if (c["site"], c["subset"]) == (site, "validation")}
+        place = (
+            site,
+            "validation",
+            record.fold,
+        )  # the same cases for every model, also one that was scored elsewhere only
+        left_out |= {c["case"] for c in record.results["cases"] if (c["site"], c["subset"], c["fold"]) == place}
     return len({entry["patient"] for entry in noted if entry["case"] not in left_out})
 
 
@@ -213,6 +226,7 @@ def training_lines(record: Record) -> Sequence[str]:
     if record.title.endswith(PERSONAL):
         shared = record.title.removesuffix(PERSONAL)
         how = f"which {record.owner} trained of its own beside `{shared}`, the model of all sites ({how}); it never left the site"
+    how += _own_part(record)
     trainer = study.local_update.options.get(TRAINER)
     what = f"trainer `{trainer}`" if trainer else f"loss `{study.loss.name}`"
     lines = [f"Model `{record.finished.name}`, {how}; local update `{study.local_update.name}`, {what}."]
@@ -226,3 +240,20 @@ def training_lines(record: Record) -> Sequence[str]:
             f"{took['batch_size']}); {took['parameters']} parameters."
         )
     return lines
+
+
+def _own_part(record: Record) -> str:
+    """What of a model is not the same at all sites, and where that comes from."""
+    study, owner = record.finished.study, record.owner
+    kept = ", ".join(f"`{name}`" for name in study.sharing.keep)
+    said = ""
+    if owner and not record.is_of_one_site and study.plan.fingerprint == "site":
+        said += f"; its network is by {owner}'s own plan, and what it has in common with others is averaged"
+    if kept and owner and not record.is_of_one_site:
+        said += f"; {kept} never left {owner}, the rest is averaged"
+    if record.title.endswith(ELSEWHERE):
+        said += f"; of {kept}, which each site has of its own, it holds the mean, for sites that did not train"
+    if record.title.endswith(FINETUNED):
+        some = ", ".join(f"`{name}`" for name in study.personalize.tensors) or "all tensors"
+        said += f"; then {owner} trained {some} on for {study.personalize.steps} steps on its own cases"
+    return said
