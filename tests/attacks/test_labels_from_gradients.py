@@ -99,7 +99,7 @@ def network(deep_supervision: bool) -> Stages:
 
 def job_of(deep_supervision: bool) -> Job:
     strides = SimpleNamespace(pool_op_kernel_sizes=[[1, 1], *[[2, 2]] * (LEVELS - 1)])
-    plan: Any = SimpleNamespace(batch_dice=False, configuration=strides)
+    plan: Any = SimpleNamespace(batch_dice=False, batch_size=2, configuration=strides)
     batches: Any = Blobs()
     entries: Any = {"training": (None,), "validation": ()}
     labels = {"background": 0, "a": 1, "b": 2, "c": 3}
