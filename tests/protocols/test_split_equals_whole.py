@@ -354,10 +354,11 @@ class Pool(Convolve):
     """Leaves the places of the maxima, whole numbers, beneath the map."""
 
     takes, leaves = 1, 2
+    kinds = ("places", "features")
 
     def forward(self, *maps: Tensor) -> Stack:
         pooled, places = functional.max_pool2d(maps[0], 2, return_indices=True)
-        return (places, *super().forward(pooled))
+        return (places.to(torch.uint8), *super().forward(pooled))
 
 
 class Unpool(Convolve):
@@ -365,13 +366,14 @@ class Unpool(Convolve):
 
     def forward(self, *maps: Tensor) -> Stack:
         places, y = maps
-        return (functional.max_unpool2d(*super().forward(y), places, 2),)
+        return (functional.max_unpool2d(*super().forward(y), places.long(), 2),)
 
 
 class Between(Convolve):
     """Works on the map above places that it has to reach past."""
 
     takes = leaves = 2
+    kinds = ("places", "features")
 
     def forward(self, *maps: Tensor) -> Stack:
         return (maps[0], *super().forward(maps[1]))
@@ -402,7 +404,7 @@ def test_maps_of_whole_numbers_cross_cuts(cut: tuple[str, str], order: tuple[int
     tail = said(engine.down, Tail)[0]
     assert tail.order == order
     crossing = (*said(engine.up, Maps)[0].maps, *tail.maps)
-    assert any(m.dtype == torch.int64 for m in crossing)
+    assert any(m.dtype == torch.uint8 for m in crossing)
 
 
 def said(messages: Sequence[tuple[str, Any]], kind: type) -> list[Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from concilium.answers import Cancelled, Check
 from concilium.answers.micro_batch import must_be_whole
@@ -23,8 +24,14 @@ from concilium.data.draws import seed_all
 from concilium.data.patches import Batch, stream
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import Finish, Front, Gradients, Maps, Tail, Trained
-from concilium.networks import Parts, Stack
+from concilium.networks import Parts, Stack, are_of_kinds
 from concilium.optimization import are_of, autocast, clip_and_step, gradient_of, set_rate
+
+POOLED: Mapping[int, tuple[Callable[..., Tensor], ...]] = {
+    2: (functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d),
+    3: (functional.adaptive_avg_pool3d, functional.adaptive_max_pool3d),
+}
+"""Number of spatial axes -> how an image may be made smaller."""
 
 
 class Session:
@@ -107,6 +114,11 @@ class Session:
         came = [_leaf(m.to(device)) for m in request.maps]
         new = iter(came)
         left = [own[home + j] if j >= 0 else next(new) for j in request.order]
+        if not are_of_kinds(left, self.parts.left):
+            raise ContractError(
+                f"Maps of type {', '.join(str(m.dtype) for m in left)} came, in the order {request.order}. Expected "
+                f"{', '.join(self.parts.left)}: whole numbers as uint8, all others float. Start the round again."
+            )
         seed_all(*self._keys[request.step], "tail")
         with autocast(device, self.learner.job.training.precision):
             logits = self.parts.tail.run((*(own[i] for i in range(home)), *left))[::-1]
@@ -172,8 +184,13 @@ def _leaf(m: Tensor) -> Tensor:
 
 
 def _shows(image: Tensor, m: Tensor) -> bool:
-    """Whether a channel of the map is a channel of the image."""
-    if m.shape[2:] != image.shape[2:]:
+    """Whether a channel of the map is a channel of the image, or of the image made smaller: by means, maxima or single voxels."""
+    dims = image.ndim - 2
+    size = m.shape[2:]
+    if any(small > large for small, large in zip(size, image.shape[2:], strict=True)):
         return False
-    channels = (image[:, i : i + 1].to(m.dtype) for i in range(image.shape[1]))
+    smaller = [functional.interpolate(image, size)]  # the image itself, where sizes are equal
+    if size != image.shape[2:]:
+        smaller += [pool(image, size) for pool in POOLED[dims]]
+    channels = (s[:, i : i + 1].to(m.dtype) for s in smaller for i in range(s.shape[1]))
     return any(bool((m == channel).flatten(2).all(2).all(0).any()) for channel in channels)

@@ -10,6 +10,13 @@ A stage takes the top `takes` maps of the stack and leaves `leaves` in their pla
 level below. Heads come last, coarsest first, and `head0` is always there. Every tensor has one owner and one key. A network
 that is no list of stages is one stage, `whole` (`as_stages`); of a tensor that it knows by several names the first is the key.
 
+Where `down0`, `up0`, ... do not fit, `build` says itself where the cuts with a name are: `Stages(stages, cuts={"shallow": ...,
+"deep": ...})`, each a list of pairs as in `CUTS`. A stage that leaves anything but features says so (`Stage.kinds`). Where it
+leaves the image or a linear map of it (an input pyramid, an input that is pooled and joined further down), there is no split
+point after it, nor after any later stage until the last such map is taken: those stages run at the site. A map of whole numbers
+(places within a pooling window) is uint8 and has no gradient. A map without channels (B, 0, *spatial), `_layers.frame_of`, only
+tells a size: that of the image, say, for a network whose finest map is coarser.
+
 A file may also have `names_elsewhere(*, plan, n_channels, n_labels) -> Mapping[str, str]`: our name of a tensor by each name that
 it has in published weights of this network, for studies that start from these.
 """
@@ -20,8 +27,9 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 from concilium import catalog
@@ -30,6 +38,17 @@ from concilium.messages import PlugIn
 
 Stack = tuple[Tensor, ...]
 """Maps, each (B, C, *spatial); the top is the last."""
+Kind: TypeAlias = Literal["features", "places", "image"]
+"""Float maps that may cross a cut; whole numbers, without gradient; the image or a linear map of it, which never crosses."""
+Kinds: TypeAlias = tuple[Kind, ...]
+WHOLE = torch.uint8
+"""Type of maps of whole numbers."""
+
+CUTS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "shallow": (("down0", "up0"), ("down0", "up1")),
+    "deep": (("down1", "up1"),),
+}
+"""Split points with a name: as near to the ends as may be, and one resolution deeper. The first pair that is allowed counts."""
 
 
 class Stage(nn.Module):
@@ -37,10 +56,17 @@ class Stage(nn.Module):
 
     takes: int
     leaves: int
+    kinds: Kinds = ()
+    """What it leaves, the lowest first; empty: features only."""
 
     def forward(self, *maps: Tensor) -> Stack:
         """The maps that replace those taken."""
         raise NotImplementedError
+
+    def kinds_after(self, kinds: Kinds) -> Kinds:
+        """What is on the stack after it, of what was there before."""
+        kind: Kind = "features"
+        return (*kinds[: max(len(kinds) - self.takes, 0)], *(self.kinds or (kind,) * self.leaves))
 
 
 class Stages(nn.Module):
@@ -49,8 +75,9 @@ class Stages(nn.Module):
     mirror_axes: tuple[int, ...] | None = None
     """Spatial axes along which images may be mirrored to predict; `None`: all."""
 
-    def __init__(self, stages: Mapping[str, Stage]) -> None:
+    def __init__(self, stages: Mapping[str, Stage], cuts: Mapping[str, tuple[tuple[str, str], ...]] = CUTS) -> None:
         super().__init__()
+        self.cuts = cuts
         for name, stage in stages.items():
             self.add_module(name, stage)
 
@@ -75,6 +102,11 @@ class Stages(nn.Module):
                 raise ContractError(
                     f"Stage {name} left {len(left)} maps. It must leave {stage.leaves}. Correct its `leaves`."
                 )
+            if not are_of_kinds(left, kinds := stage.kinds_after(())):
+                raise ContractError(
+                    f"Stage {name} left maps of type {', '.join(str(m.dtype) for m in left)}. It said {', '.join(kinds)}: "
+                    f"whole numbers as {WHOLE}, all others float. Correct its `kinds`, or what it leaves."
+                )
             stack = (*stack[:rest], *left)
         return stack
 
@@ -84,8 +116,25 @@ class Stages(nn.Module):
 
     @property
     def split_points(self) -> tuple[str, ...]:
-        """Stages after which the network may be split: all before the first head, since logits never cross a cut."""
-        return tuple(name for name in self.names[:-1] if not name.startswith("head"))
+        """Stages after which the network may be split: before the first head; neither logits nor the image ever cross a cut."""
+        carrying = self.carrying
+        return tuple(n for n in self.names[:-1] if not n.startswith("head") and n not in carrying)
+
+    @property
+    def carrying(self) -> tuple[str, ...]:
+        """Stages after which the image, or a linear map of it, is on the stack for a later stage."""
+        found, kinds = [], cast(Kinds, ("image",))
+        for name in self.names:
+            kinds = self[name].kinds_after(kinds)
+            if "image" in kinds:
+                found.append(name)
+        return tuple(found)
+
+    def kinds_after(self, kinds: Kinds) -> Kinds:
+        """What is on the stack after these stages, of what was there before."""
+        for name in self.names:
+            kinds = self[name].kinds_after(kinds)
+        return kinds
 
     def split(self, *after: str) -> list[Stages]:
         """The parts between the split points, each 'after stage NAME'; they share the tensors of this network."""
@@ -121,16 +170,19 @@ class Parts:
         """Front and tail under the names of the whole; to be held and trained, not to be run."""
         return Stages({n: part[n] for part in (self.front, self.tail) for n in part.names})
 
+    @property
+    def taken(self) -> Kinds:
+        """What the body takes from the front, the lowest first."""
+        return self.front.kinds_after(("image",))[-self.body.reach() :]
 
-CUTS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "shallow": (("down0", "up0"), ("down0", "up1")),
-    "deep": (("down1", "up1"),),
-}
-"""Split points with a name: as near to the ends as may be, and one resolution deeper. The first pair that is allowed counts."""
+    @property
+    def left(self) -> Kinds:
+        """What the body leaves for the tail in its place."""
+        return self.body.kinds_after(self.taken)
 
 
 def cut_apart(network: Stages, cut: tuple[str, ...], *, reveal_labels: bool = False) -> Parts:
-    """Front, body and tail of a network, cut after two stages or at a named cut (one of `CUTS`).
+    """Front, body and tail of a network, cut after two stages or at a cut with a name (one of `network.cuts`).
 
     Where the tail is nothing but heads, the server can compute the labels from the gradients that it gets, since it knows the
     weights of the heads (`tests/attacks`). Such a cut is not possible unless `reveal_labels`.
@@ -140,17 +192,26 @@ def cut_apart(network: Stages, cut: tuple[str, ...], *, reveal_labels: bool = Fa
     """
     points = network.split_points
     heads = [name for name in points if _only_heads(network, name) and not reveal_labels]
-    for after in CUTS.get(cut[0], ()) if len(cut) == 1 else (cut,):
+    for after in network.cuts.get(cut[0], ()) if len(cut) == 1 else (cut,):
         fits = len(after) == 2 and list(after) == [name for name in points if name in after]
         if fits and after[-1] not in heads:
             return Parts(*network.split(*after))
     leak = (
         f" After {', '.join(heads)} only with reveal_labels = true: the server can compute the labels." if heads else ""
     )
+    if carrying := network.carrying:
+        leak += f" After {', '.join(carrying)} the image itself, or a linear map of it, would cross: never."
     known = ", ".join(name for name in points if name not in heads) or "none, the network is one stage"
     raise StudyError(
-        f"[protocol] cut = {list(cut)} is not possible. Allowed: {', '.join(CUTS)}, or two of these in this order: {known}."
-        f"{leak} Choose from these, or another network."
+        f"[protocol] cut = {list(cut)} is not possible. Allowed: {', '.join(network.cuts)}, or two of these in this order: "
+        f"{known}.{leak} Choose from these, or another network."
+    )
+
+
+def are_of_kinds(maps: Sequence[Tensor], kinds: Kinds) -> bool:
+    """Whether these maps are as many as said, whole numbers in `WHOLE`, and float all others."""
+    return len(maps) == len(kinds) and all(
+        m.dtype == WHOLE if kind == "places" else m.is_floating_point() for m, kind in zip(maps, kinds, strict=True)
     )
 
 

@@ -7,26 +7,25 @@ convolution at each end at the site, `deep` the whole finest resolution and one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from concilium.errors import StudyError
 from concilium.networks import Stack, Stage, Stages
-
-Layers = Mapping[int, Callable[..., nn.Module]]
-"""Number of spatial axes -> layer."""
-CONVOLUTIONS: Layers = {2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED: Layers = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-POOLINGS: Layers = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
-NORMS: Mapping[str, Layers] = {
-    "instance": {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
-    "batch": {2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
-}
-GROUP = 8
-"""Channels in a group of group normalisation; narrower maps are one group."""
+from concilium.networks._layers import (
+    CONVOLUTIONS,
+    POOLINGS,
+    TRANSPOSED,
+    Head,
+    Norm,
+    convolution,
+    fitted,
+    norm_of,
+    strides_of,
+)
 
 
 class _Convolve(Stage):
@@ -58,23 +57,8 @@ class _Up(Stage):
 
     def forward(self, *maps: Tensor) -> Stack:
         skip, coarse = maps
-        joined = torch.cat((self.upsample(coarse), skip), dim=1)
+        joined = torch.cat((fitted(self.upsample(coarse), skip), skip), dim=1)
         return (torch.relu(self.norm(self.convolution(joined))),)
-
-
-class _Head(Stage):
-    """Logits."""
-
-    takes = 1
-    leaves = 1
-
-    def __init__(self, convolution: nn.Module) -> None:
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, *maps: Tensor) -> Stack:
-        (x,) = maps
-        return (self.convolution(x),)
 
 
 def build(
@@ -85,7 +69,7 @@ def build(
     deep_supervision: bool = True,
     base_features: int = 32,
     levels: int = 5,
-    norm: Literal["instance", "group", "batch"] = "instance",
+    norm: Norm = "instance",
 ) -> Stages:
     """A U-Net in 2D or 3D, as the plan's patches are.
 
@@ -109,31 +93,19 @@ def build(
             f"[network] levels = {levels}, base_features = {base_features} is not allowed. Allowed: 2 or more levels, 1 or more "
             "features. Correct them."
         )
-    strides = [tuple(int(s) for s in stride) for stride in plan["architecture"]["arch_kwargs"]["strides"]][:levels]
+    strides = strides_of(plan, levels)
     features = [base_features * 2**level for level in range(len(strides))]
     dims = len(strides[0])
     stages: dict[str, Stage] = {}
     for level, (stride, n) in enumerate(zip(strides, features, strict=True)):
         pool = POOLINGS[dims](stride) if level else None
         before = features[level - 1] if level else n_channels
-        stages[f"down{level}"] = _Convolve(_convolution(before, n, dims), _norm(norm, n, dims), pool)
-        stages[f"encode{level}"] = _Convolve(_convolution(n, n, dims), _norm(norm, n, dims))
+        stages[f"down{level}"] = _Convolve(convolution(before, n, dims), norm_of(norm, n, dims), pool)
+        stages[f"encode{level}"] = _Convolve(convolution(n, n, dims), norm_of(norm, n, dims))
     for level in reversed(range(len(strides) - 1)):
         n, stride = features[level], strides[level + 1]
         upsample = TRANSPOSED[dims](2 * n, n, stride, stride)
-        stages[f"up{level}"] = _Up(upsample, _convolution(2 * n, n, dims), _norm(norm, n, dims))
-        stages[f"decode{level}"] = _Convolve(_convolution(n, n, dims), _norm(norm, n, dims))
-    stages["head0"] = _Head(CONVOLUTIONS[dims](features[0], n_labels, 1))
+        stages[f"up{level}"] = _Up(upsample, convolution(2 * n, n, dims), norm_of(norm, n, dims))
+        stages[f"decode{level}"] = _Convolve(convolution(n, n, dims), norm_of(norm, n, dims))
+    stages["head0"] = Head(CONVOLUTIONS[dims](features[0], n_labels, 1))
     return Stages(stages)
-
-
-def _convolution(n_in: int, n_out: int, dims: int) -> nn.Module:
-    return CONVOLUTIONS[dims](n_in, n_out, 3, padding=1, bias=False)  # the norm that follows has a bias
-
-
-def _norm(kind: str, n: int, dims: int) -> nn.Module:
-    if kind == "group":
-        return nn.GroupNorm(max(1, n // GROUP) if n % GROUP == 0 else 1, n)
-    if kind == "instance":
-        return NORMS[kind][dims](n, affine=True)
-    return NORMS[kind][dims](n)

@@ -10,7 +10,7 @@ from torch import Tensor
 from concilium.data.draws import seed_all
 from concilium.errors import ContractError
 from concilium.messages import Tensors, Training
-from concilium.networks import Stack, Stages
+from concilium.networks import Parts, Stack, are_of_kinds
 from concilium.optimization import (
     all_finite,
     are_of,
@@ -27,8 +27,9 @@ from concilium.optimization import (
 class Body:
     """The body with its optimiser. Between `forward` and `backward` it holds the graph of one step of one site."""
 
-    def __init__(self, network: Stages, training: Training, device: torch.device) -> None:
-        self.network = network.to(device).train()
+    def __init__(self, parts: Parts, training: Training, device: torch.device) -> None:
+        self.network = parts.body.to(device).train()
+        self.takes = parts.taken
         self.training = training
         self.device = device
         self.optimizer = make_optimizer(self.network, training)
@@ -62,11 +63,13 @@ class Body:
             key: of the step, from which dropout and the like are drawn.
 
         Raises:
-            ContractError: they are not as many as this body takes, or not finite.
+            ContractError: they are not as many as this body takes, not of these types, or not finite.
         """
-        n = self.network.reach()
-        if len(maps) != n or not all_finite(maps):
-            raise ContractError(f"{len(maps)} maps came. Expected {n}, all finite. Start the round again.")
+        if not are_of_kinds(maps, self.takes) or not all_finite(maps):
+            raise ContractError(
+                f"Maps of type {', '.join(str(m.dtype) for m in maps) or 'none'} came. Expected {', '.join(self.takes)}: whole "
+                "numbers as uint8, all others float, and all finite. Start the round again."
+            )
         self._in = tuple(m.to(self.device).requires_grad_(m.is_floating_point()) for m in maps)
         self.optimizer.zero_grad(set_to_none=True)
         seed_all(*key, "body")

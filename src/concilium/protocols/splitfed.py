@@ -91,7 +91,7 @@ def splitfed(
     in_body, at_site = named.body.state_dict().keys(), named.at_site.state_dict().keys() - sharing.kept
     size = sum(t.numel() for t in named.at_site.state_dict().values())
     begun = begun_at(start)
-    bodies = {owner: Body(parts().body, training, device) for owner in (sorted(steps) if variant == "v1" else [ALL])}
+    bodies = {owner: Body(parts(), training, device) for owner in (sorted(steps) if variant == "v1" else [ALL])}
     weights: Tensors = part(start.tensors, WEIGHTS)
     state: Tensors = part(start.tensors, STATE)
     moments = {
