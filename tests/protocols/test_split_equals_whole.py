@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from concilium import wire
+from concilium import catalog, wire
 from concilium.aggregation import weight_of
 from concilium.aggregation.mean import rule as mean
 from concilium.answers import Job, Settings, split
@@ -27,6 +27,7 @@ from concilium.data.draws import digest
 from concilium.data.patches import Batch
 from concilium.engines import SiteInfo, Traffic
 from concilium.errors import EngineError
+from concilium.forecast import split_bytes
 from concilium.messages import Failure, Gradients, Maps, PlugIn, Reply, Request, Tail, Tensors, Train, Training
 from concilium.networks import Stack, Stage, Stages, cut_apart
 from concilium.networks.nnunet import build as nnunet
@@ -79,15 +80,31 @@ def plan_of(dims: int) -> dict[str, Any]:
 
 def network(name: str, dims: int, deep_supervision: bool) -> Stages:
     """In float64, with weights that are drawn anew each time: what trains must have come in a message."""
+    return built(name, dims, deep_supervision).double()
+
+
+def built(name: str, dims: int, deep_supervision: bool) -> Stages:
     known: dict[str, Any] = {"n_channels": CHANNELS, "n_labels": LABELS, "plan": plan_of(dims)}
     match name:
         case "nnunet":
-            return nnunet(**known, deep_supervision=deep_supervision).double()
+            return nnunet(**known, deep_supervision=deep_supervision)
         case "unet":
-            return unet(**known, base_features=4, levels=3).double()
+            return unet(**known, base_features=4, levels=3)
         case "unet batch":
-            return unet(**known, base_features=4, levels=3, norm="batch").double()
-    return pooling_network().double()
+            return unet(**known, base_features=4, levels=3, norm="batch")
+        case "pooling":
+            return pooling_network()
+    name, _, norm = name.partition(" ")
+    build: Callable[..., Stages] = catalog.load("networks", name)
+    return build(**known, deep_supervision=deep_supervision, **small(name), **({"norm": norm} if norm else {}))
+
+
+def small(name: str) -> dict[str, Any]:
+    """Options that make a network of the zoo as small as it gets."""
+    few = {"base_features": 4, "refine_features": 4, "head_features": 4, "window": 3}
+    options = catalog.options("networks", name)
+    blocks = {"blocks": tuple(min(n, 4) for n in options["blocks"].default)} if "blocks" in options else {}
+    return {option: n for option, n in few.items() if option in options} | blocks
 
 
 class Noise:
@@ -430,6 +447,117 @@ def test_a_map_that_the_body_leaves_unchanged_is_not_sent_back(
     assert [(len(request.maps), request.order) for request in said(engine.down, Tail)] == [(n_down, order)] * 2
     assert [len(reply.gradients) for reply in said(engine.up, Gradients)] == [n_down] * 2
     assert [len(request.gradients) for _, request in engine.down if not isinstance(request, Tail)] == [0, n_up, n_up]
+
+
+# ---------------------------------------------------------------------------------------------------------- every network
+
+ZOO = [n for n in catalog.names("networks") if n not in ("nnunet", "nnunet_trainer", "unet")]  # those are above
+
+
+def one_more(name: str) -> tuple[str, str]:
+    """The middle one of all other cuts that are allowed."""
+    net = built(name, 2, False)
+    named = {tuple(cut_apart(net, (cut,)).__dict__[part].names[-1] for part in ("front", "body")) for cut in net.cuts}
+    last = net.split_points[: -1 if net.names[-2] == net.split_points[-1] else None]  # not right before the head
+    others = [pair for pair in itertools.combinations(last, 2) if pair not in named]
+    return others[len(others) // 2]
+
+
+def cuts_of(name: str) -> list[tuple[str, ...]]:
+    return [("shallow",), ("deep",), one_more(name)]
+
+
+EVERY_CUT = [pytest.param(name, cut, id=f"{name} {' '.join(cut)}") for name in ZOO for cut in cuts_of(name)]
+
+
+@pytest.mark.parametrize(("name", "cut"), EVERY_CUT)
+def test_split_equals_whole_for_every_network(name: str, cut: tuple[str, ...], tmp_path: Path) -> None:
+    weights, engine = trained_apart(job_of(name, 2, False), cut, tmp_path, reveal_labels=False)
+    assert difference(weights, whole(name, 2, False)) <= EQUAL
+    assert difference(weights, first_weights(job_of(name, 2, False))) > 1e-4, "nothing was trained"
+    assert all(map(torch.isfinite, map(torch.sum, weights.values())))
+    assert len(engine.up) == 2 * STEPS + 1
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_doubled_gradient_is_noticed_in_every_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tampered(monkeypatch, "body", lambda gradients: [2 * g for g in gradients])
+    weights, _ = trained_apart(job_of(name, 2, False), ("deep",), tmp_path)
+    assert difference(weights, whole(name, 2, False)) > 1e-6
+
+
+WITH_SKIPS = [n for n in ZOO if n not in ("deeplabv3", "segnet")]  # the one has none, the other's are whole numbers
+
+
+@pytest.mark.parametrize("name", WITH_SKIPS)
+def test_a_skip_that_stays_at_home_without_its_gradient_is_noticed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = split.Session._finish_step
+
+    def too_early(session: split.Session, gradients: Sequence[Tensor]) -> None:
+        assert session._own
+        session._own = {}
+        finish(session, gradients)
+
+    monkeypatch.setattr(split.Session, "_finish_step", too_early)
+    weights, _ = trained_apart(job_of(name, 2, False), ("deep",), tmp_path)
+    assert difference(weights, whole(name, 2, False)) > 1e-6
+
+
+NORMED = [n for n in ZOO if "norm" in catalog.options("networks", n) and n not in ("deeplabv3", "deeplabv3plus")]
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_running_statistics_are_those_of_the_whole_network(name: str, tmp_path: Path) -> None:
+    weights, _ = trained_apart(job_of(f"{name} batch", 2, False), ("deep",), tmp_path)
+    assert difference(weights, whole(f"{name} batch", 2, False)) <= EQUAL
+    counts = [int(t) for n, t in weights.items() if n.endswith("num_batches_tracked")]
+    assert counts
+    assert set(counts) == {STEPS}
+
+
+@pytest.mark.parametrize(("name", "cut"), EVERY_CUT)
+def test_what_travels_is_what_was_forecast(name: str, cut: tuple[str, ...], tmp_path: Path) -> None:
+    """To the byte, whole numbers among it: one byte each, and nothing back."""
+    _, engine = trained_apart(job_of(name, 2, False), cut, tmp_path, steps={"a": 1})
+    torch.set_default_dtype(torch.float64)
+    try:
+        network = lambda deep_supervision: built(name, 2, deep_supervision)  # noqa: E731
+        forecast = split_bytes(network, cut, batch=(1, CHANNELS, *PATCH[2]), precision="float32")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (maps,), (grads,), (tail,) = (said(engine.up, Maps), said(engine.up, Gradients), said(engine.down, Tail))
+    back = engine.down[-1][1].gradients
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    assert forecast.step_up == size(maps.maps) + size(grads.gradients)
+    assert forecast.step_down == size(tail.maps) + size(back)
+    floats = [m for m in (*maps.maps, *tail.maps) if m.is_floating_point()]
+    assert len(grads.gradients) + len(back) == len(floats)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.int8], ids=str)
+def test_places_of_another_type_are_refused_at_both_ends(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(maps: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        assert any(m.dtype == torch.uint8 for m in maps)
+        return tuple(m.to(dtype) if m.dtype == torch.uint8 else m for m in maps)
+
+    forward, front = Body.forward, split.Session.front
+    job = job_of("segnet", 2, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Body, "forward", lambda body, *a: (lambda maps, order: (changed(maps), order))(*forward(body, *a))
+        )
+        with pytest.raises(EngineError, match="0 of 1 sites answered"):
+            trained_apart(job, ("shallow",), tmp_path / "server")
+    with monkeypatch.context() as patch:
+        patch.setattr(split.Session, "front", lambda own, *a: Maps(changed(front(own, *a).maps)))
+        with pytest.raises(EngineError, match="0 of 1 sites answered"):
+            trained_apart(job, ("down2", "up0"), tmp_path / "site", reveal_labels=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ clipping

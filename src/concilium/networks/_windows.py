@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.inputs, self.output = nn.Linear(n, 3 * n), nn.Linear(n, n)
         self.bias = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
-        nn.init.trunc_normal_(self.bias, std=0.02)
+        nn.init.normal_(self.bias, std=0.02)
         places = torch.cartesian_prod(torch.arange(window), torch.arange(window))
         apart = places[:, None] - places[None, :] + window - 1
         relative = apart[..., 0] * (2 * window - 1) + apart[..., 1]
