@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 import concilium.networks
 from concilium import catalog
-from concilium.errors import ContractError
-from concilium.networks import Stages, as_stages
+from concilium.errors import ContractError, StudyError
+from concilium.networks import Kinds, Stack, Stage, Stages, are_of_kinds, as_stages, cut_apart
 
 FILES = [m.name for m in pkgutil.iter_modules(concilium.networks.__path__) if not m.name.startswith("_")]
 NAMES = [name for name in FILES if name != "nnunet_trainer"]  # one stage: tests/local_updates/test_nnunet_trainer.py
+FLAT = {"cgnet", "deeplabv3", "deeplabv3plus", "ducknet", "refinenet", "swin_unet"}  # published for pictures
 CHANNELS, LABELS = 2, 3
 
 every_network = pytest.mark.parametrize("name", NAMES)
-in_2d_and_3d = pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
+in_2d_and_3d = pytest.mark.parametrize(
+    ("name", "dims"), [pytest.param(n, d, id=f"{n} {d}D") for n in NAMES for d in ((2,) if n in FLAT else (2, 3))]
+)
 with_and_without = pytest.mark.parametrize("deep_supervision", [True, False], ids=["deep", "finest only"])
 
 
@@ -60,9 +63,18 @@ def build_of(name: str) -> Callable[..., Stages]:
     return build
 
 
-def made(name: str, dims: int = 2, deep_supervision: bool = True) -> Stages:
+def small(name: str) -> dict[str, Any]:
+    """Options that make a network as small as it gets; full sizes are counted in `tests/test_described.py`, not run."""
+    few = {"base_features": 4, "refine_features": 4, "head_features": 4, "window": 3}
+    options = catalog.options("networks", name)
+    blocks = {"blocks": tuple(min(n, 4) for n in options["blocks"].default)} if "blocks" in options else {}
+    return {option: n for option, n in few.items() if option in options} | blocks
+
+
+def made(name: str, dims: int = 2, deep_supervision: bool = True, **options: Any) -> Stages:
     torch.manual_seed(0)
-    return build_of(name)(n_channels=CHANNELS, n_labels=LABELS, plan=plan(dims), deep_supervision=deep_supervision)
+    known = {"n_channels": CHANNELS, "n_labels": LABELS, "plan": plan(dims), "deep_supervision": deep_supervision}
+    return build_of(name)(**known, **small(name) | options)
 
 
 def image(*size: int) -> Tensor:
@@ -102,7 +114,6 @@ def test_heads_come_last_and_coarsest_first(name: str, deep_supervision: bool) -
     assert all(re.fullmatch(r"[a-z]+\d*", n) for n in names)
 
 
-@every_network
 @in_2d_and_3d
 @with_and_without
 def test_every_tensor_has_one_owner_and_one_name(name: str, dims: int, deep_supervision: bool) -> None:
@@ -115,7 +126,6 @@ def test_every_tensor_has_one_owner_and_one_name(name: str, dims: int, deep_supe
     assert len(registered) == len(set(registered))
 
 
-@every_network
 @in_2d_and_3d
 @with_and_without
 def test_logits_finest_first_at_two_sizes(name: str, dims: int, deep_supervision: bool) -> None:
@@ -152,6 +162,135 @@ def test_at_each_split_point_the_parts_are_the_whole(name: str) -> None:
         end = (*stack[:home], *rest.run(stack[home:]))
         assert all(torch.equal(a, b) for a, b in zip(end[::-1], whole, strict=True))
         assert not any(m is x for m in stack), f"the image crosses the cut after {point}"
+
+
+# --------------------------------------------------------------------------------------------------------------- any size
+
+ANY_SIZE = [n for n in NAMES if n != "nnunet"]  # its planner makes patches that its strides divide
+
+
+@pytest.mark.parametrize("name", ANY_SIZE)
+@pytest.mark.parametrize("size", [(17, 31), (16, 24), (33, 16)], ids=str)
+def test_pictures_of_any_size(name: str, size: tuple[int, ...]) -> None:
+    (logits,) = made(name)(image(*size))
+    assert logits.shape == (2, LABELS, *size)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(set(ANY_SIZE) - FLAT))
+def test_volumes_of_any_size(name: str) -> None:
+    (logits,) = made(name, 3)(image(9, 17, 15))
+    assert logits.shape == (2, LABELS, 9, 17, 15)
+
+
+@pytest.mark.parametrize("name", sorted(FLAT))
+def test_networks_for_pictures_refuse_volumes(name: str) -> None:
+    with pytest.raises(StudyError, match=rf"{name}.* patches of 3 axes\. Allowed: .* Set \[plan\] configuration"):
+        made(name, 3)
+
+
+@pytest.mark.parametrize("name", ANY_SIZE)
+def test_a_size_out_of_range_is_refused_with_what_is_allowed(name: str) -> None:
+    options = catalog.options("networks", name)
+    for option in {"base_features", "levels", "blocks", "window", "head_features", "refine_features"} & options.keys():
+        wrong = (0,) * len(options[option].default) if option == "blocks" else 0
+        with pytest.raises(StudyError, match=rf"\[network\] .*{option} = .* is not allowed\. Allowed: .*Correct"):
+            made(name, **{option: wrong})
+
+
+@pytest.mark.parametrize("name", [n for n in ANY_SIZE if "norm" in catalog.options("networks", n)])
+def test_the_norms_are_those_asked_for(name: str) -> None:
+    kinds = {"instance": nn.InstanceNorm2d, "group": nn.GroupNorm, "batch": nn.BatchNorm2d}
+    for norm, kind in kinds.items():
+        net = made(name, norm=norm)
+        found = [type(m) for m in net.modules() if isinstance(m, (*kinds.values(), nn.LayerNorm))]
+        assert max(set(found), key=found.count) is kind
+        assert set(found) <= {kind, nn.GroupNorm}  # the mean over the image in DeepLab's pyramid
+        assert net(image(16, 24))[0].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------- what crosses a cut
+
+
+def linear_channels(net: Stages, point: str, x: Tensor, y: Tensor) -> list[tuple[int, int]]:
+    """Channels (map, channel) after a stage that are a linear map of the image, but for a constant."""
+    names = net.names[: net.names.index(point) + 1]
+    front = Stages({n: net[n] for n in names})
+    with torch.no_grad():
+        stacks = [front.run((z,)) for z in (torch.zeros_like(x), x, y, x - 2 * y)]
+    found = []
+    for i, (zero, one, two, sum_) in enumerate(zip(*stacks, strict=True)):
+        if not zero.is_floating_point():
+            continue
+        wrong = (sum_ - zero - (one - zero) + 2 * (two - zero)).abs()
+        for c in range(zero.shape[1]):
+            spread = float((one - zero)[:, c].abs().max())
+            if spread > 1e-6 and float(wrong[:, c].max()) < 1e-6 * spread:
+                found.append((i, c))
+    return found
+
+
+@every_network
+def test_no_channel_that_crosses_is_a_linear_map_of_the_image(name: str) -> None:
+    net = made(name).double().eval()
+    x, y = image(16, 24).double(), image(16, 24).double().flip(2)
+    for point in net.split_points:
+        assert not linear_channels(net, point, x, y), point
+
+
+@pytest.mark.parametrize("name", ["cgnet", "ducknet"])
+def test_stages_that_carry_the_image_do(name: str) -> None:
+    """So that the test above would see it; and nobody can cut there."""
+    net = made(name).double().eval()
+    x, y = image(16, 24).double(), image(16, 24).double().flip(2)
+    assert net.carrying
+    for point in net.carrying:
+        assert linear_channels(net, point, x, y), point
+        with pytest.raises(StudyError, match=rf"After {', '.join(net.carrying)} the image itself.* never"):
+            cut_apart(net, (point, net.split_points[-2]))
+        with pytest.raises(ContractError, match="not possible"):
+            net.split(point)
+
+
+@every_network
+@pytest.mark.parametrize("cut", ["shallow", "deep"])
+def test_the_named_cuts_exist(name: str, cut: str) -> None:
+    parts = cut_apart(made(name, deep_supervision=False), (cut,))
+    assert parts.front.reach() == 1
+    assert not all(n.startswith("head") for n in parts.tail.names), "a stage of its own before the logits"
+    assert "image" not in (*parts.taken, *parts.left)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("deeplabv3",)])
+def test_the_finest_skip_stays_at_the_site_with_the_deep_cut(name: str) -> None:
+    """It lies beneath what the body reaches (SegNet's places too). DeepLabv3 has none."""
+    parts = cut_apart(made(name, deep_supervision=False), ("deep",))
+    stack = parts.front.run((image(16, 24),))
+    home = stack[: len(stack) - parts.body.reach()]
+    came_back = [m for m in parts.body.run(stack[len(home) :]) if any(m is sent for sent in stack[len(home) :])]
+    assert [m for m in (*home, *came_back) if m.shape[1]]
+
+
+@every_network
+def test_what_stages_leave_is_what_they_say(name: str) -> None:
+    net = made(name)
+    stack: tuple[Tensor, ...] = (image(16, 24),)
+    kinds: Kinds = ("image",)
+    for n in net.names:
+        stack = Stages({n: net[n]}).run(stack)
+        kinds = net[n].kinds_after(kinds)
+        assert are_of_kinds(stack, kinds)
+
+
+def test_places_said_to_be_features_are_noticed() -> None:
+    class Liar(Stage):
+        takes, leaves = 1, 1
+
+        def forward(self, *maps: Tensor) -> Stack:
+            return (maps[0].to(torch.uint8),)
+
+    with pytest.raises(ContractError, match=r"left maps of type torch\.uint8\. It said features"):
+        Stages({"head0": Liar()})(image(4, 4))
 
 
 # ---------------------------------------------------------------------------------------------- networks from elsewhere
