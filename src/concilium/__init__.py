@@ -9,9 +9,24 @@ run.predict("images", "segmentations")
 
 from __future__ import annotations
 
-from concilium.api import Check, Plan, Run, Scores, check, evaluate, open_run, plan, report, run, table, tensorboard
+from concilium.api import (
+    Check,
+    Plan,
+    Run,
+    Scores,
+    check,
+    describe_network,
+    evaluate,
+    open_run,
+    plan,
+    report,
+    run,
+    table,
+    tensorboard,
+)
 
 __all__ = [
-    "Check", "Plan", "Run", "Scores", "check", "evaluate", "open_run", "plan", "report", "run", "table", "tensorboard"
+    "Check", "Plan", "Run", "Scores", "check", "describe_network", "evaluate", "open_run", "plan", "report", "run", "table",
+    "tensorboard"
 ]  # fmt: skip
 __version__ = "0.1.0.dev0"

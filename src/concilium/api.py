@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from concilium.outcomes import Check, Plan, Run, Scores
 
 if TYPE_CHECKING:  # takes seconds to load
+    from concilium.network_sizes import NetworkSizes
     from concilium.preparation import Event
     from concilium.study import Study
 
 __all__ = [
-    "Check", "Plan", "Run", "Scores", "check", "evaluate", "open_run", "plan", "report", "reported", "run", "table", "tensorboard"
+    "Check", "Plan", "Run", "Scores", "check", "describe_network", "evaluate", "open_run", "plan", "report", "reported", "run",
+    "table", "tensorboard"
 ]  # fmt: skip
 
 
@@ -120,6 +122,34 @@ def plan(
     from concilium.advice import plan as plan_sites
 
     return Plan(plan_sites(_study(study), None if out is None else Path(out), watch=watch))
+
+
+def describe_network(
+    name: str,
+    *,
+    cut: str | tuple[str, str] | None = None,
+    size: Sequence[int] = (256, 256),
+    channels: int = 3,
+    labels: int = 5,
+    options: Mapping[str, Any] | None = None,
+) -> NetworkSizes:
+    """How large a network is, whole and cut in three: parameters and operations, counted without running it.
+
+    Args:
+        name: as in a study's `[network]` table.
+        cut: `shallow`, `deep`, or the two stages after which it is cut; omitted: all cuts with a name.
+        size: of the image, in 2D or 3D.
+        channels: of the image.
+        labels: background included.
+        options: the network's own.
+
+    Raises:
+        StudyError: there is no such network or option, or it cannot be built or cut so.
+    """
+    from concilium.network_sizes import sizes_of
+
+    after = (cut,) if isinstance(cut, str) else cut
+    return sizes_of(name, cut=after, size=size, channels=channels, labels=labels, options=options)
 
 
 def evaluate(

@@ -134,6 +134,18 @@ def strides_of(plan: Mapping[str, Any], levels: int | None = None) -> list[tuple
     return strides[:levels]
 
 
+def pools_of(plan: Mapping[str, Any], most: int) -> list[tuple[int, ...]]:
+    """How much the plan makes smaller, step by step; `most` steps at most, one at least.
+
+    Raises:
+        StudyError: it makes nothing smaller.
+    """
+    pools = strides_of(plan)[1 : most + 1]
+    if not pools:
+        raise StudyError("The plan has 1 resolution. At least 2 are needed. Plan with larger patches.")
+    return pools
+
+
 def only_2d(network: str, plan: Mapping[str, Any]) -> None:
     """Raise StudyError where the plan's patches are volumes."""
     if (dims := len(strides_of(plan)[0])) != 2:

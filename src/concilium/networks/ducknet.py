@@ -26,7 +26,7 @@ from concilium.networks._layers import (
     fitted,
     norm_of,
     only_2d,
-    strides_of,
+    pools_of,
 )
 
 SEPARATED = 6
@@ -183,7 +183,7 @@ def build(
     """
     only_2d("ducknet", plan)
     check_sizes({"levels": 2}, levels=levels, base_features=base_features)
-    strides = strides_of(plan)[1 : levels + 1]
+    strides = pools_of(plan, levels)
     n, deepest = base_features, len(strides)
     stages: dict[str, Stage] = {"down0": _First(_Duck(n_channels, n, norm))}
     before = n_channels

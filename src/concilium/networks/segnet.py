@@ -26,7 +26,7 @@ from concilium.networks._layers import (
     fitted,
     frame_of,
     norm_of,
-    strides_of,
+    pools_of,
 )
 
 CONVOLUTIONS_OF_VGG = (2, 2, 3, 3, 3)
@@ -150,8 +150,8 @@ def build(
         StudyError: the width or the number of levels is out of range.
     """
     check_sizes({}, levels=levels, base_features=base_features)
-    pools = strides_of(plan)[1:][: min(levels, len(CONVOLUTIONS_OF_VGG))]
-    dims = len(strides_of(plan)[0])
+    pools = pools_of(plan, min(levels, len(CONVOLUTIONS_OF_VGG)))
+    dims = len(pools[0])
     features = [base_features * min(2**level, WIDEST) for level in range(len(pools))]
 
     def convolve(n_in: int, n_out: int) -> Convolve:
