@@ -55,6 +55,7 @@ SLOW = {
     "docs/first-federation.ipynb",
     "docs/get-started.md",
     "docs/measured.md",
+    "docs/networks.md",
 }
 LABELS = {"organ": "anterior", "lesion": "posterior"}
 """The phantom's labels are called as in the pages' examples."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def test_about_as_many_parameters_as_elsewhere(name: str, options: dict[str, Any
 
 
 def test_a_cut_by_stages_and_volumes() -> None:
-    network = concilium.describe_network(
+    network = concilium.network(
         "attention_unet", cut=("encode0", "decode1"), size=(32, 48, 32), channels=2, options={"base_features": 8}
     )
     assert network.image == (2, 32, 48, 32)
@@ -200,6 +201,50 @@ def test_options_that_only_some_have_reach_those() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- as it is shown
+
+PAGE = (Path(__file__).parents[1] / "docs" / "networks.md").read_text(encoding="utf-8")
+
+
+def rows_of_page(heading: str) -> dict[str, list[str]]:
+    """Network -> the other cells of its row in the table below a heading."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines() if line[:1] == "|"]
+    return {row[0].strip("` "): row[1:] for row in rows[2:]}
+
+
+def test_the_page_tells_sizes_and_options(full: dict[str, NetworkSizes]) -> None:
+    rows = rows_of_page("Which there are")
+    assert rows.keys() == full.keys()
+    for name, (_, axes, millions, gflops, options) in rows.items():
+        whole = full[name].whole
+        assert (millions, gflops) == (f"{whole.parameters / 1e6:.2f}", giga(whole.flops)), name
+        assert axes == ("2D, 3D" if works_in_3d(name) else "2D"), name
+        known = catalog.options("networks", "deeplabv3" if options.startswith("as") else name)
+        assert set(re.findall(r"`(\w+)`", options)) - {"deeplabv3"} == set() if options.startswith("as") else set(known)
+        for option, default in re.findall(r"`(\w+)` (\d+(?:, \d+)*)", options):
+            assert str(known[option].default).strip("()") == default, (name, option)
+
+
+def works_in_3d(name: str) -> bool:
+    try:
+        sizes_of(name, size=(32, 32, 32), options=small(name) if name in TEN else {})
+    except StudyError:
+        return False
+    return True
+
+
+def test_the_page_tells_where_networks_are_cut(full: dict[str, NetworkSizes]) -> None:
+    rows = rows_of_page("Where they are cut")
+    assert rows.keys() == full.keys()
+    for name, cells in rows.items():
+        network = full[name]
+        stacks = {s.name: s.stack for s in network.stages}
+        for cut, (after, crosses, megabytes, share) in zip(network.cuts, (cells[:4], cells[4:]), strict=True):
+            assert tuple(re.findall(r"`(\w+)`", after)) == cut.after, name
+            assert megabytes == f"{cut.up / 1e6:.2f}", name
+            assert share == f"{100 * (cut.front.flops + cut.tail.flops) / network.whole.flops:.0f} %", name
+            top = ["×".join(map(str, stacks[stage][-1])) for stage in cut.after]
+            assert [re.findall("[0-9×]+", part)[0] for part in crosses.split("; ")] == top, name
 
 
 def test_tables_say_what_was_counted(full: dict[str, NetworkSizes]) -> None:

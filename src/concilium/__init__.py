@@ -15,8 +15,8 @@ from concilium.api import (
     Run,
     Scores,
     check,
-    describe_network,
     evaluate,
+    network,
     open_run,
     plan,
     report,
@@ -26,7 +26,7 @@ from concilium.api import (
 )
 
 __all__ = [
-    "Check", "Plan", "Run", "Scores", "check", "describe_network", "evaluate", "open_run", "plan", "report", "run", "table",
+    "Check", "Plan", "Run", "Scores", "check", "evaluate", "network", "open_run", "plan", "report", "run", "table",
     "tensorboard"
 ]  # fmt: skip
 __version__ = "0.1.0.dev0"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # takes seconds to load
     from concilium.study import Study
 
 __all__ = [
-    "Check", "Plan", "Run", "Scores", "check", "describe_network", "evaluate", "open_run", "plan", "report", "reported", "run",
+    "Check", "Plan", "Run", "Scores", "check", "evaluate", "network", "open_run", "plan", "report", "reported", "run",
     "table", "tensorboard"
 ]  # fmt: skip
 
@@ -124,7 +124,7 @@ def plan(
     return Plan(plan_sites(_study(study), None if out is None else Path(out), watch=watch))
 
 
-def describe_network(
+def network(
     name: str,
     *,
     cut: str | tuple[str, str] | None = None,

@@ -130,7 +130,7 @@ def sizes_of(
             "Allowed: 2 or 3 axes, each number 1 or more. Correct it."
         )
     if problems:
-        raise StudyError(" ".join(problems))
+        raise StudyError(f"{name} cannot be counted. {' '.join(problems)}")
     plan = plan_for(size, base_features=filled.get("base_features"))
     image = torch.empty(1, channels, *size, device="meta")
     with torch.device("meta"), torch.no_grad():

@@ -662,7 +662,7 @@ def test_the_order_of_arrival_changes_no_bit(variant: str, tmp_path: Path) -> No
     assert all(torch.equal(t, ends[1][0][n]) for n, t in ends[0][0].items())
 
 
-@pytest.mark.parametrize("name", ["nnunet", "unet batch"])
+@pytest.mark.parametrize("name", ["nnunet", "unet batch", "segnet batch", "cgnet batch"])
 def test_a_body_for_each_site_is_federated_averaging(name: str, tmp_path: Path) -> None:
     jobs = three(name)
     ends: dict[str, Tensors] = {}

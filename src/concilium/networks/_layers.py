@@ -140,10 +140,10 @@ def pools_of(plan: Mapping[str, Any], most: int) -> list[tuple[int, ...]]:
     Raises:
         StudyError: it makes nothing smaller.
     """
-    pools = strides_of(plan)[1 : most + 1]
-    if not pools:
-        raise StudyError("The plan has 1 resolution. At least 2 are needed. Plan with larger patches.")
-    return pools
+    strides = strides_of(plan)
+    if len(strides) < 2:
+        raise StudyError(f"The plan has {len(strides)} resolution. At least 2 are needed. Plan with larger patches.")
+    return strides[1 : most + 1]
 
 
 def only_2d(network: str, plan: Mapping[str, Any]) -> None:
