@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -536,6 +537,44 @@ def test_what_travels_is_what_was_forecast(name: str, cut: tuple[str, ...], tmp_
     assert forecast.step_down == size(tail.maps) + size(back)
     floats = [m for m in (*maps.maps, *tail.maps) if m.is_floating_point()]
     assert len(grads.gradients) + len(back) == len(floats)
+
+
+SMALLER: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda x: x.clone(),
+    "means": lambda x: functional.avg_pool2d(x, 2),
+    "maxima": lambda x: functional.max_pool2d(x, 4),
+    "single": lambda x: x[..., ::2, ::2],
+    "among others": lambda x: torch.cat(
+        (functional.avg_pool2d(x, 2).tanh(), functional.avg_pool2d(x, 2)[:, :1]), dim=1
+    ),
+}
+
+
+class Leak(Convolve):
+    """Says nothing of the image that it leaves, made smaller."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(CHANNELS, CHANNELS)
+        self.how = how
+
+    def forward(self, *maps: Tensor) -> Stack:
+        return (SMALLER[self.how](maps[0]) + 0 * self.convolution.bias.sum(),)
+
+
+class Back(Convolve):
+    """As large as the image, whatever came."""
+
+    def forward(self, *maps: Tensor) -> Stack:
+        (y,) = super().forward(maps[0][:, :CHANNELS])
+        return (functional.interpolate(y, PATCH[2]),)
+
+
+@pytest.mark.parametrize("how", SMALLER)
+def test_a_site_sends_no_image_and_none_made_smaller(how: str, tmp_path: Path) -> None:
+    stages = {"down0": Leak(how), "up1": Back(CHANNELS, 4), "up0": Convolve(4, 4), "head0": Convolve(4, LABELS)}
+    job = replace(job_of("unet", 2, False), network=lambda deep_supervision=False: Stages(stages).double())
+    with pytest.raises(EngineError, match=r"refused by its policy \(image\)"):
+        trained_apart(job, ("down0", "up1"), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.int8], ids=str)
