@@ -105,7 +105,8 @@ def small(name: str) -> dict[str, Any]:
     few = {"base_features": 4, "refine_features": 4, "head_features": 4, "window": 3}
     options = catalog.options("networks", name)
     blocks = {"blocks": tuple(min(n, 4) for n in options["blocks"].default)} if "blocks" in options else {}
-    return {option: n for option, n in few.items() if option in options} | blocks
+    levels = {"levels": 2} if name == "ducknet" else {}  # its blocks are large
+    return {option: n for option, n in few.items() if option in options} | blocks | levels
 
 
 class Noise:
