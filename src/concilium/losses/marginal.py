@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from concilium.losses._nnunet import of_all
-from concilium.losses._partial import dice_and_ce, looked_for, of_regions, over_patches, soft_dice, without
+from concilium.losses._partial import _spread, dice_and_ce, looked_for, of_regions, over_patches, soft_dice, without
 
 
 def loss(  # noqa: PLR0913  (options of the study)
@@ -25,6 +25,7 @@ def loss(  # noqa: PLR0913  (options of the study)
     dice_weight: float = 1.0,
     ce_weight: float = 1.0,
     exclusion: float = 0.0,
+    hold: bool = True,
 ) -> Tensor:
     """`dice_weight` * Dice loss + `ce_weight` * cross-entropy + `exclusion` * overlap of unannotated labels with annotated ones.
 
@@ -36,11 +37,19 @@ def loss(  # noqa: PLR0913  (options of the study)
     wanted = looked_for(annotated, regions=regions)
     if regions:
         return of_regions(logits, labels, wanted, batch_dice=batch_dice, ignore=ignore is not None, weights=weights)
-    log_p = torch.log_softmax(logits, 1)
+    log_p = torch.log_softmax(_held(logits, labels, wanted, ignore) if hold else logits, 1)
     background = torch.logsumexp(without(log_p, wanted), 1, keepdim=True)
     merged = torch.cat((background, log_p[:, 1:]), 1)
     total = dice_and_ce(merged, labels, wanted, batch_dice=batch_dice, ignore=ignore, weights=weights)
     return total + exclusion * _overlap(log_p, labels, wanted, ignore) if exclusion else total
+
+
+def _held(logits: Tensor, labels: Tensor, wanted: Tensor, ignore: int | None) -> Tensor:
+    """The logits, those of labels that nobody looked for without a gradient where the site annotates nothing."""
+    unlabelled = labels == 0 if ignore is None else (labels == 0) | (labels == ignore)
+    free = ~wanted
+    free[:, 0] = False
+    return torch.where(_spread(free, logits) & unlabelled, logits.detach(), logits)
 
 
 def _overlap(log_p: Tensor, labels: Tensor, wanted: Tensor, ignore: int | None) -> Tensor:
