@@ -3,6 +3,11 @@
 Shi et al. 2021, Marginal loss and exclusion loss for partially supervised multi-organ segmentation (Medical Image Analysis 70,
 101979; arXiv:2007.03868): a voxel without an annotated label is background or any label that nobody looked for, so its
 probability is the sum of theirs. An exclusion term, off by default, keeps labels that nobody looked for out of what is annotated.
+
+Of that sum the gradient raises background and unknown labels alike, in proportion to what the network thinks already. Where one
+network sees all cases, those in which a label is annotated put that right. Between sites it is averaged with their steps, and an
+optimiser that scales gradients (Adam) makes it as long as theirs. So `hold`, on by default, takes the logits of labels that
+nobody looked for as they are wherever nothing is annotated: the value is the same, and such a site says nothing of them there.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import torch
 from torch import Tensor
 
 from concilium.losses._nnunet import of_all
-from concilium.losses._partial import _spread, dice_and_ce, looked_for, of_regions, over_patches, soft_dice, without
+from concilium.losses._partial import dice_and_ce, looked_for, of_regions, over_patches, soft_dice, spread, without
 
 
 def loss(  # noqa: PLR0913  (options of the study)
@@ -29,7 +34,11 @@ def loss(  # noqa: PLR0913  (options of the study)
 ) -> Tensor:
     """`dice_weight` * Dice loss + `ce_weight` * cross-entropy + `exclusion` * overlap of unannotated labels with annotated ones.
 
-    Regions are learnt each by itself: those that are not annotated do not count, and there is nothing to merge or exclude.
+    Regions are learnt each by itself: those that are not annotated do not count, and there is nothing to merge, exclude or hold.
+
+    Args:
+        exclusion: weight of the overlap; 0: none.
+        hold: no gradient for the logits of labels that nobody looked for, in voxels without an annotated label.
     """
     weights = (dice_weight, ce_weight)
     if annotated is None:
@@ -49,7 +58,7 @@ def _held(logits: Tensor, labels: Tensor, wanted: Tensor, ignore: int | None) ->
     unlabelled = labels == 0 if ignore is None else (labels == 0) | (labels == ignore)
     free = ~wanted
     free[:, 0] = False
-    return torch.where(_spread(free, logits) & unlabelled, logits.detach(), logits)
+    return torch.where(spread(free, logits) & unlabelled, logits.detach(), logits)
 
 
 def _overlap(log_p: Tensor, labels: Tensor, wanted: Tensor, ignore: int | None) -> Tensor:
