@@ -88,4 +88,5 @@ def _moment(local: Local, p: torch.nn.Parameter) -> Tensor | None:
     if not state:  # no step has reached it
         return torch.zeros_like(p, requires_grad=False).cpu()
     moment: Tensor = state["exp_avg_sq"].detach().cpu()
-    return moment / (1 - group["betas"][1] ** float(state["step"]))
+    age = 1.0 - float(group["betas"][1]) ** float(state["step"])
+    return moment / age
