@@ -1,6 +1,6 @@
 """One of several sites with half of its masks moved elsewhere: test Dice with it, without it, and with rules that weigh sites.
 
-    python benchmarks/corrupted_masks.py --study STUDY --site NAME
+    python benchmarks/corrupted_masks.py --study studies/corrupted-masks.toml --site a
 
 The site's folder is copied into the run's, and every second label map is moved there by half of the image along both last axes.
 One run then trains `mean`, `quality` (sites judge each other's updates) and `agreement` on the same folds with that site, another

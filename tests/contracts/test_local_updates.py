@@ -29,6 +29,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "ditto": {"weight": 3.0},  # the shared network is as ever, whatever the other is held to
     "distill": {"weight": 0.0},
     "condistfl": {},  # where everything is annotated
+    "fedadamw": {},  # in a first round
 }
 """Options under which a local update is `plain`, where nothing has been exchanged. A new one is added here."""
 every_update = pytest.mark.parametrize("name", FOUND)
@@ -235,7 +236,7 @@ def test_the_neutral_setting_equals_plain(name: str, optimizer: Callable[..., to
 @every_update
 def test_what_is_sent_beside_the_weights_is_named_and_shaped_as_they_are(name: str) -> None:
     """And what is kept can go to disk: tensors, of which none is of the round that is over."""
-    local = lent()
+    local = lent(optimizer=torch.optim.AdamW)
     local.network.norm.bias.requires_grad_(requires_grad=False)
     step_of(name)(local, batch())
     sent = finish_of(PlugIn(name), local, steps=1)

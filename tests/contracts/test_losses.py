@@ -240,6 +240,29 @@ def test_marginal_worked_out_by_hand() -> None:
     assert float(got) == pytest.approx((np.log(3) + np.log(1.5)) / 2 - 0.4, abs=1e-5)
 
 
+@per_batch_and_per_patch
+def test_marginal_teaches_nothing_of_an_unknown_label_where_nothing_is_annotated(batch_dice: bool) -> None:
+    """`hold` changes no value, and no gradient but that of unknown labels' logits in voxels without an annotated label."""
+    drawn_logits, labels = drawn(2)
+    labels = torch.where(labels == 2, 0, labels)  # label 2 is unknown
+    gradients = []
+    for hold in (True, False):
+        logits = drawn_logits.clone().requires_grad_()
+        loss = partial(catalog.load("losses", "marginal"), batch_dice=batch_dice, hold=hold)
+        value = loss(logits, labels, mask((0, 1), (0, 1)))
+        value.backward()
+        assert logits.grad is not None
+        gradients.append((float(value.detach()), logits.grad))
+    (value, held), (other, free) = gradients
+    assert value == other
+    where = labels[:, 0] == 0
+    assert bool(where.any() and (~where).any())
+    assert held[:, 2][where].eq(0).all()
+    assert free[:, 2][where].ne(0).all()
+    torch.testing.assert_close(held[:, :2], free[:, :2])
+    torch.testing.assert_close(held[:, 2][~where], free[:, 2][~where])
+
+
 def test_exclusion_keeps_unknown_labels_out_of_annotated_ones() -> None:
     """Uniform over 3 labels: the unknown one has 1/3 everywhere, half of it where label 1 is: Dice 2 (2/3) / (4/3 + 2) = 0.4."""
     labels = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]]])

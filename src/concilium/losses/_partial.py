@@ -49,7 +49,7 @@ def dice_and_ce(
     n = (counts.flatten(1).sum(1) * some).sum().clamp_min(1)
     ce = torch.where(some, voxels, torch.zeros_like(voxels)).sum() / n
     truth = torch.zeros_like(log_probabilities).scatter_(1, ids, 1.0)
-    shown = torch.where(_spread(wanted, log_probabilities), log_probabilities.exp(), torch.zeros_like(truth))
+    shown = torch.where(spread(wanted, log_probabilities), log_probabilities.exp(), torch.zeros_like(truth))
     dice = soft_dice(shown, truth, counts, wanted, batch_dice=batch_dice)
     return weights[1] * ce + weights[0] * dice
 
@@ -104,11 +104,11 @@ def of_regions(
     return weights[1] * ce + weights[0] * dice
 
 
-def _spread(flags: Tensor, like: Tensor) -> Tensor:
+def spread(flags: Tensor, like: Tensor) -> Tensor:
     """Flags (B, L) over the voxels of `like`."""
     return flags[(..., *(None,) * (like.ndim - 2))].expand_as(like)
 
 
 def without(logits: Tensor, flags: Tensor) -> Tensor:
     """Logits, minus infinity in the channels of each patch that are flagged, bool (B, L)."""
-    return logits.masked_fill(_spread(flags, logits), -torch.inf)
+    return logits.masked_fill(spread(flags, logits), -torch.inf)
