@@ -87,6 +87,5 @@ def _moment(local: Local, p: torch.nn.Parameter) -> Tensor | None:
     state = local.optimizer.state[p]
     if not state:  # no step has reached it
         return torch.zeros_like(p, requires_grad=False).cpu()
-    moment: Tensor = state["exp_avg_sq"].detach().cpu()
-    age = 1.0 - float(group["betas"][1]) ** float(state["step"])
-    return moment / age
+    moment: Tensor = state["exp_avg_sq"].detach().cpu() / (1 - group["betas"][1] ** float(state["step"]))
+    return moment
