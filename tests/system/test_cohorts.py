@@ -102,11 +102,11 @@ def test_a_cohort_of_one_is_local_training(small_study: Make, tmp_path: Path) ->
     assert all(torch.equal(found[0][n], other[n]) for other in found[1:] for n in found[0])
 
 
-@pytest.mark.parametrize("update", ["scaffold", "ditto"])
+@pytest.mark.parametrize("update", ["scaffold", "ditto", "fedadamw"])
 def test_updates_that_keep_something_at_the_site(update: str, small_study: Make, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "local_update__name": update, "protocol__cohorts": [["north", "south"], ["west"]], "protocol__rounds": 4,
-        "validation__every": 1, "test": False,
+        "training__optimizer": "adamw", "validation__every": 1, "test": False,
     }  # fmt: skip
     study = small_study(**changes)
     outcome = run(study, tmp_path / "whole")

@@ -29,6 +29,7 @@ SITES = ("north", "south", "west")
 OPTIONS: dict[str, dict[str, Any]] = {
     "proximal": {"mu": 0.1},
     "scaffold": {},
+    "fedadamw": {"align": 0.5},
     "ditto": {"weight": 0.5},
     "distill": {"weight": 1.0, "temperature": 2.0},
 }
@@ -66,10 +67,10 @@ def at_site(folder: Path, site: str, model: str) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------------------------- every update
 
 
-@pytest.mark.parametrize("name", ["proximal", "scaffold", "distill"])
+@pytest.mark.parametrize("name", ["proximal", "scaffold", "fedadamw", "distill"])
 def test_a_study_with_it_runs_and_is_another_than_plain(name: str, make: Make, tmp_path: Path) -> None:
     """The baseline `local` trains by `plain`, whatever the study's update."""
-    changes = {"protocol__compare": ["local"]}
+    changes = {"protocol__compare": ["local"], "training__optimizer": "adamw" if name == "fedadamw" else "sgd"}
     outcome = run(make(name, changes, **OPTIONS[name]), tmp_path / "run")
     run(make("plain", changes), tmp_path / "plain")
     assert outcome.exit_code == 0
@@ -180,12 +181,12 @@ def test_only_where_weights_are_shared_has_a_site_a_network_of_its_own(small_stu
 # ------------------------------------------------------------------------------------------------------ stops, processes
 
 
-@pytest.mark.parametrize("name", ["scaffold", "ditto"])
+@pytest.mark.parametrize(("name", "optimizer"), [("scaffold", "sgd"), ("fedadamw", "adamw"), ("ditto", "sgd")])
 def test_stopped_and_resumed_is_uninterrupted(
-    name: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, optimizer: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, after stops at the end of a round, before a round is written, and before the sites' own were given."""
-    changes = {"protocol__rounds": 3, "training__optimizer": "sgd", "validation__every": 2}
+    changes = {"protocol__rounds": 3, "training__optimizer": optimizer, "validation__every": 2}
     study = make(name, changes, **OPTIONS[name])
     whole = run(study, tmp_path / "whole")
 
