@@ -202,6 +202,11 @@ def _warnings(
         warnings.append(
             "Patients unknown (no complete patient table in dataset.json): cases count as patients, intervals may be too narrow."
         )
+    if settings.role != "pooled" and any(e.dataset.left_out for e in found):
+        warnings.append(
+            "Cases that the table annotated in dataset.json leaves out count as annotated in full: what is unlabelled there is "
+            "taken for background."
+        )
     if dataset.translation is not None and len(settings.data) == 1:  # the pool's members have told it themselves
         warnings += dataset.translation.notes
     return warnings

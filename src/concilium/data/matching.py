@@ -19,7 +19,9 @@ class Names:
     labels: Mapping[str, str] = field(default_factory=dict)
     channels: Mapping[str, str] = field(default_factory=dict)
     annotated: tuple[str, ...] | None = None
-    """The labels that were looked for in its cases, in the study's words, in place of what its dataset.json says."""
+    """The labels that were looked for in its cases, in the study's words, in place of the list in its dataset.json.
+
+    What a table there says of single cases is not widened."""
 
 
 @dataclass(frozen=True)
