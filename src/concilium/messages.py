@@ -466,7 +466,9 @@ class Examined:
     file_ending: str
     excluded: tuple[Excluded, ...]
     annotated: tuple[str, ...] | None = None
-    """The labels that were looked for in some case; `None`: all, in all cases."""
+    """The labels that were looked for in some case; `None`: all, in some case."""
+    partly: bool = False
+    """Whether in some case not all of its labels were looked for."""
 
 
 @dataclass(frozen=True)

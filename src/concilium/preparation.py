@@ -111,9 +111,14 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     }
     _keep(record, "dataset.json", json.dumps(about, indent=1) + "\n")
     if any(r.annotated is not None for r in told.values()):
-        known = {name: list(told[name].annotated or foreground(space.labels)) for name in told if name in study.sites}
+        every = tuple(foreground(space.labels))
+        known = {n: list(every if (own := r.annotated) is None else own) for n, r in told.items() if n in study.sites}
         _keep(record, "annotated.json", json.dumps(known, indent=1) + "\n")
-    unknown = annotation_notes(space.labels, {n: told[n].annotated for n in told if n in study.sites})
+    unknown = annotation_notes(
+        space.labels,
+        {name: reply.annotated for name, reply in told.items() if name in study.sites},
+        partly=[name for name, reply in told.items() if name in study.sites and reply.partly],
+    )
     ledger.warnings += unknown
     fingerprints = {name: reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites}
     return Told(space.channels, dict(space.labels), first.file_ending, fingerprints, bool(unknown))
@@ -144,7 +149,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
         try_tensors(study, network_of(study, plans, name))
     check_labels(study.local_update, plans.labels)
     if told.partial:
-        try_loss(study.loss, plans.labels)
+        try_loss(study, plans.labels)
     if not plans.by_site:
         plans = replace(plans, sharing=share_one_plan(study, plans))
     return replace(plans, start=_start(setting, plans, record, ledger))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from safetensors.torch import load_file
 from torch import equal
 
 from concilium.data.labels import n_heads, silenced
-from concilium.errors import StudyError
+from concilium.errors import DataError, StudyError
 from concilium.exports import export_run
 from concilium.finished import open_finished
 from concilium.line import Outcome, run
+from concilium.messages import PlugIn
 from concilium.predict import predict
+from concilium.rehearsal import try_loss
 from concilium.study import Study
 
 Make = Callable[..., Study]
@@ -92,6 +95,61 @@ def test_a_loss_that_needs_all_labels_is_refused_before_anything_trains(partly: 
     with pytest.raises(StudyError, match=r"\[loss\] name = 'dice_ce' is not allowed where sites annotate some labels"):
         run(partly(loss__name="dice_ce"), tmp_path / "run")
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+@pytest.fixture
+def by_case(small_study: Make, phantom: Path, tmp_path: Path) -> Make:
+    """A study in which north looked in every second case for organs, in the others for lesions; south for both."""
+    own = tmp_path / "by_case"
+    shutil.copytree(phantom / "north", own)
+    about = json.loads((own / "dataset.json").read_text())
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (own / "labelsTr").iterdir())
+    about["annotated"] = {case: [["organ"], ["lesion"]][i % 2] for i, case in enumerate(cases)}
+    (own / "dataset.json").write_text(json.dumps(about))
+
+    def make(**changes: Any) -> Study:
+        few = {"sites": ("north", "south"), "sites__north": {"data": str(own)}, "test": False, "protocol__rounds": 1}
+        return small_study(**few | changes)
+
+    return make
+
+
+def test_what_is_annotated_case_by_case_is_seen_before_anything_trains(by_case: Make, tmp_path: Path) -> None:
+    """The site as a whole looked for everything; no case of it was looked through for all."""
+    with pytest.raises(
+        StudyError, match=r"\[loss\] name = 'dice_ce' is not allowed where sites annotate some labels only"
+    ):
+        run(by_case(), tmp_path / "refused")
+    assert not (tmp_path / "refused" / "rounds.jsonl").exists()
+    outcome = run(by_case(loss__name="marginal"), tmp_path / "run")
+    assert outcome.exit_code == 0
+    assert statuses(outcome, "federated", "north") == {key: {"scored", "not annotated"} for key in ("organ", "lesion")}
+    assert any("north annotates some labels only in some cases" in text for text in outcome.results["warnings"])
+    assert not any("south annotates" in text for text in outcome.results["warnings"])
+
+
+def test_a_trainer_of_nnunet_is_told_another_local_update_not_another_loss(by_case: Make) -> None:
+    study = by_case()
+    with pytest.raises(
+        StudyError, match=r"'nnunet_trainer' is not allowed .*Allowed: .*plain.*Choose another local update"
+    ):
+        try_loss(replace(study, local_update=PlugIn("nnunet_trainer")), {"background": 0, "organ": 1, "lesion": 2})
+
+
+def test_a_site_in_which_nothing_is_annotated_is_refused(small_study: Make, phantom: Path, tmp_path: Path) -> None:
+    """Its cases would count in the mean, and no step of it would do anything. Single cases may have nothing."""
+    own = tmp_path / "own"
+    shutil.copytree(phantom / "north", own)
+    about = json.loads((own / "dataset.json").read_text())
+    cases = [path.name.removesuffix(".nii.gz") for path in (own / "labelsTr").iterdir()]
+    (own / "dataset.json").write_text(json.dumps(about | {"annotated": []}))
+    changes = {"sites": ("north", "south"), "sites__north": {"data": str(own)}, "loss__name": "marginal", "test": False}
+    with pytest.raises(DataError, match=r"of no case any label is annotated \(\d+ cases.*take the site out"):
+        run(small_study(**changes), tmp_path / "refused")
+    (own / "dataset.json").write_text(
+        json.dumps(about | {"annotated": {key: ["organ"] for key in cases[1:]} | {cases[0]: []}})
+    )
+    assert run(small_study(**changes, protocol__rounds=1), tmp_path / "run").exit_code == 0
 
 
 @pytest.mark.parametrize("patch", [[16, 16, 8], [16, 16]], ids=["3D", "2D"])
