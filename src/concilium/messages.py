@@ -348,6 +348,8 @@ class Evaluate:
     """Whether the model is done, so that the site may keep what it found for its own report."""
     own: bool = False
     """Whether the layers that make its logits are this site's own: they know no label that nobody looked for here."""
+    unknown: tuple[str, ...] = ()
+    """Labels that no site which trained it looked for."""
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,59 @@ def test_own_heads_draw_and_are_scored_on_what_their_site_looked_for(
         export_run(tmp_path / "run", tmp_path / "out", format="safetensors", model="federated:north")
 
 
+def test_without_the_one_site_that_looked_for_a_label_it_is_unknown(
+    small_study: Make, phantom: Path, tmp_path: Path
+) -> None:
+    """The model of the others never learnt it: it is neither drawn nor scored with it."""
+    sites = {
+        "sites__north": {"data": str(phantom / "north"), "annotated": ["organ"]},
+        "sites__south": {"data": str(phantom / "south"), "annotated": ["organ", "lesion"]},
+    }
+    changes = {"sites": ("north", "south"), "loss__name": "marginal", "validation__leave_one_site_out": True}
+    outcome = run(small_study(**changes, **sites, protocol__rounds=1, validation__every=1), tmp_path / "run")
+    assert outcome.exit_code == 0
+    without = "federated-without-south"
+    for site in ("south", "test"):
+        assert statuses(outcome, without, site) == {"organ": {"scored"}, "lesion": {"not annotated"}}
+        assert statuses(outcome, "federated", site) == {"organ": {"scored"}, "lesion": {"scored"}}
+    assert statuses(outcome, "federated-without-north", "south") == {"organ": {"scored"}, "lesion": {"scored"}}
+    told = [text for text in outcome.results["warnings"] if "no site that trains annotates" in text]
+    assert told == [f"{without}: no site that trains annotates lesion: not drawn and not scored (not_annotated)."]
+    unknown = [
+        open_finished(tmp_path / "run", name).unknown for name in (without, "federated", "federated-without-north")
+    ]
+    assert unknown == [("lesion",), (), ()]
+    with pytest.raises(StudyError, match="never learnt lesion"):
+        export_run(tmp_path / "run", tmp_path / "out", format="safetensors", model=without)
+
+
+@pytest.mark.parametrize("keep", [["head*"], ["head*.bias"]], ids=["all", "biases alone"])
+def test_own_heads_are_known_by_their_tensors(keep: list[str], partly: Make, tmp_path: Path) -> None:
+    """Not by the word `heads`, and not where some of them are shared."""
+    changes = {
+        "sharing__keep": keep,
+        "protocol__rounds": 1,
+        "test": False,
+        "network__name": "unet",
+        "network__levels": 3,
+    }
+    outcome = run(partly(loss__name="own_labels", **changes), tmp_path / "run")
+    own = keep == ["head*"]
+    lesion = {"not annotated"}
+    assert statuses(outcome, "federated", "north") == {"organ": {"scored"}, "lesion": lesion}, "in its own cases"
+    assert open_finished(tmp_path / "run", "federated:north").unknown == (("lesion",) if own else ())
+
+
+def test_own_plans_keep_own_heads_by_pattern(partly: Make, phantom: Path, tmp_path: Path) -> None:
+    changes = {"plan__fingerprint": "site", "sharing__keep": ["head*"], "protocol__rounds": 1}
+    outcome = run(partly(loss__name="own_labels", **changes), tmp_path / "run")
+    found = {row["label"]: row["status"] for row in outcome.results["cases"]
+             if (row["model"], row["subset"]) == ("federated:north", "test")}  # fmt: skip
+    assert found["lesion"] == "not_annotated"
+    assert found["organ"] != "not_annotated"
+    assert open_finished(tmp_path / "run", "federated:south").unknown == ("organ",)
+
+
 @pytest.mark.parametrize("regions", [False, True])
 def test_a_label_that_is_silenced_never_wins(regions: bool) -> None:
     labels = {"background": 0, "a": (1, 2), "b": 2} if regions else {"background": 0, "a": 1, "b": 2}
