@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from concilium import catalog
 from concilium.data.augment import mirror_axes
@@ -14,7 +16,7 @@ from concilium.data.plan import Plan, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Tensors
 from concilium.networks import Stages, make_network
-from concilium.schedule import BEST, folds_of, has_own_heads, is_one, names, settings, title_of
+from concilium.schedule import BEST, folds_of, is_one, names, settings, title_of
 from concilium.statistics import WITHOUT
 from concilium.study import Study, read_study
 from concilium.wire import read_tensors
@@ -35,7 +37,7 @@ class Finished:
     file_ending: str
     files: tuple[Path, ...]
     unknown: tuple[str, ...] = ()
-    """Labels that the site whose model it is never looked for, where its heads are its own."""
+    """Labels that no site which trained it looked for; of a model whose heads are its site's own, that site."""
 
     @property
     def plan(self) -> Plan:
@@ -144,10 +146,23 @@ def _somewhere(run: Path, study: Study, name: str) -> str:
 
 def _unknown(run: Path, study: Study, title: str, site: str, labels: Labels) -> tuple[str, ...]:
     known = run / "annotated.json"
-    trained_by = study.variants.get(title, study)
-    if not site or not known.is_file() or not (title == "local" or has_own_heads(trained_by)):
+    if not known.is_file():
         return ()
-    return unknown_labels(labels, [json.loads(known.read_text(encoding="utf-8"))[site]])
+    told = json.loads(known.read_text(encoding="utf-8"))
+    if site and site in _sites_with_own_heads(run, study, title):
+        return unknown_labels(labels, [told[site]])
+    return unknown_labels(labels, [names for name, names in told.items() if name != title.partition(WITHOUT)[2]])
+
+
+def _sites_with_own_heads(run: Path, study: Study, title: str) -> Collection[str]:
+    """The sites at which the layers that make a model's logits saw that site only."""
+    trained_by = study.variants.get(title.partition(WITHOUT)[0], study)
+    if title == "local" or trained_by.protocol.name == "local":
+        return study.sites
+    noted = run / "own_heads.json"
+    if noted.is_file():
+        return cast("list[str]", json.loads(noted.read_text(encoding="utf-8")).get(title, []))
+    return () if {"heads", "decoder"}.isdisjoint(trained_by.sharing.keep) else study.sites  # of an earlier version
 
 
 def _plan_of(run: Path, study: Study, title: str, site: str) -> Path:

@@ -348,6 +348,8 @@ class Evaluate:
     """Whether the model is done, so that the site may keep what it found for its own report."""
     own: bool = False
     """Whether the layers that make its logits are this site's own: they know no label that nobody looked for here."""
+    unknown: tuple[str, ...] = ()
+    """Labels that no site which trained it looked for."""
 
 
 @dataclass(frozen=True)
@@ -466,7 +468,9 @@ class Examined:
     file_ending: str
     excluded: tuple[Excluded, ...]
     annotated: tuple[str, ...] | None = None
-    """The labels that were looked for in some case; `None`: all, in all cases."""
+    """The labels that were looked for in some case; `None`: all, in some case."""
+    partly: bool = False
+    """Whether in some case not all of its labels were looked for."""
 
 
 @dataclass(frozen=True)

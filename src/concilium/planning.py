@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -18,7 +18,7 @@ from concilium.data.plan import make_plans, open_plan
 from concilium.messages import Fingerprint, Tensors
 from concilium.networks import Stages, make_network, names_elsewhere
 from concilium.schedule import Model
-from concilium.sharing import EVERYTHING, Sharing, Table, kept_of, match
+from concilium.sharing import EVERYTHING, ROLES, Sharing, Table, kept_of, match
 from concilium.start_from import Start
 from concilium.study import Study
 
@@ -33,7 +33,9 @@ class Told:
     fingerprints: Mapping[str, Fingerprint]
     """Of the study's sites, by name."""
     partial: bool = False
-    """Whether a site annotates some labels only."""
+    """Whether a site annotates some labels only, or does in some cases."""
+    annotated: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
+    """Of the study's sites: what was looked for in some case; `None`: all."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Plans:
     """Site -> its own plan, where each has one; then `text` is that of all their cases together, for baselines."""
     sharing: Sharing = EVERYTHING
     """What of the setting's own model travels."""
+    unknown: tuple[str, ...] = ()
+    """Labels that no site which trains looked for."""
 
     def of(self, site: str) -> str:
         """The plan by which a site prepares and trains."""
@@ -120,7 +124,14 @@ def share_one_plan(study: Study, plans: Plans) -> Sharing:
         if at_sites is not None:
             kept &= at_sites(build, **study.protocol.options)
     size = sum(t.numel() for t in network.state_dict().values())
-    return Sharing(kept, sizes=dict.fromkeys(study.sites, size))
+    own_heads = study.sites if _lie_in(network, kept) else ()
+    return Sharing(kept, sizes=dict.fromkeys(study.sites, size), own_heads=frozenset(own_heads))
+
+
+def _lie_in(network: Stages, kept: Collection[str]) -> bool:
+    """Whether all tensors of the layers that make logits are among these, by whatever words a study keeps them."""
+    heads = set(ROLES["heads"](network))
+    return bool(heads) and heads <= set(kept)
 
 
 def share_own_plans(
@@ -143,7 +154,13 @@ def share_own_plans(
         }
     axes = {site: tuple(json.loads(plans.of(site))["transpose_forward"]) for site in tables}
     sharing = match(tables, mode=mode, elsewhere=elsewhere, axes=axes)
-    return replace(sharing, sizes=sizes) if sizes else sharing
+    own_heads = set()
+    with drawn_from("look"):  # the weights are thrown away
+        for site in tables:
+            network = network_of(study, plans, site)()
+            if _lie_in(network, network.state_dict().keys() - sharing.names(site).keys()):
+                own_heads.add(site)
+    return replace(sharing, sizes=sizes or sharing.sizes, own_heads=frozenset(own_heads))
 
 
 def initial_shared(study: Study, plans: Plans) -> Tensors:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from concilium._set_aside import told as set_aside
 from concilium.data.fingerprint import merge, to_json
-from concilium.data.labels import foreground, n_heads, to_nnunet
+from concilium.data.labels import foreground, n_heads, to_nnunet, unknown_labels
 from concilium.data.matching import Space, agree, annotation_notes, reorder
 from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
@@ -35,7 +35,7 @@ from concilium.planning import Plans, Told, initial_weights, network_of, plan_te
 from concilium.record import Record
 from concilium.rehearsal import try_loss, try_network, try_tensors
 from concilium.schedule import Setting
-from concilium.sharing import table_of
+from concilium.sharing import Sharing, table_of
 from concilium.start_from import Start, check_start, start_of
 from concilium.study import SiteTable, Study, training_of
 
@@ -111,12 +111,18 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     }
     _keep(record, "dataset.json", json.dumps(about, indent=1) + "\n")
     if any(r.annotated is not None for r in told.values()):
-        known = {name: list(told[name].annotated or foreground(space.labels)) for name in told if name in study.sites}
+        every = tuple(foreground(space.labels))
+        known = {n: list(every if (own := r.annotated) is None else own) for n, r in told.items() if n in study.sites}
         _keep(record, "annotated.json", json.dumps(known, indent=1) + "\n")
-    unknown = annotation_notes(space.labels, {n: told[n].annotated for n in told if n in study.sites})
+    unknown = annotation_notes(
+        space.labels,
+        {name: reply.annotated for name, reply in told.items() if name in study.sites},
+        partly=[name for name, reply in told.items() if name in study.sites and reply.partly],
+    )
     ledger.warnings += unknown
     fingerprints = {name: reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites}
-    return Told(space.channels, dict(space.labels), first.file_ending, fingerprints, bool(unknown))
+    about_labels = {name: told[name].annotated for name in fingerprints}
+    return Told(space.channels, dict(space.labels), first.file_ending, fingerprints, bool(unknown), about_labels)
 
 
 def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Plans:
@@ -144,10 +150,28 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
         try_tensors(study, network_of(study, plans, name))
     check_labels(study.local_update, plans.labels)
     if told.partial:
-        try_loss(study.loss, plans.labels)
+        try_loss(study, plans.labels)
     if not plans.by_site:
         plans = replace(plans, sharing=share_one_plan(study, plans))
-    return replace(plans, start=_start(setting, plans, record, ledger))
+        _note_own_heads(setting, plans.sharing, record)
+    unknown = _unknown_to(setting, told, ledger)
+    return replace(plans, start=_start(setting, plans, record, ledger), unknown=unknown)
+
+
+def _unknown_to(setting: Setting, told: Told, ledger: Ledger) -> tuple[str, ...]:
+    """The labels that no site which trains looked for: the models of the setting know nothing of them."""
+    unknown = unknown_labels(told.labels, [names for name, names in told.annotated.items() if name in setting.sites])
+    text = f"{setting.title}: no site that trains annotates {', '.join(unknown)}: not drawn and not scored (not_annotated)."
+    if unknown and text not in ledger.warnings:  # once for all seeds
+        ledger.warnings.append(text)
+    return unknown
+
+
+def _note_own_heads(setting: Setting, sharing: Sharing, record: Record) -> None:
+    """Where some labels are unknown somewhere: write down for predictions at which sites the model knows that site's only."""
+    if (record.folder / "annotated.json").is_file():
+        known = record.read_json("own_heads.json") or {}
+        record.write_json("own_heads.json", known | {setting.title: sorted(sharing.own_heads)})
 
 
 def _start(setting: Setting, plans: Plans, record: Record, ledger: Ledger) -> Start | None:
@@ -229,6 +253,7 @@ def agree_on_tensors(
     shares = {site: Share(tuple(sorted(sharing.names(site)))) for site in told}
     for _ in _must(engine, record, shares, study, ledger):
         pass
+    _note_own_heads(setting, sharing, record)
     return replace(plans, sharing=sharing)
 
 

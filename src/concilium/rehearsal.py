@@ -12,7 +12,7 @@ from concilium import catalog
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, has_regions, ignored, n_heads
 from concilium.errors import ContractError, StudyError
-from concilium.messages import PlugIn
+from concilium.local_updates import is_more_than_a_step
 from concilium.networks import Stages
 from concilium.sharing import kept_of, named, named_statistics
 from concilium.study import Study
@@ -51,12 +51,19 @@ def try_tensors(study: Study, network: Callable[..., Stages]) -> None:
         )
 
 
-def try_loss(loss: PlugIn, labels: Labels) -> None:
+def try_loss(study: Study, labels: Labels) -> None:
     """Ask the loss once for that of a patch of which only some labels are annotated.
 
     Raises:
-        StudyError: it says that it needs all.
+        StudyError: it says that it needs all, or the local update brings a loss of its own.
     """
+    loss, update = study.loss, study.local_update.name
+    if is_more_than_a_step(update):
+        others = [name for name in catalog.names("local_updates") if not is_more_than_a_step(name)]
+        raise StudyError(
+            f"[local_update] name = {update!r} is not allowed where only some labels are annotated: its own loss and batches "
+            f"need all, in every case. Allowed: {', '.join(others)}. Choose another local update, with a [loss] such as marginal."
+        )
     n, ignore = n_heads(labels), ignored(labels)
     told: dict[str, Any] = {} if ignore is None else {"ignore": ignore}
     target = torch.zeros(1, 1, 4, 4)
@@ -70,6 +77,6 @@ def try_loss(loss: PlugIn, labels: Labels) -> None:
         )
     except ContractError as e:
         raise StudyError(
-            f"[loss] name = {loss.name!r} is not allowed where sites annotate some labels only ({e}). Choose one that "
-            "is, such as marginal."
+            f"[loss] name = {loss.name!r} is not allowed where sites annotate some labels only"
+            f", or do in some cases ({e}). Choose one that is, such as marginal."
         ) from e

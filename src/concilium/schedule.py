@@ -159,11 +159,6 @@ def title_of(name: str) -> str:
     return title
 
 
-def has_own_heads(study: Study) -> bool:
-    """Whether each site's heads, of the study's own models, saw that site only; then they know only what it looked for."""
-    return study.protocol.name == "local" or not {"heads", "decoder"}.isdisjoint(study.sharing.keep)
-
-
 def is_partly_shared(study: Study) -> bool:
     """Whether the study's own models have tensors that are not shared, and so are others at every site."""
     return bool(study.sharing.keep) or study.plan.fingerprint == "site"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from concilium.messages import (
 from concilium.preparation import Event, Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round, begun_at
 from concilium.results import METRICS, score_rows, short_of_steps
-from concilium.schedule import BEST, Model, ensemble_key, has_own_heads
+from concilium.schedule import BEST, Model, ensemble_key
 from concilium.wire import part
 
 Names: TypeAlias = Mapping[int, Mapping[str, str]]
@@ -78,8 +78,8 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
     scored = Scored()
     for subset, of_site, sites in where:
         work.watch(Event("stage", f"{key}: scoring the {subset} cases", model=key))
-        request = Evaluate(key, of_site, metrics, tuple(m.key for m in members), own=_has_own_heads(model))
-        for site, reply in ask(work.engine, dict.fromkeys(sites, request)):
+        request = Evaluate(key, of_site, metrics, tuple(m.key for m in members), unknown=work.plans.unknown)
+        for site, reply in ask(work.engine, _to_each(work, model, request, sites)):
             label = f"{key}, {subset} at {site}"
             if isinstance(reply, Evaluated):
                 _add(scored, work, model, site, subset, reply, together=together)
@@ -90,9 +90,10 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
     return scored
 
 
-def _has_own_heads(model: Model) -> bool:
-    """Whether the layers that make logits saw one site only."""
-    return model.protocol == "local" or (model.stays and has_own_heads(model.setting.study))
+def _to_each(work: Work, model: Model, request: Evaluate, sites: Iterable[str]) -> dict[str, Evaluate]:
+    """The request to each site, which says whether the layers that make logits saw that site only."""
+    own = work.plans.sharing.own_heads if model.stays else ()
+    return {site: replace(request, own=model.protocol == "local" or site in own) for site in sites}
 
 
 def _add(
@@ -142,8 +143,9 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
         same = Keep(model.key, {} if model.stays or pooled else weights, personal=model.beside)
         keep = dict.fromkeys(sites, same)
     failures = pass_on(work, model, done) if model.is_one else tell(work.engine, keep)
-    request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False, own=_has_own_heads(model))
-    replies = dict(ask(work.engine, {site: request for site in sites if site not in failures}))
+    request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False, unknown=work.plans.unknown)
+    asked = _to_each(work, model, request, (site for site in sites if site not in failures))
+    replies = dict(ask(work.engine, asked))
     failures |= {site: as_failure(r) for site, r in replies.items() if not isinstance(r, Evaluated)}
     for site, failure in failures.items():
         ledger.problems.append(

@@ -118,6 +118,8 @@ class Sharing:
     """Where sites' networks differ: what each has in common with others."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Site -> how many values its network has, where not all are shared."""
+    own_heads: frozenset[str] = frozenset()
+    """Sites that share no tensor of the layers that make logits."""
 
     @property
     def whole(self) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from concilium.answers.evaluate import score_labels
+from concilium.data._raw_folder import write_raw_folder
 from concilium.data.dataset import content_key, open_dataset, read_case, translated
 from concilium.data.labels import annotation_mask, unknown_ids
 from concilium.data.matching import Names, Space, agree, annotation_notes
@@ -69,6 +70,44 @@ def test_cases_say_what_was_looked_for_in_the_words_of_the_study(tmp_path: Path)
     cases = translated(dataset, Space(("CT",), dict(LABELS))).cases
     assert [case.annotated for case in cases] == [("liver",), None, None], "all of the study's labels is all"
     assert open_dataset(site(tmp_path / "part", annotated=["liver"])).space.annotated == ("liver",)
+
+
+def test_the_study_does_not_widen_what_the_file_says_of_a_case(tmp_path: Path) -> None:
+    """What nobody looked for in a case stays unknown there, also where the study names more for the whole site."""
+    folder = site(tmp_path / "some", annotated={"a": ["liver"], "b": []})
+    both = Names(annotated=("liver", "kidney"))
+    assert [case.annotated for case in open_dataset(folder, both).cases] == [("liver",), (), ("liver", "kidney")]
+    assert ids(folder, both, Space(("CT",), dict(LABELS))) == {"a": {0, 1}, "b": {0}, "c": {0, 1, 2}}
+    assert [case.annotated for case in open_dataset(folder, Names(annotated=("kidney",))).cases] == [
+        (),
+        (),
+        ("kidney",),
+    ]
+    own = site(tmp_path / "own", {"background": 0, "leber": 1, "kidney": 2}, annotated={"a": ["leber"]})
+    named = Names(labels={"leber": "liver"}, annotated=("liver",))
+    assert open_dataset(own, named).cases[0].annotated == ("liver",)
+
+
+def test_a_part_of_a_data_set_keeps_what_is_said_of_its_cases(tmp_path: Path) -> None:
+    source = open_dataset(site(tmp_path / "all", annotated={"a": ["liver"]}))
+    patients = {"a": "1", "b": "2"}
+    write_raw_folder(tmp_path / "part", source, patients, annotated=("liver", "kidney"), shift=None, key=(0, "s"))
+    assert [c.annotated for c in open_dataset(tmp_path / "part").cases] == [("liver",), ("liver", "kidney")]
+
+
+def test_a_table_that_names_no_case_is_refused(tmp_path: Path) -> None:
+    """Misspelt, its case would count as annotated in full."""
+    folder = site(tmp_path, annotated={"a": ["liver"], "aa": ["liver"]})
+    with pytest.raises(
+        DataError, match=r"annotated names 1 cases that are not there: aa\. Allowed are the 3 cases .*Correct"
+    ):
+        open_dataset(folder)
+
+
+def test_cases_that_a_table_leaves_out_are_counted(tmp_path: Path) -> None:
+    folder = site(tmp_path, annotated={"a": ["liver"]})
+    assert open_dataset(folder).left_out == 2
+    assert open_dataset(folder, Names(annotated=("liver",))).left_out == 0, "the study says it of these"
 
 
 def test_prepared_cases_depend_on_it(tmp_path: Path) -> None:

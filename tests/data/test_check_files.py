@@ -36,6 +36,8 @@ def test_a_clean_site_has_nothing_wrong(tmp_path: Path) -> None:
         (lambda s: rewrite(s, patient=None), "no_patients", None, "no table patient"),
         (lambda s: rewrite(s, patient={"c0": "p"}), "patient_table", None, "lacks 5 cases"),
         (lambda s: rewrite(s, patient={f"c{i}": f"p{i}" for i in range(7)}), "patient_table", None, r"1 case without any .*c6"),
+        (lambda s: rewrite(s, annotated={"c00": ["tumour"]}), "annotated_table", None, r"1 case without any .*c00.*misspelt"),
+        (lambda s: rewrite(s, annotated={"c0": ["tumour"]}), "annotated_table", None, r"lacks 5 cases \(c1, .*background"),
         (lambda s: rewrite(s, labels={"background": 0, "tumour": 5}), "dataset_json", None, "numbered from 0"),
         # nnU-Net #1602: the keys of its first version
         (lambda s: rewrite(s, channel_names=None, modality={"0": "CT"}), "dataset_json", None, "older data sets"),
@@ -53,6 +55,14 @@ def test_what_is_wrong_is_said(
     findings = [f for f in check({"a": folder}).findings if f.code == code]
     assert [f.case for f in findings if re.search(words, f"{f.text} {f.fix}")][:1] == [case], findings
     assert all(f.text.endswith((".", ")")) and f.fix.endswith(".") for f in findings)
+
+
+def test_what_is_annotated_case_by_case_is_no_absent_label(tmp_path: Path) -> None:
+    folder = site(tmp_path / "a")
+    rewrite(
+        folder, labels={"background": 0, "tumour": 1, "organ": 2}, annotated={f"c{i}": ["tumour"] for i in range(6)}
+    )
+    assert found(folder) == {}
 
 
 def rename(folder: Path, old: str, new: str) -> None:

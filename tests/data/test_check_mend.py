@@ -103,6 +103,20 @@ def test_a_new_header_leaves_voxels_and_their_type(tmp_path: Path) -> None:
         )
 
 
+def test_a_case_that_is_left_out_is_in_no_table(tmp_path: Path) -> None:
+    """A table that named it would be refused."""
+    folder = site(tmp_path / "north")
+    rewrite(
+        folder, patient={f"c{i}": f"p{max(i, 1)}" for i in range(6)}, annotated={f"c{i}": ["tumour"] for i in range(6)}
+    )
+    for case in ("c0", "c1"):
+        write(folder, case, image())
+    cc.check([folder], fix=tmp_path / "out")
+    about = json.loads((tmp_path / "out/north/dataset.json").read_text())
+    assert "c1" not in about["annotated"]
+    assert len(open_dataset(tmp_path / "out/north").cases) == 5
+
+
 def test_every_change_is_listed(tmp_path: Path) -> None:
     checked = cc.check([damaged(tmp_path / "north")], fix=tmp_path / "out").found
     text = (tmp_path / "out/FIXES.txt").read_text(encoding="utf-8")

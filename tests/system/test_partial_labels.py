@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from safetensors.torch import load_file
 from torch import equal
 
 from concilium.data.labels import n_heads, silenced
-from concilium.errors import StudyError
+from concilium.errors import DataError, StudyError
 from concilium.exports import export_run
 from concilium.finished import open_finished
 from concilium.line import Outcome, run
+from concilium.messages import PlugIn
 from concilium.predict import predict
+from concilium.rehearsal import try_loss
 from concilium.study import Study
 
 Make = Callable[..., Study]
@@ -94,6 +97,61 @@ def test_a_loss_that_needs_all_labels_is_refused_before_anything_trains(partly: 
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
 
 
+@pytest.fixture
+def by_case(small_study: Make, phantom: Path, tmp_path: Path) -> Make:
+    """A study in which north looked in every second case for organs, in the others for lesions; south for both."""
+    own = tmp_path / "by_case"
+    shutil.copytree(phantom / "north", own)
+    about = json.loads((own / "dataset.json").read_text())
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (own / "labelsTr").iterdir())
+    about["annotated"] = {case: [["organ"], ["lesion"]][i % 2] for i, case in enumerate(cases)}
+    (own / "dataset.json").write_text(json.dumps(about))
+
+    def make(**changes: Any) -> Study:
+        few = {"sites": ("north", "south"), "sites__north": {"data": str(own)}, "test": False, "protocol__rounds": 1}
+        return small_study(**few | changes)
+
+    return make
+
+
+def test_what_is_annotated_case_by_case_is_seen_before_anything_trains(by_case: Make, tmp_path: Path) -> None:
+    """The site as a whole looked for everything; no case of it was looked through for all."""
+    with pytest.raises(
+        StudyError, match=r"\[loss\] name = 'dice_ce' is not allowed where sites annotate some labels only"
+    ):
+        run(by_case(), tmp_path / "refused")
+    assert not (tmp_path / "refused" / "rounds.jsonl").exists()
+    outcome = run(by_case(loss__name="marginal"), tmp_path / "run")
+    assert outcome.exit_code == 0
+    assert statuses(outcome, "federated", "north") == {key: {"scored", "not annotated"} for key in ("organ", "lesion")}
+    assert any("north annotates some labels only in some cases" in text for text in outcome.results["warnings"])
+    assert not any("south annotates" in text for text in outcome.results["warnings"])
+
+
+def test_a_trainer_of_nnunet_is_told_another_local_update_not_another_loss(by_case: Make) -> None:
+    study = by_case()
+    with pytest.raises(
+        StudyError, match=r"'nnunet_trainer' is not allowed .*Allowed: .*plain.*Choose another local update"
+    ):
+        try_loss(replace(study, local_update=PlugIn("nnunet_trainer")), {"background": 0, "organ": 1, "lesion": 2})
+
+
+def test_a_site_in_which_nothing_is_annotated_is_refused(small_study: Make, phantom: Path, tmp_path: Path) -> None:
+    """Its cases would count in the mean, and no step of it would do anything. Single cases may have nothing."""
+    own = tmp_path / "own"
+    shutil.copytree(phantom / "north", own)
+    about = json.loads((own / "dataset.json").read_text())
+    cases = [path.name.removesuffix(".nii.gz") for path in (own / "labelsTr").iterdir()]
+    (own / "dataset.json").write_text(json.dumps(about | {"annotated": []}))
+    changes = {"sites": ("north", "south"), "sites__north": {"data": str(own)}, "loss__name": "marginal", "test": False}
+    with pytest.raises(DataError, match=r"of no case any label is annotated \(\d+ cases.*take the site out"):
+        run(small_study(**changes), tmp_path / "refused")
+    (own / "dataset.json").write_text(
+        json.dumps(about | {"annotated": {key: ["organ"] for key in cases[1:]} | {cases[0]: []}})
+    )
+    assert run(small_study(**changes, protocol__rounds=1), tmp_path / "run").exit_code == 0
+
+
 @pytest.mark.parametrize("patch", [[16, 16, 8], [16, 16]], ids=["3D", "2D"])
 def test_the_shared_network_teaches_what_a_site_does_not_annotate(
     patch: list[int], partly: Make, tmp_path: Path
@@ -153,6 +211,59 @@ def test_own_heads_draw_and_are_scored_on_what_their_site_looked_for(
         assert 1 not in sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
     with pytest.raises(StudyError, match="never learnt lesion"):
         export_run(tmp_path / "run", tmp_path / "out", format="safetensors", model="federated:north")
+
+
+def test_without_the_one_site_that_looked_for_a_label_it_is_unknown(
+    small_study: Make, phantom: Path, tmp_path: Path
+) -> None:
+    """The model of the others never learnt it: it is neither drawn nor scored with it."""
+    sites = {
+        "sites__north": {"data": str(phantom / "north"), "annotated": ["organ"]},
+        "sites__south": {"data": str(phantom / "south"), "annotated": ["organ", "lesion"]},
+    }
+    changes = {"sites": ("north", "south"), "loss__name": "marginal", "validation__leave_one_site_out": True}
+    outcome = run(small_study(**changes, **sites, protocol__rounds=1, validation__every=1), tmp_path / "run")
+    assert outcome.exit_code == 0
+    without = "federated-without-south"
+    for site in ("south", "test"):
+        assert statuses(outcome, without, site) == {"organ": {"scored"}, "lesion": {"not annotated"}}
+        assert statuses(outcome, "federated", site) == {"organ": {"scored"}, "lesion": {"scored"}}
+    assert statuses(outcome, "federated-without-north", "south") == {"organ": {"scored"}, "lesion": {"scored"}}
+    told = [text for text in outcome.results["warnings"] if "no site that trains annotates" in text]
+    assert told == [f"{without}: no site that trains annotates lesion: not drawn and not scored (not_annotated)."]
+    unknown = [
+        open_finished(tmp_path / "run", name).unknown for name in (without, "federated", "federated-without-north")
+    ]
+    assert unknown == [("lesion",), (), ()]
+    with pytest.raises(StudyError, match="never learnt lesion"):
+        export_run(tmp_path / "run", tmp_path / "out", format="safetensors", model=without)
+
+
+@pytest.mark.parametrize("keep", [["head*"], ["head*.bias"]], ids=["all", "biases alone"])
+def test_own_heads_are_known_by_their_tensors(keep: list[str], partly: Make, tmp_path: Path) -> None:
+    """Not by the word `heads`, and not where some of them are shared."""
+    changes = {
+        "sharing__keep": keep,
+        "protocol__rounds": 1,
+        "test": False,
+        "network__name": "unet",
+        "network__levels": 3,
+    }
+    outcome = run(partly(loss__name="own_labels", **changes), tmp_path / "run")
+    own = keep == ["head*"]
+    lesion = {"not annotated"}
+    assert statuses(outcome, "federated", "north") == {"organ": {"scored"}, "lesion": lesion}, "in its own cases"
+    assert open_finished(tmp_path / "run", "federated:north").unknown == (("lesion",) if own else ())
+
+
+def test_own_plans_keep_own_heads_by_pattern(partly: Make, phantom: Path, tmp_path: Path) -> None:
+    changes = {"plan__fingerprint": "site", "sharing__keep": ["head*"], "protocol__rounds": 1}
+    outcome = run(partly(loss__name="own_labels", **changes), tmp_path / "run")
+    found = {row["label"]: row["status"] for row in outcome.results["cases"]
+             if (row["model"], row["subset"]) == ("federated:north", "test")}  # fmt: skip
+    assert found["lesion"] == "not_annotated"
+    assert found["organ"] != "not_annotated"
+    assert open_finished(tmp_path / "run", "federated:south").unknown == ("organ",)
 
 
 @pytest.mark.parametrize("regions", [False, True])

@@ -51,7 +51,7 @@ def evaluate(
         network = job.network().to(device)
         network.load_state_dict(dict(weights))
         networks.append(network.eval())
-    unknown = job.unknown if request.own else ()
+    unknown = (*request.unknown, *(job.unknown if request.own else ()))
     found, excluded = subset_of(settings, job, request.subset)
     scores: list[Score] = []
     kept: list[pictures.Row] = []  # for the site's own eyes
@@ -162,7 +162,9 @@ def _score_case(
     numbers = {"case": entry.number, "patient": entry.patient}
     looked_for = entry.case.annotated
     if unknown:
-        looked_for = tuple(n for n in looked_for or foreground(job.labels) if n not in unknown)
+        looked_for = tuple(
+            n for n in (foreground(job.labels) if looked_for is None else looked_for) if n not in unknown
+        )
     scores = score_labels(prediction, reference[0], spacing, job.labels, metrics, **numbers, annotated=looked_for)
     return scores, (image, reference[0], prediction), spacing
 

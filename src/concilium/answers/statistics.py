@@ -15,7 +15,7 @@ from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
-from concilium.data.labels import annotation_mask, flaw, n_heads, unknown_labels
+from concilium.data.labels import annotation_mask, flaw, foreground, n_heads, unknown_labels
 from concilium.data.matching import Names, Space
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
@@ -64,13 +64,21 @@ def examine(settings: Settings, request: Examine, cancelled: Check) -> tuple[Exa
     """What `Examine` asks for, and the cases that were set aside.
 
     Raises:
-        DataError: the data set cannot be used, or too many cases were set aside.
+        DataError: the data set cannot be used, too many cases were set aside, or a site that trains annotates nothing at all.
     """
     found, excluded = find_cases(settings.data, settings.names)
     read = partial(_fingerprint, exact_geometry=request.exact_geometry)
     made = _each(found, read, excluded, cancelled)
     _limit(excluded, len(made), request.max_excluded)
     dataset = found[0].dataset
+    usable = [e.case.annotated for e in found if e.key in made]
+    if settings.role != "test" and not any(names is None or names for names in usable):
+        raise DataError(
+            f"{dataset.folder}: of no case any label is annotated ({len(usable)} cases, annotated is []). Allowed in single "
+            f"cases, but a site that trains must have looked for one of {', '.join(foreground(dataset.labels))} in one. List "
+            "what was looked for (annotated, in dataset.json or the site's table of the study), or take the site out."
+        )
+    every = set(foreground(dataset.labels))
     reply = Examined(
         merge(list(made.values())),
         dataset.channels,
@@ -78,6 +86,7 @@ def examine(settings: Settings, request: Examine, cancelled: Check) -> tuple[Exa
         dataset.file_ending,
         count(excluded),
         dataset.space.annotated,
+        any(names is not None and bool(every - set(names)) for names in usable),
     )
     return reply, excluded
 
@@ -201,6 +210,11 @@ def _warnings(
     if settings.role != "pooled" and not all(e.dataset.patients_known for e in found):
         warnings.append(
             "Patients unknown (no complete patient table in dataset.json): cases count as patients, intervals may be too narrow."
+        )
+    if settings.role != "pooled" and any(e.dataset.left_out for e in found):
+        warnings.append(
+            "Cases that the table annotated in dataset.json leaves out count as annotated in full: what is unlabelled there is "
+            "taken for background."
         )
     if dataset.translation is not None and len(settings.data) == 1:  # the pool's members have told it themselves
         warnings += dataset.translation.notes

@@ -72,8 +72,14 @@ def _about(folder: Path, add: Add) -> About:
         ending if isinstance(ending, str) and ending in READERS else None,
         {str(c): str(p) for c, p in patients.items()} if isinstance(patients, dict) else {},
         tuple(map(str, annotated)) if isinstance(annotated, list) else None,
+        _by_case(annotated),
         stated if isinstance(stated, int) else None,
     )
+
+
+def _by_case(annotated: object) -> dict[str, tuple[str, ...]]:
+    table = annotated if isinstance(annotated, dict) else {}
+    return {str(case): tuple(map(str, names)) for case, names in table.items() if isinstance(names, list)}
 
 
 def _channels(given: object) -> tuple[str, ...] | None:
@@ -224,9 +230,10 @@ def _counts(folder: Path, about: About, cases: list[Files], n_whole: int, add: A
         text = f"dataset.json says numTraining = {about.n_stated}; there are {count(n_whole, 'complete case')}. The files decide."
         number = Mend("count", (folder / "dataset.json",))
         add("note", "case_count", text, f"Set numTraining to {n_whole}, if no file is lost.", None, number)
+    names = {c.name for c in cases}
+    _annotations(about, names, add)
     if not about.patients:
         return
-    names = {c.name for c in cases}
     unknown, gone = sorted(names - set(about.patients)), sorted(set(about.patients) - names)
     if unknown:
         lacking = f"The table patient of dataset.json lacks {count(len(unknown), 'case')} ({some(unknown)})"
@@ -235,6 +242,25 @@ def _counts(folder: Path, about: About, cases: list[Files], n_whole: int, add: A
     if gone:
         text = f"The table patient of dataset.json names {count(len(gone), 'case')} without any file ({some(gone)})."
         add("note", "patient_table", text, "Look for lost files, or remove the entries.")
+
+
+def _annotations(about: About, names: Collection[str], add: Add) -> None:
+    """What the table `annotated` says of the cases, beside the files."""
+    if not about.by_case:
+        return
+    unknown, left_out = sorted(about.by_case.keys() - names), sorted(names - about.by_case.keys())
+    if unknown:
+        text = f"The table annotated of dataset.json names {count(len(unknown), 'case')} without any file ({some(unknown)})."
+        add(
+            "error",
+            "annotated_table",
+            text,
+            "Correct or remove the names: a misspelt case counts as annotated in full.",
+        )
+    if left_out:
+        lacking = f"The table annotated of dataset.json lacks {count(len(left_out), 'case')} ({some(left_out)})"
+        text = f"{lacking}: what is unlabelled there counts as background, not as unknown."
+        add("warning", "annotated_table", text, "Add them, unless every label was looked for in them.")
 
 
 def _numbered(about: About) -> str:

@@ -50,8 +50,8 @@ def _labels(listing: Listing, seen: Sequence[Seen], add: Add) -> None:
         )
         return
     wanted = {n: ids for n, ids in labels.items() if n != "ignore" and any(ids)}
-    if listing.about.annotated is not None:
-        wanted = {n: ids for n, ids in wanted.items() if n in listing.about.annotated}
+    if listing.annotated is not None:
+        wanted = {n: ids for n, ids in wanted.items() if n in listing.annotated}
     absent = [f"{n} ({' + '.join(map(str, ids))})" for n, ids in wanted.items() if not present & {*ids}]
     if absent:
         text = f"No case shows {some(absent)}, which dataset.json names."

@@ -155,7 +155,7 @@ def _said(listing: Listing) -> Space | None:
     if not about.channels or not about.labels:
         return None
     labels = {n: ids[0] if len(ids) == 1 else ids for n, ids in about.labels.items()}
-    return Space(about.channels, labels, about.annotated)
+    return Space(about.channels, labels, listing.annotated)
 
 
 def _orientations(seen: Sequence[Seen], add: Add) -> None:

@@ -61,6 +61,8 @@ class About:
     ending: str | None = None
     patients: Mapping[str, str] = field(default_factory=dict)
     annotated: tuple[str, ...] | None = None
+    by_case: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Case -> what was looked for in it, where `annotated` is a table."""
     n_stated: int | None = None
 
 
@@ -94,6 +96,15 @@ class Listing:
     about: About
     cases: tuple[Files, ...]
     findings: tuple[Finding, ...]
+
+    @property
+    def annotated(self) -> tuple[str, ...] | None:
+        """The labels that were looked for in some case; `None`: all, in some."""
+        named, by_case = self.about.annotated, self.about.by_case
+        if not by_case or not all(case.name in by_case for case in self.cases):
+            return named
+        some_case = {name for case in self.cases for name in by_case[case.name]}
+        return tuple(name for name in self.about.labels or {} if name in some_case and (named is None or name in named))
 
 
 @dataclass(frozen=True)

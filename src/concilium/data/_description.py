@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ class Description:
     patients: Mapping[str, str]
     annotated: tuple[str, ...] | Mapping[str, tuple[str, ...]] | None = None
 
+    @property
+    def by_case(self) -> Mapping[str, tuple[str, ...]]:
+        """The labels that were looked for in the cases that a table names; empty where there is no such table."""
+        return self.annotated if isinstance(self.annotated, Mapping) else {}
+
     def annotated_in(self, case: str) -> tuple[str, ...] | None:
         """The labels that were looked for in this case; `None`: all."""
         return self.annotated.get(case) if isinstance(self.annotated, Mapping) else self.annotated
@@ -65,6 +70,20 @@ def read_description(folder: Path) -> Description:
         {case: str(patient) for case, patient in patients.items()},
         _annotated(settings, labels, folder),
     )
+
+
+def require_cases(about: Description, cases: Collection[str], folder: Path) -> None:
+    """Check that the table `annotated` names cases that are there: a misspelt one would count as annotated in full.
+
+    Raises:
+        DataError: it names others.
+    """
+    if unknown := sorted(set(about.by_case) - set(cases)):
+        raise DataError(
+            f"{folder / 'dataset.json'}: annotated names {len(unknown)} cases that are not there: {', '.join(unknown[:5])}. "
+            f"Allowed are the {len(cases)} cases of imagesTr and labelsTr: {', '.join(sorted(cases)[:5])}, ... Correct or remove "
+            "these names: a case that the table leaves out counts as annotated in full."
+        )
 
 
 def read_channels(folder: Path) -> tuple[str, ...]:

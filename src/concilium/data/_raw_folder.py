@@ -65,10 +65,14 @@ def write_raw_folder(
     about["numTraining"] = len(patients)
     if "patient" in about:
         about["patient"] = {case: about["patient"][case] for case in sorted(patients) if case in about["patient"]}
-    if annotated is not None:
-        about["annotated"] = [name for name in source.labels if name in annotated]
-    elif isinstance(about.get("annotated"), dict):
-        about["annotated"] = {case: names for case, names in about["annotated"].items() if case in patients}
+    kept_names = [name for name in source.labels if annotated is None or name in annotated]
+    if isinstance(about.get("annotated"), dict):  # what it says of a case is not widened
+        table = {case: [n for n in names if n in kept_names] for case, names in about["annotated"].items()}
+        others = () if annotated is None else patients
+        whole_list = {case: [n for n in kept_names if n != "ignore"] for case in others}
+        about["annotated"] = {case: names for case, names in {**whole_list, **table}.items() if case in patients}
+    elif annotated is not None:
+        about["annotated"] = kept_names
     (target / "dataset.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

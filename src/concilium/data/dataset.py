@@ -1,7 +1,8 @@
 """nnU-Net raw folder -> cases -> arrays. Reading goes through nnU-Net's readers; whatever is wrong is a `DataError`.
 
 A folder holds `dataset.json`, `imagesTr/<case>_<channel>.<ending>` (channel: four digits) and `labelsTr/<case>.<ending>`. Beyond
-nnU-Net's own keys, `dataset.json` may hold `patient`: a table from case to patient, the unit that folds never divide.
+nnU-Net's own keys, `dataset.json` may hold `patient`: a table from case to patient, the unit that folds never divide; and
+`annotated`: the labels that were looked for.
 nnU-Net is imported where it is first needed, so that listing a folder stays quick.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concilium.data._description import FLAT, read_description, spacing_file
+from concilium.data._description import FLAT, Description, read_description, require_cases, spacing_file
 from concilium.data._names import files_in, images_in, stem
 from concilium.data._reading import check_label, read_files, read_label, reader, unreadable
 from concilium.data.labels import Labels, foreground, has_regions, unknown_ids
@@ -62,6 +63,8 @@ class Dataset:
     missing: tuple[tuple[str, str], ...]
     patients_known: bool = True
     """Whether `dataset.json` names the patient of every case."""
+    left_out: int = 0
+    """How many cases count as annotated in full because the table `annotated` does not name them."""
     translation: Translation | None = None
     """What is done to the files as they are read, so that channels and ids are those above."""
 
@@ -79,7 +82,8 @@ def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
     `numTraining` is not looked at: the files decide.
 
     Raises:
-        DataError: no such folder, a `dataset.json` that cannot be used, a file whose name says no channel, or no complete case.
+        DataError: no such folder, a `dataset.json` that cannot be used, a file whose name says no channel, no complete case, or
+            a table `annotated` that names a case which is not there.
     """
     folder = Path(folder)
     about = read_description(folder)
@@ -91,6 +95,7 @@ def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
             )
     images = images_in(folder / "imagesTr", channels, ending)
     segmented = {stem(path, ending): path for path in files_in(folder / "labelsTr", ending)}
+    require_cases(about, {*images, *segmented}, folder)
     cases, missing = [], []
     for name in sorted({*images, *segmented}):
         files, label = images.get(name), segmented.get(name)
@@ -107,15 +112,21 @@ def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
         )
     names = names or Names()
     space = renamed(Space(channels, about.labels), names, str(folder))
-    cases = [replace(case, annotated=_annotated(case, names)) for case in cases]
+    cases = [replace(case, annotated=_annotated(case, names, about)) for case in cases]
     known = all(case.name in about.patients for case in cases)
-    return Dataset(folder, space.channels, space.labels, ending, tuple(cases), tuple(missing), known)
+    left_out = sum(case.annotated is None for case in cases) if about.by_case else 0
+    return Dataset(folder, space.channels, space.labels, ending, tuple(cases), tuple(missing), known, left_out)
 
 
-def _annotated(case: Case, names: Names) -> tuple[str, ...] | None:
-    """What was looked for in the case, in the study's words."""
+def _annotated(case: Case, names: Names, about: Description) -> tuple[str, ...] | None:
+    """What was looked for in the case, in the study's words.
+
+    The study goes before a list for all cases. It does not know single cases: what a table says of one is never widened.
+    """
     own = None if case.annotated is None else tuple(names.labels.get(name, name) for name in case.annotated)
-    return own if names.annotated is None else names.annotated
+    if names.annotated is None:
+        return own
+    return names.annotated if own is None or not about.by_case else tuple(n for n in names.annotated if n in own)
 
 
 def translated(dataset: Dataset, study: Space) -> Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,9 @@ class Names:
     labels: Mapping[str, str] = field(default_factory=dict)
     channels: Mapping[str, str] = field(default_factory=dict)
     annotated: tuple[str, ...] | None = None
-    """The labels that were looked for in its cases, in the study's words, in place of what its dataset.json says."""
+    """The labels that were looked for in its cases, in the study's words, in place of the list in its dataset.json.
+
+    What a table there says of single cases is not widened."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,14 @@ def require_known(space: Space, labels: Labels, *, where: str) -> None:
         )
 
 
-def annotation_notes(labels: Labels, told: Mapping[str, tuple[str, ...] | None]) -> list[str]:
+def annotation_notes(
+    labels: Labels, told: Mapping[str, tuple[str, ...] | None], *, partly: Collection[str] = ()
+) -> list[str]:
     """What a report must say of the sites that annotate some labels only; every label must be annotated somewhere.
+
+    Args:
+        told: site -> what was looked for in some case.
+        partly: sites with a case in which not all of that was looked for.
 
     Raises:
         DataError: one is not.
@@ -193,11 +201,17 @@ def annotation_notes(labels: Labels, told: Mapping[str, tuple[str, ...] | None])
         raise DataError(
             f"No site annotates {', '.join(nowhere)}. Every label needs one that does. Correct annotated, or take it out."
         )
-    return [
-        f"{site} annotates {', '.join(names) or 'nothing'} only: other labels are unknown there, not background."
-        for site, names in told.items()
-        if names is not None and not set(foreground(labels)) <= set(names)
-    ]
+    notes = []
+    for site, names in told.items():
+        if names is not None and not set(foreground(labels)) <= set(names):
+            notes.append(
+                f"{site} annotates {', '.join(names) or 'nothing'} only: other labels are unknown there, not background."
+            )
+        elif site in partly:
+            notes.append(
+                f"{site} annotates some labels only in some cases: the others are unknown there, not background."
+            )
+    return notes
 
 
 def reorder(fingerprint: Fingerprint, translation: Translation) -> Fingerprint:

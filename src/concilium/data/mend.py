@@ -171,17 +171,18 @@ def _write_with_header(path: Path, of: Path, target: Path) -> None:
 
 
 def _describe(name: str, target: Path, gone: Mapping[str, Finding]) -> list[Change]:
-    """Make `dataset.json` say what is there: no patients of cases that are gone, and the number of cases if it says one."""
+    """Make `dataset.json` say what is there: nothing of cases that are gone, and the number of cases if it says one."""
     path = target / ABOUT
     settings = _settings(path)
     if settings is None:
         return []
     changes = []
-    patients, stated = settings.get("patient"), settings.get("numTraining")
-    if isinstance(patients, dict):
-        for case in sorted(gone.keys() & patients.keys()):
-            del patients[case]
-            changes.append(Change(name, gone[case].code, case, ABOUT, f"{case} taken out of the table patient"))
+    stated = settings.get("numTraining")
+    for key in ("patient", "annotated"):
+        table = settings[key] if isinstance(settings.get(key), dict) else {}
+        for case in sorted(gone.keys() & table.keys()):
+            del table[case]
+            changes.append(Change(name, gone[case].code, case, ABOUT, f"{case} taken out of the table {key}"))
     n = sum(case.whole for case in list_files(name, target).cases)
     if type(stated) is int and stated != n:
         settings["numTraining"] = n

@@ -51,8 +51,8 @@ def export_run(
     finished = _open(run, model)
     if finished.unknown:
         raise StudyError(
-            f"{finished.name} never learnt {', '.join(finished.unknown)}: nobody looked for that at its site, whose own its last "
-            "layers are. Exported, it would draw that all the same. Export a model of all labels, or use concilium predict."
+            f"{finished.name} never learnt {', '.join(finished.unknown)}: no site whose cases its last layers saw looked for "
+            "that. Exported, it would draw that all the same. Export a model of all labels, or use concilium predict."
         )
     purpose = _intended_use(intended_use)
     unfinished = out.with_name(out.name + ".unfinished")
