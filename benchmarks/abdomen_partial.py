@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 ABOUT = {
-    "federated": "one network, marginal loss",
+    "federated": "one network, marginal loss (FedAdamW)",
     "exclusion": "one network, marginal loss with exclusion",
     "naive": "one network, what nobody drew is background",
     "heads": "shared body, each site's own heads (SegViz)",
+    "plain": "one network, marginal loss, AdamW of each site's own",
     "condistfl": "one network, conditional distillation (ConDistFL)",
     "local": "each site alone, marginal loss",
 }
