@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,18 +36,27 @@ def try_tensors(study: Study, network: Callable[..., Stages]) -> None:
     """Look for the tensors that the study names in its network.
 
     Raises:
-        StudyError: it has none of them, or no running statistics that could be estimated anew.
+        StudyError: it has none of them, none that trains, or no running statistics that could be estimated anew.
     """
     with drawn_from("check"):
         built = network()
     if study.personalize.tensors:
-        named(built, study.personalize.tensors, where="[personalize] tensors")
+        _try_fine_tuning(built, study.personalize.tensors)
     if study.sharing.keep:
         kept_of(built, study.sharing.keep)
     if study.sharing.unseen == "reestimate" and not named_statistics(built):
         raise StudyError(
             f"[sharing] unseen = 'reestimate' is not possible with network {study.network.name!r}: its norms have no running "
             "statistics. Allowed: 'none', 'mean'. Choose one, or norms that have, such as norm = 'batch' of unet."
+        )
+
+
+def _try_fine_tuning(network: Stages, tensors: Sequence[str]) -> None:
+    chosen = named(network, tensors, where="[personalize] tensors")
+    if not any(p.requires_grad for name, p in network.named_parameters(remove_duplicate=False) if name in chosen):
+        raise StudyError(
+            f"[personalize] tensors = {list(tensors)} is not possible: none of these {len(chosen)} tensors trains. Allowed: "
+            "roles or patterns with weights or biases, such as 'norms' or 'heads'. Choose one, or take tensors out to train all."
         )
 
 
