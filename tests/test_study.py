@@ -402,6 +402,25 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         {"aggregation": {"name": "krum", "faulty": 1}},
         "[aggregation] faulty = 1 is not allowed with 2 sites in a round. Allowed: 0 to 0, since krum needs 2 · faulty + 3",
     ),
+    *(
+        (
+            {"local_update": {"name": "condistfl"}, "sharing": {"keep": keep}},
+            f"[local_update] name = 'condistfl' is not allowed with [sharing] keep = {keep}: heads that stay were taught",
+        )
+        for keep in (["heads"], ["decoder"], ["norms", "head*"])
+    ),
+    (
+        {"local_update": {"name": "condistfl"}, "loss": {"name": "dice_ce", "unannotated": "background"}},
+        "[local_update] name = 'condistfl' is not allowed with [loss] unannotated = 'background': the one teaches that",
+    ),
+    (
+        {"loss": {"name": "own_labels"}},
+        "[loss] name = 'own_labels' is not allowed with [sharing] keep = []: shared heads would be told by each site that",
+    ),
+    (
+        {"loss": {"name": "own_labels"}, "sharing": {"keep": ["norms"]}},
+        "[loss] name = 'own_labels' is not allowed with [sharing] keep = ['norms']: shared heads would be told",
+    ),
     ({"protocol": {"min_sites": 3}}, "[protocol] min_sites = 3 is not allowed. Allowed: 1 to 2, the number of sites."),
     (
         {"protocol": {"compare": ["locl"]}},
@@ -485,6 +504,18 @@ def test_what_suits_is_allowed() -> None:
     sites = {f"s{i}": {"data": "d"} for i in range(5)}
     document = raw(aggregation={"name": "krum", "faulty": 1}) | {"sites": sites}
     assert parse_study(document, folder=Path("/"), check_data=False).aggregation.options["faulty"] == 1
+
+
+def test_a_teacher_is_none_where_there_are_no_labels_but_a_sites_own() -> None:
+    found = errors(raw(local_update={"name": "condistfl"}, loss={"name": "own_labels"}))
+    assert any("condistfl' is not allowed with [loss] name = 'own_labels'" in line for line in found)
+
+
+def test_what_fits_partial_labels_is_allowed() -> None:
+    parse(loss={"name": "own_labels"}, sharing={"keep": ["heads", "norms"]})
+    parse(loss={"name": "own_labels"}, sharing={"keep": ["head*"]})
+    parse(loss={"name": "own_labels"}, protocol={"name": "local"})
+    parse(loss={"name": "marginal"}, local_update={"name": "condistfl"}, sharing={"keep": ["norms"]})
 
 
 @pytest.mark.parametrize("full", RANGES)
