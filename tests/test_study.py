@@ -421,6 +421,25 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         {"loss": {"name": "own_labels"}, "sharing": {"keep": ["norms"]}},
         "[loss] name = 'own_labels' is not allowed with [sharing] keep = ['norms']: shared heads would be told",
     ),
+    *(
+        (
+            {"aggregation": {"name": rule}, "collect": {"name": "judged" if rule == "quality" else "plain"}, **asked},
+            f"[aggregation] name = '{rule}' is not allowed with {n} in a round: of fewer than 3 none can be told from the",
+        )
+        for rule in ("krum", "agreement", "quality")
+        for n, asked in (
+            ("2 sites", {}),
+            ("2 sites", {"sites": {"west": {"data": "w"}}, "protocol": {"participation": 0.5}}),
+            (
+                "1 site",
+                {"sites": {"west": {"data": "w"}}, "protocol": {"cohorts": [["north", "south"], ["west"]]}},
+            ),
+        )
+    ),
+    (
+        {"aggregation": {"name": "krum", "keep": 50}, "sites": {"west": {"data": "w"}}},
+        "[aggregation] keep = 50 is not allowed with 3 sites in a round. Allowed: 1 to 3: no more updates can be kept",
+    ),
     ({"protocol": {"min_sites": 3}}, "[protocol] min_sites = 3 is not allowed. Allowed: 1 to 2, the number of sites."),
     (
         {"protocol": {"compare": ["locl"]}},
@@ -480,10 +499,11 @@ def test_every_range_of_an_option_is_checked(full: str) -> None:
     table, key = full[1:].split("] ")
     other = {"aggregation": {"name": "quality"}} if key == "cases" else {}
     other |= {"collect": {"name": "judged"}} if RULE_WITH[key] == "quality" else {}
-    (line,) = errors(raw(**{table: {"name": RULE_WITH[key], key: -1}} | other))
+    sites = {"west": {"data": "w"}}
+    (line,) = errors(raw(sites=sites, **{table: {"name": RULE_WITH[key], key: -1}} | other))
     given = -1 if key in ("faulty", "keep", "cases") else -1.0
     assert line == f"{full} = {given} is not allowed. Allowed: {OPTION_RANGES[full][1]}."
-    study = parse(**{table: {"name": RULE_WITH[key]}} | other)
+    study = parse(sites=sites, **{table: {"name": RULE_WITH[key]}} | other)
     assert key in getattr(study, table).options, "its own default is in the range"
 
 
@@ -498,7 +518,7 @@ def test_options_of_a_rule_from_outside_have_no_range(tmp_path: Path, monkeypatc
 
 
 def test_what_suits_is_allowed() -> None:
-    parse(aggregation={"name": "quality"}, collect={"name": "judged", "cases": 2})
+    parse(sites={"west": {"data": "w"}}, aggregation={"name": "quality"}, collect={"name": "judged", "cases": 2})
     parse(aggregation={"name": "median"}, collect={"name": "judged"})
     parse(protocol={"name": "splitfed"}, aggregation={"name": "adam"})
     sites = {f"s{i}": {"data": "d"} for i in range(5)}

@@ -35,6 +35,8 @@ class Told:
     """Of the study's sites, by name."""
     partial: bool = False
     """Whether a site annotates some labels only."""
+    annotated: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Of the study's sites: the labels that each looked for in some case."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from concilium.messages import (
 )
 from concilium.planning import Plans, Told, initial_weights, network_of, plan_text, share_one_plan, share_own_plans
 from concilium.record import Record
-from concilium.rehearsal import try_loss, try_network, try_tensors
+from concilium.rehearsal import try_loss, try_network, try_rule, try_tensors
 from concilium.schedule import Setting
 from concilium.sharing import table_of
 from concilium.start_from import Start, check_start, start_of
@@ -116,7 +116,9 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     unknown = annotation_notes(space.labels, {n: told[n].annotated for n in told if n in study.sites})
     ledger.warnings += unknown
     fingerprints = {name: reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites}
-    return Told(space.channels, dict(space.labels), first.file_ending, fingerprints, bool(unknown))
+    every = foreground(space.labels)
+    looked_for = {n: frozenset(every if (own := told[n].annotated) is None else own) for n in fingerprints}
+    return Told(space.channels, dict(space.labels), first.file_ending, fingerprints, bool(unknown), looked_for)
 
 
 def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Plans:
@@ -145,6 +147,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     check_labels(study.local_update, plans.labels)
     if told.partial:
         try_loss(study.loss, plans.labels)
+        try_rule(study.aggregation.name, {name: told.annotated[name] for name in fingerprints})
     if not plans.by_site:
         plans = replace(plans, sharing=share_one_plan(study, plans))
     return replace(plans, start=_start(setting, plans, record, ledger))

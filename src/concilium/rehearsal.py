@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from concilium import catalog
+from concilium.aggregation import compares_updates
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, has_regions, ignored, n_heads
 from concilium.errors import ContractError, StudyError
@@ -82,3 +83,19 @@ def try_loss(loss: PlugIn, labels: Labels) -> None:
             f"[loss] name = {loss.name!r} is not allowed where sites annotate some labels only ({e}). Choose one that "
             "is, such as marginal."
         ) from e
+
+
+def try_rule(rule: str, annotated: Mapping[str, frozenset[str]]) -> None:
+    """Look whether the rule of aggregation goes with the labels that each site annotates.
+
+    Raises:
+        StudyError: it compares sites, and they annotate different ones.
+    """
+    if len(set(annotated.values())) < 2 or not compares_updates(rule):
+        return
+    told = "; ".join(f"{site}: {', '.join(sorted(labels)) or 'nothing'}" for site, labels in annotated.items())
+    fine = ", ".join(repr(name) for name in catalog.names("aggregation") if not compares_updates(name))
+    raise StudyError(
+        f"[aggregation] name = {rule!r} is not allowed where sites annotate different labels ({told}): it would take the only "
+        f"site that knows a label for one that is wrong. Allowed: {fine}. Choose one of these."
+    )

@@ -20,6 +20,7 @@ from concilium.exports import export_run
 from concilium.finished import open_finished
 from concilium.line import Outcome, run
 from concilium.predict import predict
+from concilium.rehearsal import try_rule
 from concilium.study import Study
 
 Make = Callable[..., Study]
@@ -127,6 +128,27 @@ def test_labels_to_teach_that_there_are_not_are_refused_before_anything_trains(p
     with pytest.raises(StudyError, match=r"names 'leison'\. Did you mean 'lesion'"):
         run(study, tmp_path / "run")
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "krum", "agreement", "quality"])
+def test_rules_that_compare_sites_are_refused_where_these_annotate_different_labels(
+    rule: str, partly: Make, tmp_path: Path
+) -> None:
+    """They would throw out the only site that annotates a label."""
+    collect = {"collect__name": "judged"} if rule == "quality" else {}
+    with pytest.raises(
+        StudyError, match=r"\(north: organ; south: lesion; west: lesion, organ\).* Allowed: 'adam', 'fednova', 'mean'"
+    ):
+        run(partly(aggregation__name=rule, test=False, **collect), tmp_path / "run")
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_where_all_look_for_the_same_rules_may_compare_sites() -> None:
+    same = dict.fromkeys(("north", "south", "west"), frozenset({"organ"}))
+    try_rule("krum", same)
+    try_rule("mean", same | {"west": frozenset({"lesion"})})
+    with pytest.raises(StudyError, match="west: nothing"):
+        try_rule("krum", same | {"west": frozenset()})
 
 
 def test_own_heads_draw_and_are_scored_on_what_their_site_looked_for(
