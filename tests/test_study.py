@@ -346,6 +346,10 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         "[local_update] name = 'scaffold' is not allowed with splitfed: ",
     ),
     (
+        {"training": {"optimizer": "sgd"}, "local_update": {"name": "fedadamw"}},
+        "[training] optimizer = 'sgd' is not allowed with [local_update] name = 'fedadamw'. Allowed: 'adam', 'adamw'. Choose",
+    ),
+    (
         {"protocol": {"name": "local"}, "local_update": {"name": "ditto"}},
         "[local_update] name = 'ditto' is not allowed with protocol 'local', which shares no weights for it to refer to. Allowed",
     ),
@@ -401,6 +405,44 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
     (
         {"aggregation": {"name": "krum", "faulty": 1}},
         "[aggregation] faulty = 1 is not allowed with 2 sites in a round. Allowed: 0 to 0, since krum needs 2 · faulty + 3",
+    ),
+    *(
+        (
+            {"local_update": {"name": "condistfl"}, "sharing": {"keep": keep}},
+            f"[local_update] name = 'condistfl' is not allowed with [sharing] keep = {keep}: heads that stay were taught",
+        )
+        for keep in (["heads"], ["decoder"], ["norms", "head*"])
+    ),
+    (
+        {"local_update": {"name": "condistfl"}, "loss": {"name": "dice_ce", "unannotated": "background"}},
+        "[local_update] name = 'condistfl' is not allowed with [loss] unannotated = 'background': the one teaches that",
+    ),
+    (
+        {"loss": {"name": "own_labels"}},
+        "[loss] name = 'own_labels' is not allowed with [sharing] keep = []: shared heads would be told by each site that",
+    ),
+    (
+        {"loss": {"name": "own_labels"}, "sharing": {"keep": ["norms"]}},
+        "[loss] name = 'own_labels' is not allowed with [sharing] keep = ['norms']: shared heads would be told",
+    ),
+    *(
+        (
+            {"aggregation": {"name": rule}, "collect": {"name": "judged" if rule == "quality" else "plain"}, **asked},
+            f"[aggregation] name = '{rule}' is not allowed with {n} in a round: of fewer than 3 none can be told from the",
+        )
+        for rule in ("krum", "agreement", "quality")
+        for n, asked in (
+            ("2 sites", {}),
+            ("2 sites", {"sites": {"west": {"data": "w"}}, "protocol": {"participation": 0.5}}),
+            (
+                "1 site",
+                {"sites": {"west": {"data": "w"}}, "protocol": {"cohorts": [["north", "south"], ["west"]]}},
+            ),
+        )
+    ),
+    (
+        {"aggregation": {"name": "krum", "keep": 50}, "sites": {"west": {"data": "w"}}},
+        "[aggregation] keep = 50 is not allowed with 3 sites in a round. Allowed: 1 to 3: no more updates can be kept",
     ),
     ({"protocol": {"min_sites": 3}}, "[protocol] min_sites = 3 is not allowed. Allowed: 1 to 2, the number of sites."),
     (
@@ -461,10 +503,11 @@ def test_every_range_of_an_option_is_checked(full: str) -> None:
     table, key = full[1:].split("] ")
     other = {"aggregation": {"name": "quality"}} if key == "cases" else {}
     other |= {"collect": {"name": "judged"}} if RULE_WITH[key] == "quality" else {}
-    (line,) = errors(raw(**{table: {"name": RULE_WITH[key], key: -1}} | other))
+    sites = {"west": {"data": "w"}}
+    (line,) = errors(raw(sites=sites, **{table: {"name": RULE_WITH[key], key: -1}} | other))
     given = -1 if key in ("faulty", "keep", "cases") else -1.0
     assert line == f"{full} = {given} is not allowed. Allowed: {OPTION_RANGES[full][1]}."
-    study = parse(**{table: {"name": RULE_WITH[key]}} | other)
+    study = parse(sites=sites, **{table: {"name": RULE_WITH[key]}} | other)
     assert key in getattr(study, table).options, "its own default is in the range"
 
 
@@ -479,12 +522,24 @@ def test_options_of_a_rule_from_outside_have_no_range(tmp_path: Path, monkeypatc
 
 
 def test_what_suits_is_allowed() -> None:
-    parse(aggregation={"name": "quality"}, collect={"name": "judged", "cases": 2})
+    parse(sites={"west": {"data": "w"}}, aggregation={"name": "quality"}, collect={"name": "judged", "cases": 2})
     parse(aggregation={"name": "median"}, collect={"name": "judged"})
     parse(protocol={"name": "splitfed"}, aggregation={"name": "adam"})
     sites = {f"s{i}": {"data": "d"} for i in range(5)}
     document = raw(aggregation={"name": "krum", "faulty": 1}) | {"sites": sites}
     assert parse_study(document, folder=Path("/"), check_data=False).aggregation.options["faulty"] == 1
+
+
+def test_a_teacher_is_none_where_there_are_no_labels_but_a_sites_own() -> None:
+    found = errors(raw(local_update={"name": "condistfl"}, loss={"name": "own_labels"}))
+    assert any("condistfl' is not allowed with [loss] name = 'own_labels'" in line for line in found)
+
+
+def test_what_fits_partial_labels_is_allowed() -> None:
+    parse(loss={"name": "own_labels"}, sharing={"keep": ["heads", "norms"]})
+    parse(loss={"name": "own_labels"}, sharing={"keep": ["head*"]})
+    parse(loss={"name": "own_labels"}, protocol={"name": "local"})
+    parse(loss={"name": "marginal"}, local_update={"name": "condistfl"}, sharing={"keep": ["norms"]})
 
 
 @pytest.mark.parametrize("full", RANGES)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from concilium.aggregation import must_see_updates
 from concilium.catalog import allowed, names
 from concilium.data.division_rules import DIVISION_RANGES
 from concilium.errors import StudyError
-from concilium.local_updates import exchanges, has_personal, is_more_than_a_step, needs_others
-from concilium.protocols._cohort import cohort_problems, fewest, left_out
+from concilium.local_updates import exchanges, has_personal, is_more_than_a_step, needs_others, optimizers_of
+from concilium.protocols._cohort import cohort_problems, left_out
+from concilium.protocols._rules import rule_problems
 from concilium.protocols._turns import turn_problems
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -126,9 +126,7 @@ def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
         problems.append(
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )
-    return (
-        problems + _misresized(found) + _cannot_split(found) + _cannot_update(found) + _cannot_aggregate(found, n_sites)
-    )
+    return problems + _misresized(found) + _cannot_split(found) + _cannot_update(found) + rule_problems(found, n_sites)
 
 
 def _misresized(found: Mapping[str, Any]) -> list[str]:
@@ -215,53 +213,22 @@ def _cannot_split(found: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _cannot_aggregate(found: Mapping[str, Any], n_sites: int) -> list[str]:
-    """What a rule does not get from the protocol or from the way of collecting that the study names."""
-    p, rule, collect = found["protocol"], found["aggregation"], found["collect"]
-    problems = []
-    sees = _must_see(rule.name)
-    where = f"[aggregation] name = {rule.name!r} is not allowed with"
-    if p and p.name == "splitfed" and sees:
-        problems.append(
-            f"{where} splitfed: it must see each site's update, and only sums are formed there. Allowed: a rule for which the "
-            "sum is enough, such as 'mean'."
-        )
-    if rule.name == "quality" and collect.name == "plain":
-        problems.append(
-            f"{where} [collect] name = 'plain': nobody judges the updates. Allowed: 'judged'. Add [collect] name = 'judged'."
-        )
-    if collect.name == "judged" and not sees:
-        problems.append(
-            f"{where} [collect] name = 'judged': it does not look at single updates, which would be judged for nothing. Allowed: "
-            "'quality'. Choose it, or take [collect] out."
-        )
-    faulty = rule.options.get("faulty") if rule.name == "krum" else None
-    n_sites = fewest(tuple(found["sites"]), p.options, p.min_sites or 1) if p and found["sites"] else n_sites
-    if faulty and n_sites < 2 * faulty + 3:
-        problems.append(
-            f"[aggregation] faulty = {faulty} is not allowed with {n_sites} sites in a round. Allowed: 0 to "
-            f"{max(0, (n_sites - 3) // 2)}, since krum needs 2 · faulty + 3 sites."
-        )
-    return problems
-
-
-def _must_see(rule: str) -> bool:
-    try:
-        return must_see_updates(rule)
-    except StudyError:  # there is no such rule, which is told elsewhere
-        return False
-
-
 def _cannot_update(found: Mapping[str, Any]) -> list[str]:
     """What local updates cannot do under a protocol, or with another part of their own."""
-    p, name = found["protocol"], found["local_update"].name
+    p, name, training = found["protocol"], found["local_update"].name, found.get("training")
     try:
+        wanted = optimizers_of(name)
         more, exchange, personal, together = (
             is_more_than_a_step(name), exchanges(name), has_personal(name), needs_others(name)
         )  # fmt: skip
     except StudyError:  # no such update, which was said already
         return []
     problems = []
+    if wanted and training and training.optimizer not in wanted:
+        problems.append(
+            f"[training] optimizer = {training.optimizer!r} is not allowed with [local_update] name = {name!r}. Allowed: "
+            f"{', '.join(map(repr, wanted))}. Choose one of these, or another local update."
+        )
     if more and (exchange or personal or together):
         problems.append(
             f"[local_update] name = {name!r} is not allowed: beside `bring` it has finish, PERSONAL or TOGETHER, of which "

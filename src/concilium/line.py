@@ -246,7 +246,7 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
         failures = {**dict.fromkeys(missing, NOT_READY), **unsaved, **done.failures}
         done = replace(done, failures=failures, asked=model.steps)
         record.commit(model.key, done, seconds=time.monotonic() - began)
-        losses = [a.loss for a in done.answers.values()]
+        losses = [a.loss for a in done.answers.values() if a.n_steps]
         loss = sum(losses) / len(losses) if losses else None
         work.watch(Event("round", model=model.key, round=done.number, rounds=p.rounds, loss=loss))
         for site, failure in done.failures.items():

@@ -496,8 +496,8 @@ class Described:
 
 @dataclass(frozen=True)
 class Trained:
-    """An update after `n_steps`, fewer than asked for where time was short. `loss` is the mean over the steps; `weights` is empty
-    where they were not asked for."""
+    """An update after `n_steps`, fewer than asked for where time was short, or nothing annotated in a batch; after none it does
+    not count. `loss` is the mean over the steps; `weights` is empty where they were not asked for."""
 
     weights: Tensors
     n_cases: int
@@ -531,7 +531,8 @@ class Handed:
 
 @dataclass(frozen=True)
 class Maps:
-    """Activations of the front: float maps, whose gradients come back, or whole numbers, which have none."""
+    """Activations of the front: float maps, whose gradients come back, or whole numbers, which have none. No map at all where
+    nothing is annotated in the batch: then no part of the network takes a step."""
 
     maps: tuple[Tensor, ...]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from concilium import catalog
 from concilium.data.draws import drawn_from
-from concilium.data.labels import Labels, n_heads
+from concilium.data.labels import Labels, foreground, n_heads
 from concilium.data.plan import make_plans, open_plan
+from concilium.errors import StudyError
 from concilium.messages import Fingerprint, Tensors
 from concilium.networks import Stages, make_network, names_elsewhere
 from concilium.schedule import Model
@@ -36,6 +37,11 @@ class Told:
     """Whether a site annotates some labels only, or does in some cases."""
     annotated: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
     """Of the study's sites: what was looked for in some case; `None`: all."""
+
+    def looked_for(self, sites: Collection[str]) -> dict[str, frozenset[str]]:
+        """The labels that each of these sites looked for in some case."""
+        every = foreground(self.labels)
+        return {site: frozenset(every if (own := self.annotated[site]) is None else own) for site in sites}
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def share_one_plan(study: Study, plans: Plans) -> Sharing:
     """What is shared of one network.
 
     Raises:
-        StudyError: what is to be kept is not in it, or is all of it.
+        StudyError: what is to be kept is not in it, or not in the part that sites have, or is all of it.
     """
     if not study.sharing.keep:
         return EVERYTHING
@@ -122,7 +128,7 @@ def share_one_plan(study: Study, plans: Plans) -> Sharing:
         network = build()
         kept = kept_of(network, study.sharing.keep)
         if at_sites is not None:
-            kept &= at_sites(build, **study.protocol.options)
+            kept = _at_sites(network, kept, at_sites(build, **study.protocol.options), study)
     size = sum(t.numel() for t in network.state_dict().values())
     own_heads = study.sites if _lie_in(network, kept) else ()
     return Sharing(kept, sizes=dict.fromkeys(study.sites, size), own_heads=frozenset(own_heads))
@@ -132,6 +138,19 @@ def _lie_in(network: Stages, kept: Collection[str]) -> bool:
     """Whether all tensors of the layers that make logits are among these, by whatever words a study keeps them."""
     heads = set(ROLES["heads"](network))
     return bool(heads) and heads <= set(kept)
+
+
+def _at_sites(network: Stages, kept: frozenset[str], there: frozenset[str], study: Study) -> frozenset[str]:
+    """What is kept of the tensors that sites have, where the server has the others."""
+    for one in study.sharing.keep:
+        if kept_of(network, [one]).isdisjoint(there):
+            stages = ", ".join(dict.fromkeys(n.partition(".")[0] for n in network.state_dict() if n in there))
+            raise StudyError(
+                f"[sharing] keep = {list(study.sharing.keep)} is not possible with protocol {study.protocol.name!r}: {one!r} "
+                f"names tensors of the server's part only. Allowed: tensors that sites have, of the stages {stages}. Correct "
+                "it, take it out, or choose another [protocol] cut."
+            )
+    return kept & there
 
 
 def share_own_plans(

@@ -33,7 +33,7 @@ from concilium.messages import (
 )
 from concilium.planning import Plans, Told, initial_weights, network_of, plan_text, share_one_plan, share_own_plans
 from concilium.record import Record
-from concilium.rehearsal import try_loss, try_network, try_tensors
+from concilium.rehearsal import try_loss, try_network, try_rule, try_tensors
 from concilium.schedule import Setting
 from concilium.sharing import Sharing, table_of
 from concilium.start_from import Start, check_start, start_of
@@ -151,6 +151,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     check_labels(study.local_update, plans.labels)
     if told.partial:
         try_loss(study, plans.labels)
+        try_rule(study.aggregation.name, told.looked_for(fingerprints))
     if not plans.by_site:
         plans = replace(plans, sharing=share_one_plan(study, plans))
         _note_own_heads(setting, plans.sharing, record)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from concilium import catalog
+from concilium.aggregation import compares_updates
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, has_regions, ignored, n_heads
 from concilium.errors import ContractError, StudyError
@@ -36,18 +37,27 @@ def try_tensors(study: Study, network: Callable[..., Stages]) -> None:
     """Look for the tensors that the study names in its network.
 
     Raises:
-        StudyError: it has none of them, or no running statistics that could be estimated anew.
+        StudyError: it has none of them, none that trains, or no running statistics that could be estimated anew.
     """
     with drawn_from("check"):
         built = network()
     if study.personalize.tensors:
-        named(built, study.personalize.tensors, where="[personalize] tensors")
+        _try_fine_tuning(built, study.personalize.tensors)
     if study.sharing.keep:
         kept_of(built, study.sharing.keep)
     if study.sharing.unseen == "reestimate" and not named_statistics(built):
         raise StudyError(
             f"[sharing] unseen = 'reestimate' is not possible with network {study.network.name!r}: its norms have no running "
             "statistics. Allowed: 'none', 'mean'. Choose one, or norms that have, such as norm = 'batch' of unet."
+        )
+
+
+def _try_fine_tuning(network: Stages, tensors: Sequence[str]) -> None:
+    chosen = named(network, tensors, where="[personalize] tensors")
+    if not any(p.requires_grad for name, p in network.named_parameters(remove_duplicate=False) if name in chosen):
+        raise StudyError(
+            f"[personalize] tensors = {list(tensors)} is not possible: none of these {len(chosen)} tensors trains. Allowed: "
+            "roles or patterns with weights or biases, such as 'norms' or 'heads'. Choose one, or take tensors out to train all."
         )
 
 
@@ -80,3 +90,19 @@ def try_loss(study: Study, labels: Labels) -> None:
             f"[loss] name = {loss.name!r} is not allowed where sites annotate some labels only"
             f", or do in some cases ({e}). Choose one that is, such as marginal."
         ) from e
+
+
+def try_rule(rule: str, annotated: Mapping[str, frozenset[str]]) -> None:
+    """Look whether the rule of aggregation goes with the labels that each site annotates.
+
+    Raises:
+        StudyError: it compares sites, and they annotate different ones.
+    """
+    if len(set(annotated.values())) < 2 or not compares_updates(rule):
+        return
+    told = "; ".join(f"{site}: {', '.join(sorted(labels)) or 'nothing'}" for site, labels in annotated.items())
+    fine = ", ".join(repr(name) for name in catalog.names("aggregation") if not compares_updates(name))
+    raise StudyError(
+        f"[aggregation] name = {rule!r} is not allowed where sites annotate different labels ({told}): it would take the only "
+        f"site that knows a label for one that is wrong. Allowed: {fine}. Choose one of these."
+    )

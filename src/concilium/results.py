@@ -90,7 +90,8 @@ def short_of_steps(model: str, rounds: Sequence[Mapping[str, Any]]) -> list[str]
     sites = sorted({site for line in rounds for site in line["sites"]})
     took = {site: _took(site, rounds) for site in sites}
     return [
-        f"{model}: {site} took {t['n_steps']} of {t['n_asked']} steps in the time of its rounds, and counted for so much less."
+        f"{model}: {site} took {t['n_steps']} of {t['n_asked']} steps in the time of its rounds, and counted for so much less. "
+        "A batch in which nothing is annotated is no step."
         for site, t in took.items()
         if t["n_steps"] < t["n_asked"]
     ]

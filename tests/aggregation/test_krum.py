@@ -49,11 +49,14 @@ def test_by_hand() -> None:
 
 
 def test_of_equal_scores_the_first_site_has_it() -> None:
-    """0 and 1 and 2 and 3: the two in the middle have 1 + 1; and of two sites neither is closer."""
+    """0 and 1 and 2 and 3: the two in the middle have 1 + 1."""
     assert rule(by_hand([3.0], [1.0], [2.0], [0.0]), {}, before={})[0]["x"].item() == 1.0
     assert rule(by_hand([3.0], [2.0], [1.0], [0.0]), {}, before={})[0]["x"].item() == 2.0
-    assert rule(by_hand([5.0], [7.0]), {}, before={})[0]["x"].item() == 5.0
     assert rule(by_hand([5.0]), {}, before={}, faulty=3)[0]["x"].item() == 5.0
+
+
+def test_of_two_sites_neither_is_closer_and_it_is_their_mean() -> None:
+    assert rule(by_hand([5.0], [7.0], n_cases=(1, 99)), {}, before={})[0]["x"].item() == 6.0
 
 
 def test_all_kept_is_the_unweighted_mean() -> None:

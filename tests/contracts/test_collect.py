@@ -110,6 +110,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "shape": (update(2.0, a=torch.ones(3, 2)), "wrong_tensors"),
     "type": (update(2.0, a=torch.ones(2, 3).double()), "wrong_tensors"),
     "no steps": (Trained(GOOD.weights, 3, 0, 0.5, 1.0), "wrong_steps"),
+    "fewer steps than none": (Trained(GOOD.weights, 3, -1, 0.0, 1.0), "wrong_steps"),
     "more steps than were asked": (Trained(GOOD.weights, 3, 6, 0.5, 1.0), "wrong_steps"),
     "control of no tensor": (Trained(GOOD.weights, 3, 5, 0.5, 1.0, {"b": torch.ones(1)}), "wrong_tensors"),
     "control of another shape": (Trained(GOOD.weights, 3, 5, 0.5, 1.0, {"a": torch.ones(3)}), "wrong_tensors"),

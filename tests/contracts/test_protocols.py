@@ -696,6 +696,30 @@ def test_cohorts_of_sites_that_have_different_tensors() -> None:
     assert values(only_south[0], "norm") == [16.0], "of which nobody was asked, it stays as it was"
 
 
+def test_where_nobody_of_the_only_block_is_asked_weights_and_state_stay() -> None:
+    """West shares nothing: alone in its turn, it leaves no update to make weights of."""
+    two = ("north", "south")
+    blocks = (Block({"conv": torch.empty(1, 2, device="meta")}, {s: {"conv": "conv"} for s in two}),)
+    sharing = Sharing(blocks=blocks, sizes={"north": 2, "south": 2, "west": 3})
+
+    class Lone(ToySite):
+        def answer(self, request: Request) -> Reply | Failure:
+            return Trained({}, self.n_cases, 1, 0.5, 0.25)
+
+    engine, start = (
+        north_and_south(west=Lone(6.0, 2)),
+        start_with({"conv": part(START.tensors, WEIGHTS)["conv"]}),
+    )
+
+    def rule(total: Any, state: Tensors, *, before: Tensors) -> tuple[Tensors, Tensors]:
+        return total.mean(), {"n": state.get("n", torch.zeros(())) + 1}
+
+    rounds = list(running("federated", engine, start, rounds=2, cohorts=TURNS, sharing=sharing, rule=rule))
+    assert [set(r.answers) for r in rounds] == [set(two), {"west"}]
+    assert values(rounds[0]) == values(rounds[1])
+    assert [float(r.tensors["rule/n"]) for r in rounds] == [1.0, 1.0]
+
+
 def test_what_a_site_keeps_begins_in_its_own_first_round() -> None:
     engine = three()
     sharing = Sharing(kept=frozenset({"norm"}), sizes={"north": 3, "south": 3, "west": 3})

@@ -19,10 +19,10 @@ from concilium.data.labels import n_heads, silenced
 from concilium.errors import DataError, StudyError
 from concilium.exports import export_run
 from concilium.finished import open_finished
-from concilium.line import Outcome, run
+from concilium.line import Event, Outcome, run
 from concilium.messages import PlugIn
 from concilium.predict import predict
-from concilium.rehearsal import try_loss
+from concilium.rehearsal import try_loss, try_rule
 from concilium.study import Study
 
 Make = Callable[..., Study]
@@ -185,6 +185,88 @@ def test_labels_to_teach_that_there_are_not_are_refused_before_anything_trains(p
     with pytest.raises(StudyError, match=r"names 'leison'\. Did you mean 'lesion'"):
         run(study, tmp_path / "run")
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def annotating(source: Path, folder: Path, what: Callable[[list[str]], Any]) -> Path:
+    """A copy of a data set whose dataset.json says what is annotated, of the names of its cases."""
+    shutil.copytree(source, folder)
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (source / "labelsTr").iterdir())
+    about = json.loads((source / "dataset.json").read_text()) | {"annotated": what(cases)}
+    (folder / "dataset.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize("protocol", ["federated", "splitfed v1", "splitfed v2"])
+def test_a_round_in_which_nothing_is_annotated_changes_nothing(
+    protocol: str, small_study: Make, phantom: Path, tmp_path: Path
+) -> None:
+    """Neither weights nor running statistics, nor the optimiser at the server: the south's turn comes second."""
+    name, _, variant = protocol.partition(" ")
+    south = annotating(phantom / "south", tmp_path / "south", lambda cases: [])
+    kept: list[dict[str, Any]] = []
+
+    def watch(event: Event) -> None:
+        if event.kind == "round":
+            (state,) = (tmp_path / "run" / "checkpoints" / name).glob(f"*{event.round}.safetensors")
+            kept.append(load_file(state))
+
+    changes = {"protocol__variant": variant} if variant else {}
+    study = small_study(
+        sites=("north", "south"), sites__south={"data": str(south)}, test=False,
+        loss__name="marginal", network__name="unet", network__norm="batch", network__levels=3, protocol__rounds=2,
+        protocol__name=name, protocol__min_sites=1, protocol__cohorts=[["north"], ["south"]], **changes,
+    )  # fmt: skip
+    outcome = run(study, tmp_path / "run", watch=watch)
+    assert outcome.exit_code == 0
+    assert kept[0].keys() == kept[1].keys()
+    assert [n for n in kept[0] if not equal(kept[0][n], kept[1][n])] == []
+    lines = [json.loads(line)["sites"] for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert (lines[1]["south"]["n_steps"], lines[1]["south"]["loss"]) == (0, 0.0)
+
+
+def test_batches_in_which_nothing_is_annotated_are_no_steps(small_study: Make, phantom: Path, tmp_path: Path) -> None:
+    """The loss is the mean over the others, which is about 2 in the first round; a site that took none changes no mean."""
+    folder = annotating(phantom / "north", tmp_path / "n", lambda cases: {case: [] for case in cases[::2]})
+    south = annotating(phantom / "south", tmp_path / "s", lambda cases: [])
+    changes = {
+        "loss__name": "marginal",
+        "test": False,
+        "protocol__rounds": 1,
+        "protocol__steps": 8,
+        "training__batch_size": 1,
+    }
+    found = {}
+    for sites in (("north",), ("north", "south")):
+        study = small_study(
+            sites=sites, **{"sites__north": {"data": str(folder)}}, protocol__min_sites=1,
+            **({"sites__south": {"data": str(south)}} if "south" in sites else {}), **changes,
+        )  # fmt: skip
+        out = tmp_path / "-".join(sites)
+        assert run(study, out).exit_code == 0
+        found[sites] = json.loads((out / "rounds.jsonl").read_text())["sites"]["north"]
+        assert 0 < found[sites]["n_steps"] < found[sites]["n_asked"] == 8
+        assert found[sites]["loss"] > 1.7
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "krum", "agreement", "quality"])
+def test_rules_that_compare_sites_are_refused_where_these_annotate_different_labels(
+    rule: str, partly: Make, tmp_path: Path
+) -> None:
+    """They would throw out the only site that annotates a label."""
+    collect = {"collect__name": "judged"} if rule == "quality" else {}
+    with pytest.raises(
+        StudyError, match=r"\(north: organ; south: lesion; west: lesion, organ\).* Allowed: 'adam', 'fednova', 'mean'"
+    ):
+        run(partly(aggregation__name=rule, test=False, **collect), tmp_path / "run")
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_where_all_look_for_the_same_rules_may_compare_sites() -> None:
+    same = dict.fromkeys(("north", "south", "west"), frozenset({"organ"}))
+    try_rule("krum", same)
+    try_rule("mean", same | {"west": frozenset({"lesion"})})
+    with pytest.raises(StudyError, match="west: nothing"):
+        try_rule("krum", same | {"west": frozenset()})
 
 
 def test_own_heads_draw_and_are_scored_on_what_their_site_looked_for(

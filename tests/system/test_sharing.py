@@ -85,7 +85,10 @@ def test_what_is_kept_crosses_in_neither_direction_and_differs_between_sites(
     keep: list[str], protocol: str, brief: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed = seen_at_sites(monkeypatch)
-    outcome = run(brief(protocol__name=protocol, sharing__keep=keep), tmp_path / "run")
+    at_sites = (
+        keep if protocol == "federated" else [name.replace("up0", "head0") for name in keep]
+    )  # up0 is the server's
+    outcome = run(brief(protocol__name=protocol, sharing__keep=at_sites), tmp_path / "run")
     assert outcome.exit_code == 0
     models = {site: at_site(tmp_path / "run", site, protocol) for site in SITES}
     north = models["north"]
@@ -304,6 +307,12 @@ def test_rules_go_together_with_tensors_that_stay_and_plans_by_site(
         ({"sharing__keep": ["nothing.*"]}, "is no tensor of this network"),
         ({"sharing__keep": ["*"]}, "keeps all"),
         ({"personalize__steps": 1, "personalize__tensors": ["nothing"]}, "is no tensor of this network"),
+        ({"personalize__steps": 1, "personalize__tensors": ["statistics"]}, "none of these 18 tensors trains"),
+        ({"protocol__name": "splitfed", "sharing__keep": ["down1.*"]}, "names tensors of the server's part only"),
+        (
+            {"protocol__name": "splitfed", "sharing__keep": ["stem", "down1.*"]},
+            "names tensors of the server's part only",
+        ),
     ],
 )
 def test_tensors_that_are_not_there_are_told_before_anything_trains(

@@ -9,7 +9,16 @@ need not be visible to the server. The second kind must see each, and is refused
 sorted by site, and their tensors are read when they are asked for.
 
 A file may also have `weight(n_cases: int, share: float) -> float`: what an update counts in the sum, for a site of so many
-training cases that took this share of the steps that were asked of it. Without it that is their product.
+training cases that took this share of the steps that were asked of it. Without it that is their product. And it may declare
+
+    COMPARES = True
+
+It tells from how updates differ which are to count: refused where sites annotate different labels, since the only one that knows
+a label would be taken for one that is wrong.
+
+    LEAST = 3
+
+So many sites must be asked in every round; omitted: 1. Where fewer answer, or have a tensor, the rule still gets their updates.
 """
 
 from __future__ import annotations
@@ -77,9 +86,23 @@ def must_see_updates(rule: str) -> bool:
     return next(iter(inspect.signature(catalog.load("aggregation", rule)).parameters), "") == "updates"
 
 
+def compares_updates(rule: str) -> bool:
+    """Whether a rule tells from how updates differ which are to count."""
+    return bool(_declared(rule, "COMPARES", False))
+
+
+def least_updates(rule: str) -> int:
+    """How many sites a rule needs in every round."""
+    return int(_declared(rule, "LEAST", 1))
+
+
+def _declared(rule: str, name: str, otherwise: Any) -> Any:
+    return getattr(inspect.getmodule(catalog.load("aggregation", rule)), name, otherwise)
+
+
 def weight_of(rule: str) -> Callable[[int, float], int]:
     """What an update counts in the sum, in whole units of a thousandth of a case; at least 1."""
-    weigh = getattr(inspect.getmodule(catalog.load("aggregation", rule)), "weight", None)
+    weigh = _declared(rule, "weight", None)
     count = cast(Callable[[int, float], Any], weigh or (lambda n_cases, share: n_cases * share))
     return lambda n_cases, share: max(1, round(UNITS * count(n_cases, share)))
 

@@ -39,6 +39,9 @@ from concilium.aggregation._standing import mean_of_parts, recall, remember
 from concilium.aggregation._statistics import is_measured
 from concilium.messages import Tensors
 
+COMPARES = True
+LEAST = 3
+
 FIRST, REACH = "first", "reach"
 """In the state: the median loss of the first round, and what the tolerated lag is a share of."""
 TOO_LONG = 10.0

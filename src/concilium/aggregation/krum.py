@@ -6,8 +6,9 @@ first site's, in the order of names. An update that is kept as a whole is a netw
 cases, and with `keep` = 1 what all other sites have learnt in the round.
 
 `faulty` is how many sites may send anything; omitted, the most for which the paper's bound holds, n ≥ 2 · faulty + 3. Where
-fewer sites answered in a round, at least one neighbour counts, and the bound does not hold. Distances are over all float
-tensors.
+fewer sites answered in a round, at least one neighbour counts, and the bound does not hold; two are equally far from each other,
+so of two, as where two have a tensor in common ([plan] fingerprint = "site"), the new weights are their unweighted mean.
+Distances are over all float tensors.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from concilium.aggregation import Update
 from concilium.aggregation._each import pieces, weighted_mean
 from concilium.messages import Tensors
 
+COMPARES = True
+LEAST = 3
+
 
 def rule(
     updates: Sequence[Update], state: Tensors, *, before: Tensors, faulty: int | None = None, keep: int = 1
@@ -31,6 +35,8 @@ def rule(
         faulty: how many sites may send anything; omitted: the most that so many sites allow.
         keep: how many updates the mean is formed of.
     """
+    if len(updates) < LEAST:
+        return weighted_mean(updates, [1] * len(updates)), state
     scores = scores_of(squared_distances(updates), faulty)
     best = sorted(range(len(updates)), key=lambda i: (scores[i], i))[:keep]
     return weighted_mean(updates, [int(i in best) for i in range(len(updates))]), state

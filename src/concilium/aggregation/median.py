@@ -13,6 +13,8 @@ from concilium.aggregation import Update
 from concilium.aggregation._each import elementwise, middle
 from concilium.messages import Tensors
 
+COMPARES = True
+
 
 def rule(updates: Sequence[Update], state: Tensors, *, before: Tensors) -> tuple[Tensors, Tensors]:
     """The median of each weight over sites."""

@@ -26,6 +26,9 @@ from concilium.aggregation._standing import mean_of_parts, remember
 from concilium.errors import StudyError
 from concilium.messages import Tensors
 
+COMPARES = True
+LEAST = 3
+
 POOR = 0.05
 """A quality below which differences say little."""
 

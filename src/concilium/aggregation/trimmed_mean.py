@@ -14,6 +14,8 @@ from concilium.aggregation import Update
 from concilium.aggregation._each import elementwise, middle
 from concilium.messages import Tensors
 
+COMPARES = True
+
 
 def rule(updates: Sequence[Update], state: Tensors, *, before: Tensors, share: float = 0.2) -> tuple[Tensors, Tensors]:
     """The trimmed mean of each weight over sites.

@@ -57,6 +57,8 @@ class Session:
         """What the front left in the step at hand; its top `_reach` maps were sent."""
         self._reach = self.parts.body.reach()
         self._batch: Batch | None = None
+        self._known = True
+        """Whether anything is annotated in the batch of the step at hand; otherwise the step changes nothing, anywhere."""
         self._own: dict[int, Tensor] = {}
         """Gradients that the tail gave maps of the stack which never left."""
 
@@ -78,6 +80,10 @@ class Session:
         training, device = self.learner.job.training, self.learner.device
         self._batch = next(self._batches).to(device)
         image = self._batch.image
+        self._known = not self._batch.is_unknown
+        if not self._known:
+            self._next = ("tail", request.step)
+            return Maps(())
         set_rate(
             self.learner.optimizer, training, step=request.first_step + request.step, total_steps=request.total_steps
         )
@@ -86,7 +92,7 @@ class Session:
         with autocast(device, training.precision):
             self._stack = self.parts.front.run((image,))
         sent = self._stack[self._home :]
-        if request.step == 0 and any(_shows(image, m) for m in sent):
+        if not self._losses and any(_shows(image, m) for m in sent):
             raise PrivacyError(
                 f"After {self.parts.front.names[-1]} the image itself would leave the site. Cut where no map is the image.",
                 rule="image",
@@ -104,6 +110,8 @@ class Session:
         """
         began = time.monotonic()
         self._expect(request.model, request.round, "tail", request.step)
+        if not (self._known or request.maps or request.order):
+            return self._then(Gradients(()), request.step)
         device, home = self.learner.device, self._home
         if request.order.count(-1) != len(request.maps) or any(not -1 <= j < self._reach for j in request.order):
             raise ContractError(
@@ -119,22 +127,28 @@ class Session:
                 f"Maps of type {', '.join(str(m.dtype) for m in left)} came, in the order {request.order}. Expected "
                 f"{', '.join(self.parts.left)}: whole numbers as uint8, all others float. Start the round again."
             )
-        seed_all(*self._keys[request.step], "tail")
-        with autocast(device, self.learner.job.training.precision):
-            logits = self.parts.tail.run((*(own[i] for i in range(home)), *left))[::-1]
+        self._descend((*(own[i] for i in range(home)), *left), request.step)
+        self._own = {i: m.grad for i, m in own.items() if m.grad is not None}
+        self._seconds += time.monotonic() - began
+        return self._then(Gradients(tuple(gradient_of(m) for m in came if m.requires_grad)), request.step)
+
+    def _then(self, gradients: Gradients, step: int) -> Gradients:
+        """These gradients; the front of the next step must come next, or the end."""
+        self._batch = None
+        self._next = ("front", step + 1) if step + 1 < self.steps else ("finish", self.steps)
+        return gradients
+
+    def _descend(self, maps: Stack, step: int) -> None:
+        """Run the tail and the loss, and back-propagate to these maps."""
+        seed_all(*self._keys[step], "tail")
+        with autocast(self.learner.device, self.learner.job.training.precision):
+            logits = self.parts.tail.run(maps)[::-1]
         loss = self._objective(logits, cast(Batch, self._batch))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"The loss of {self.model} is {value} at step {request.step} of round {self.round}."
-            )
+            raise FloatingPointError(f"The loss of {self.model} is {value} at step {step} of round {self.round}.")
         loss.backward()  # type: ignore[no-untyped-call]
-        self._own = {i: m.grad for i, m in own.items() if m.grad is not None}
         self._losses.append(value)
-        self._batch = None
-        self._next = ("front", request.step + 1) if request.step + 1 < self.steps else ("finish", self.steps)
-        self._seconds += time.monotonic() - began
-        return Gradients(tuple(gradient_of(m) for m in came if m.requires_grad))
 
     def finish(self, request: Finish) -> Trained:
         """Finish the last step; the update of front and tail.
@@ -163,6 +177,8 @@ class Session:
 
     def _finish_step(self, gradients: Sequence[Tensor]) -> None:
         """Back-propagate through the front with the gradients that came and those of the maps that stayed, and step."""
+        if not (self._known or gradients):
+            return
         places = [i for i in range(self._home, len(self._stack)) if self._stack[i].is_floating_point()]
         if not are_of(gradients, [self._stack[i] for i in places]):
             raise ContractError(

@@ -202,7 +202,7 @@ class Learner:
         if not all(bool(torch.isfinite(t).all()) for t in (*self.network.parameters(), *own)):
             raise FloatingPointError(f"Weights of {model} are not finite after round {round}.")
         n_cases = len(self.job.entries["training"])
-        mean = sum(losses) / len(losses)
+        mean = sum(losses) / max(1, len(losses))
         weights, beside = (
             ({n: t for n, t in tensors.items() if n not in self.kept} if send else {})
             for tensors in (self.weights(), control or {})
@@ -296,5 +296,5 @@ class Learner:
                 raise FloatingPointError(
                     f"The loss of {request.model} is {loss} at step {step} of round {request.round}."
                 )
-            losses.append(loss)
+            losses += [] if batch.is_unknown else [loss]  # nothing annotated: no step was taken
         return losses

@@ -39,7 +39,7 @@ def receive(
         elif isinstance(reply, Trained):
             share = reply.n_steps / asked[site]
             for block, total in zip(blocks, totals, strict=True):
-                if site in block.names:
+                if site in block.names and reply.n_steps:  # after no step there is no update
                     total.add(_of_block(reply, block, site), weigh(reply.n_cases, share))
                     if spool is not None:
                         kept.setdefault(site, []).append(_on_disk(reply, block, site, share, spool))
@@ -79,7 +79,7 @@ def _problem(
         return SiteError("ContractError", "wrong_tensors", "")
     if not 1 <= reply.n_cases <= LARGEST_WEIGHT // UNITS:
         return SiteError("ContractError", "no_cases" if reply.n_cases < 1 else "too_many_cases", "")
-    if not 1 <= reply.n_steps <= asked[site]:
+    if not 0 <= reply.n_steps <= asked[site] or (reply.n_steps == 0 and reply.loss != 0):
         return SiteError("ContractError", "wrong_steps", "")
     if not math.isfinite(reply.loss) or not math.isfinite(reply.seconds):
         return SiteError("FloatingPointError", "not_finite", "")

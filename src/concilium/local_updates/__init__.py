@@ -20,6 +20,10 @@ A second network of the site's own, with an optimiser, that stays there and is e
 
 It makes sense only where weights are shared: models that train alone (`local`, `centralized`) then take `plain` steps.
 
+    OPTIMIZERS = ("adam", "adamw")
+
+It makes sense with these optimisers of the study only; others are refused.
+
     check(labels: Labels, **options) -> None
 
 called for every variant before anything trains: it raises a `StudyError` where the update cannot train a network of these
@@ -171,6 +175,11 @@ def exchanges(name: str) -> bool:
 def needs_others(name: str) -> bool:
     """Whether a local update makes sense only where weights are shared."""
     return _part_of(name, "TOGETHER") is not None
+
+
+def optimizers_of(name: str) -> tuple[str, ...]:
+    """The optimisers that a local update needs one of; none: any will do."""
+    return _part_of(name, "OPTIMIZERS") or ()
 
 
 def when_alone(local_update: PlugIn) -> PlugIn:

@@ -24,6 +24,7 @@ from concilium.local_updates import Local, take, trained
 from concilium.messages import Tensors
 
 TOGETHER = True
+OPTIMIZERS = ("adam", "adamw")
 WAY, BEFORE, RATES, LAST = "way/", "before/", "rates", "last"
 """What the memory holds: in a round, the way per unit of rate and the sum of the rates so far; between, x_r and the last sum."""
 LONG_AGO = 1e6

@@ -59,12 +59,15 @@ class Body:
         """Run on the maps that a site sent; the maps and the order that go back (`messages.Tail`).
 
         Args:
-            maps: the lowest first.
+            maps: the lowest first; none: nothing is annotated in the batch, and the step changes nothing.
             key: of the step, from which dropout and the like are drawn.
 
         Raises:
             ContractError: they are not as many as this body takes, not of these types, or not finite.
         """
+        if not maps:
+            self.give_up()
+            return (), ()
         if not are_of_kinds(maps, self.takes) or not all_finite(maps):
             raise ContractError(
                 f"Maps of type {', '.join(str(m.dtype) for m in maps) or 'none'} came. Expected {', '.join(self.takes)}: whole "
@@ -92,9 +95,10 @@ class Body:
                 f"{len(gradients)} gradients came. Expected {len(self._out)}, finite, in shape and type of the float maps that "
                 "were sent. Start the round again."
             )
-        torch.autograd.backward(self._out, [g.to(self.device) for g in gradients])
-        set_rate(self.optimizer, self.training, step=step, total_steps=total_steps)
-        clip_and_step(self.network.parameters(), self.optimizer, self.training.clip_norm)
+        if self._in:
+            torch.autograd.backward(self._out, [g.to(self.device) for g in gradients])
+            set_rate(self.optimizer, self.training, step=step, total_steps=total_steps)
+            clip_and_step(self.network.parameters(), self.optimizer, self.training.clip_norm)
         back = tuple(gradient_of(m) for m in self._in if m.requires_grad)
         self.give_up()
         return back

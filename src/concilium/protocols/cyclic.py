@@ -233,4 +233,4 @@ def _copy(card: Card | None) -> Card | None:
 def _is_sound(told: Trained, asked: Train) -> bool:
     """Whether a site tells of its training what can be."""
     numbers = math.isfinite(told.loss) and math.isfinite(told.seconds)
-    return numbers and told.n_cases >= 1 and 1 <= told.n_steps <= asked.steps
+    return numbers and told.n_cases >= 1 and (told.loss == 0 if told.n_steps == 0 else 1 <= told.n_steps <= asked.steps)

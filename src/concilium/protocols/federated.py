@@ -97,9 +97,6 @@ def federated(
         begun |= got.answers.keys()
         tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
         tensors |= {CONTROL + n: t for n, t in control.items()}
-        begun |= got.answers.keys()
-        tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
-        tensors |= {CONTROL + n: t for n, t in control.items()}
         values = {} if sharing.whole else {BEGUN: tuple(sorted(begun))}
         yield Round(
             number,
@@ -118,6 +115,8 @@ def applied(
 ) -> tuple[Tensors, Tensors]:
     """New weights and the rule's tensors; a block of which no site answered stays as it was."""
     if len(got.totals) == 1:
+        if not got.totals[0].count:
+            return weights, state
         return rule(got.updates[0] if got.updates else got.totals[0], state, before=weights)
     new, kept = dict(weights), dict(state)
     for i, total in enumerate(got.totals):

@@ -117,8 +117,10 @@ def splitfed(
         _require_finite(taking_part, model=model, number=number)
         (total,) = got.totals
         if variant == "v1":
-            total.join(_sum_of({site: (bodies[site], weigh(a.n_cases, 1.0)) for site, a in got.answers.items()}))
-        new, state = rule(total, state, before={n: weights[n] for n in total.names})
+            counted = {site: a for site, a in got.answers.items() if a.n_steps}
+            weight = {site: weigh(a.n_cases, a.n_steps / asked[site]) for site, a in counted.items()}
+            total.join(_sum_of({site: (bodies[site], weight[site]) for site in counted}))
+        new, state = rule(total, state, before={n: weights[n] for n in total.names}) if total.count else ({}, state)
         weights = {**weights, **new, **({} if variant == "v1" else bodies[ALL].weights())}
         moments |= {owner: body.state() for owner, body in bodies.items() if owner == ALL or owner in got.answers}
         tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}

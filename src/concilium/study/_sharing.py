@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from concilium.errors import StudyError
@@ -15,7 +16,7 @@ def misshared(found: Mapping[str, Any]) -> list[str]:
     if not (p and plan and s and v):
         return []
     by_site = plan.fingerprint == "site"
-    problems = [*(_plans_by_site(found) if by_site else []), *_unpersonal(found)]
+    problems = [*(_plans_by_site(found) if by_site else []), *_unpersonal(found), *_untaught(found)]
     if not by_site and s.match != "resolution":
         problems.append(
             f"[sharing] match = {s.match!r} is not used with one plan. Used there: none. Remove it, or set [plan] fingerprint = "
@@ -45,6 +46,44 @@ def misshared(found: Mapping[str, Any]) -> list[str]:
             "Allowed: unseen = 'mean' or 'reestimate', where there is one plan. Say which."
         )
     return problems
+
+
+def _untaught(found: Mapping[str, Any]) -> list[str]:
+    """Losses and local updates for partial labels that the shared tensors leave without sense."""
+    loss, update, keep = found["loss"], found["local_update"], found["sharing"].keep
+    problems = []
+    if loss.name == "own_labels" and found["protocol"].name != "local" and not _own_heads(keep):
+        problems.append(
+            f"[loss] name = 'own_labels' is not allowed with [sharing] keep = {list(keep)}: shared heads would be told by each "
+            "site that what only others annotate is background. Allowed: keep = ['heads']. Say so, or choose 'marginal' for one "
+            "network of all labels."
+        )
+    if update.name != "condistfl":
+        return problems
+    given = "[local_update] name = 'condistfl' is not allowed with"
+    if _own_heads(keep):
+        problems.append(
+            f"{given} [sharing] keep = {list(keep)}: heads that stay were taught by nobody what their site does not annotate. "
+            "Allowed: shared heads. Take them out of keep, or choose 'plain'."
+        )
+    if loss.name == "own_labels":
+        problems.append(
+            f"{given} [loss] name = 'own_labels': to it there are no labels but a site's own. Allowed: 'marginal'. Choose it, or "
+            "'plain' as the update."
+        )
+    if loss.name == "dice_ce" and loss.options.get("unannotated") == "background":
+        problems.append(
+            f"{given} [loss] unannotated = 'background': the one teaches that the labels are there, the other that they are not. "
+            "Allowed: [loss] name = 'marginal'. Choose it, or 'plain' as the update."
+        )
+    return problems
+
+
+def _own_heads(keep: Sequence[str]) -> bool:
+    """Whether the layers that make logits stay at the sites, by their role or by a pattern that starts with their name."""
+    return any(
+        one in ("heads", "decoder") or one.startswith("head") or fnmatchcase("head0.weight", one) for one in keep
+    )
 
 
 def _plans_by_site(found: Mapping[str, Any]) -> list[str]:
