@@ -35,7 +35,7 @@ ENTRIES: Mapping[str, str | None] = {
 
 SUPPLIED: Mapping[str, frozenset[str]] = {
     "aggregation": frozenset({"before"}),
-    "collect": frozenset({"blocks", "weigh", "asked", "see_updates"}),
+    "collect": frozenset({"blocks", "weigh", "asked", "see_updates", "spool"}),
     "engines": frozenset({"sites", "folder", "test", "run"}),
     "exports": frozenset({"card", "intended_use"}),
     "losses": frozenset({"batch_dice", "regions", "ignore"}),

@@ -278,6 +278,7 @@ def _rounds(work: Work, model: Model, done: Round) -> Iterator[Round]:
                 catalog.load("collect", study.collect.name),
                 weigh=weigh,
                 see_updates=must_see_updates(study.aggregation.name),
+                spool=work.record.folder / "spool",
                 **study.collect.options,
             ),
             weigh=weigh,

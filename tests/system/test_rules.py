@@ -16,8 +16,9 @@ from sessions import quick
 from torch import Tensor
 
 from concilium import catalog
+from concilium.collect._spool import Spool
 from concilium.data.phantom import PhantomSite, write_phantom
-from concilium.line import run
+from concilium.line import Event, run
 from concilium.messages import Judge, Judged
 from concilium.site import Site
 from concilium.study import Study
@@ -47,6 +48,29 @@ def brief(small_study: Make) -> Make:
         return quick(small_study, **small | {"aggregation__name": rule} | collect | changes)
 
     return make
+
+
+def test_updates_wait_in_the_run_folder_and_do_not_stay(
+    brief: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed run left goes when it goes on."""
+    places: list[Path] = []
+    put = Spool.put
+    monkeypatch.setattr(
+        Spool, "put", lambda self, tensors: (places.append(Path(self._folder.name)), put(self, tensors))[1]
+    )
+    left = tmp_path / "run" / "spool" / "updates-left"
+
+    def stop(event: Event) -> None:
+        if event.kind == "round":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(brief("median"), tmp_path / "run", watch=stop)
+    left.mkdir(parents=True)
+    assert run(brief("median"), tmp_path / "run", resume=True).exit_code == 0
+    assert {place.parent for place in places} == {tmp_path / "run" / "spool"}
+    assert not (tmp_path / "run" / "spool").exists()
 
 
 @pytest.mark.parametrize("rule", catalog.names("aggregation"))

@@ -327,6 +327,15 @@ def test_tensors_that_are_not_there_are_told_before_anything_trains(
     ("changes", "words"),
     [
         ({"sharing__unseen": "mean"}, "nothing stays at a site"),
+        (
+            {
+                "sharing__keep": ["norms"],
+                "sharing__unseen": "mean",
+                "validation__select": "best",
+                "validation__every": 1,
+            },
+            "would be of the last",
+        ),
         ({"sharing__match": "published"}, "not used with one plan"),
         ({"sharing__keep": ["norms"], "protocol__name": "local"}, "shares no tensors"),
         ({"sharing__keep": ["norms"], "collect__name": "judged", "aggregation__name": "quality"}, "judged elsewhere"),

@@ -2,13 +2,14 @@
 
     collect(
         ask, requests: Mapping[str, Train | Finish], *,
-        blocks: Sequence[Block], weigh: Callable[[int, float], int], asked: Mapping[str, int], see_updates: bool, ...options,
+        blocks: Sequence[Block], weigh: Callable[[int, float], int], asked: Mapping[str, int], see_updates: bool,
+        spool: Path | None, ...options,
     ) -> Collected
 
 `ask` sends requests and yields the replies as they arrive; a way may ask several times. An update must hold exactly the tensors
 of the `blocks` that its site has, by name, shape and type. It counts `weigh(n_cases, share)`, where `share` is the part of the
 steps `asked` that the site took. `see_updates`: the rule must see each update; a way that shows only
-sums then raises a `StudyError`.
+sums then raises a `StudyError`. `spool`: a folder of the run for files that wait, which is cleared with it.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ def receive(
     weigh: Callable[[int, float], int],
     asked: Mapping[str, int],
     see_updates: bool,
+    spool: Path | None,
 ) -> Collected:
     """Sum the updates as they arrive; where the rule must see each, they wait on disk.
 
@@ -30,7 +32,7 @@ def receive(
     totals, control = tuple(Sum() for _ in blocks), Sum()
     answers: dict[str, Answer] = {}
     failures: dict[str, Failure] = {}
-    spool = Spool() if see_updates else None
+    waiting = Spool(spool) if see_updates else None
     kept: dict[str, list[Update]] = {}
     for site, reply in ask(requests):
         problem = _problem(reply, site, blocks, asked, control)
@@ -41,8 +43,8 @@ def receive(
             for block, total in zip(blocks, totals, strict=True):
                 if site in block.names and reply.n_steps:  # after no step there is no update
                     total.add(_of_block(reply, block, site), weigh(reply.n_cases, share))
-                    if spool is not None:
-                        kept.setdefault(site, []).append(_on_disk(reply, block, site, share, spool))
+                    if waiting is not None:
+                        kept.setdefault(site, []).append(_on_disk(reply, block, site, share, waiting))
             if reply.control:
                 control.add(reply.control, reply.n_cases)
             answers[site] = Answer(reply.n_cases, reply.n_steps, reply.loss, reply.seconds)

@@ -14,10 +14,16 @@ from concilium.messages import Tensors
 
 
 class Spool:
-    """A folder for the updates of a round, which goes with the last of them."""
+    """A folder for the updates of a round, which goes with the last of them.
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="concilium-updates-")
+    Args:
+        folder: where it is made; of a run its engine's spool, which is cleared as the run begins, goes on and ends.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(prefix="updates-", dir=folder)
         self._count = 0
 
     def put(self, tensors: Tensors) -> Tensors:

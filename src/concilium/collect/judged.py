@@ -17,6 +17,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from concilium.aggregation import Block
 from concilium.collect import Ask, Collected
@@ -36,6 +37,7 @@ def collect(
     weigh: Callable[[int, float], int],
     asked: Mapping[str, int],
     see_updates: bool = False,
+    spool: Path | None = None,
     cases: int = 8,
 ) -> Collected:
     """Sum the updates as they arrive, and have each judged, where the rule sees them.
@@ -47,7 +49,7 @@ def collect(
         StudyError: sites do not all have the same tensors, or none of them can judge.
     """
     names = _names(blocks, requests)
-    got = receive(ask, requests, blocks=blocks, weigh=weigh, asked=asked, see_updates=see_updates)
+    got = receive(ask, requests, blocks=blocks, weigh=weigh, asked=asked, see_updates=see_updates, spool=spool)
     if not see_updates or not got.answers:
         return got
     (updates,) = got.updates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from concilium.aggregation import Block
 from concilium.collect import Ask, Collected
@@ -18,6 +19,7 @@ def collect(
     weigh: Callable[[int, float], int],
     asked: Mapping[str, int],
     see_updates: bool = False,
+    spool: Path | None = None,
 ) -> Collected:
     """Sum the updates as they arrive; where the rule must see each, they wait on disk."""
-    return receive(ask, requests, blocks=blocks, weigh=weigh, asked=asked, see_updates=see_updates)
+    return receive(ask, requests, blocks=blocks, weigh=weigh, asked=asked, see_updates=see_updates, spool=spool)

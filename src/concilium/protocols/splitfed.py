@@ -117,9 +117,7 @@ def splitfed(
         _require_finite(taking_part, model=model, number=number)
         (total,) = got.totals
         if variant == "v1":
-            counted = {site: a for site, a in got.answers.items() if a.n_steps}
-            weight = {site: weigh(a.n_cases, a.n_steps / asked[site]) for site, a in counted.items()}
-            total.join(_sum_of({site: (bodies[site], weight[site]) for site in counted}))
+            total.join(_sum_of({s: (bodies[s], weigh(n, share)) for s, (n, share) in _took(got, asked).items()}))
         new, state = rule(total, state, before={n: weights[n] for n in total.names}) if total.count else ({}, state)
         weights = {**weights, **new, **({} if variant == "v1" else bodies[ALL].weights())}
         moments |= {owner: body.state() for owner, body in bodies.items() if owner == ALL or owner in got.answers}
@@ -188,6 +186,11 @@ def _first(request: Front, first: Front, begins: Set[str], steps: Mapping[str, i
         for new, r in ((False, request), (True, first))
     }
     return {site: shared[n, site in begins] for site, n in steps.items()}
+
+
+def _took(got: Collected, asked: Mapping[str, int]) -> dict[str, tuple[int, float]]:
+    """Of each site that took a step: its cases, and the share of its steps that it took."""
+    return {site: (a.n_cases, a.n_steps / asked[site]) for site, a in got.answers.items() if a.n_steps}
 
 
 def _sum_of(bodies: Mapping[str, tuple[Body, int]]) -> Sum:

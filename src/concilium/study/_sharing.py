@@ -40,6 +40,12 @@ def misshared(found: Mapping[str, Any]) -> list[str]:
             f"{what} is not allowed with [collect] name = 'judged': an update that lacks tensors cannot be judged elsewhere. "
             "Allowed: 'plain'. Take one of the two out."
         )
+    if v.select == "best" and s.unseen != "none":
+        problems.append(
+            f"[sharing] unseen = {s.unseen!r} is not allowed with [validation] select = 'best': each site keeps the round that "
+            "was best there, and the model for sites elsewhere would be of the last. Allowed: select = 'last', or "
+            "unseen = 'none'. Choose one of the two."
+        )
     if v.leave_one_site_out and s.unseen == "none":
         problems.append(
             f"{what} is not allowed with leave_one_site_out and unseen = 'none': the site that is left out would lack tensors. "
