@@ -24,6 +24,21 @@ every_rule = pytest.mark.parametrize("name", catalog.names("aggregation"))
 N_CASES = (3, 10, 1)
 """Of three sites; each took four steps."""
 
+NEUTRAL: Mapping[str, Mapping[str, float] | None] = {
+    "mean": {},
+    "unweighted": {},  # of sites of one size
+    "fednova": {},  # of sites that took as many steps
+    "momentum": {"learning_rate": 1.0, "momentum": 0.0},
+    "trimmed_mean": {"share": 0.0},
+    "krum": {"keep": 3},
+    "quality": {},  # of updates of one quality
+    "agreement": {"lag": 1e6, "turn": 1e6},
+    "adam": None,  # its step has one length, whatever the mean
+    "yogi": None,
+    "median": None,
+}
+"""Options under which a rule is the mean, of sites of one size; `None`: there are none. A new rule is added here."""
+
 
 def rule_of(name: str) -> Callable[..., tuple[Tensors, Tensors]]:
     """The rule as a study without options has it, on weights that are no site's."""
@@ -120,6 +135,31 @@ def test_where_no_site_moved_nothing_moves(name: str) -> None:
         weights, state = rule(given(name, [same] * 3), state)
         for tensor, value in weights.items():
             torch.testing.assert_close(value, same[tensor], rtol=1e-6, atol=1e-7)
+
+
+@every_rule
+def test_the_neutral_setting_is_the_mean(name: str) -> None:
+    """Over three rounds, since some rules remember."""
+    neutral = NEUTRAL[name]
+    if neutral is None:
+        return
+    options, problems = catalog.fill("aggregation", name, dict(neutral), "[aggregation]")
+    assert not problems
+    before, state = network(99), {}
+    for number in range(3):
+        updates = [network(10 * number + site) for site in range(3)]
+        got: Given = [Update(u, 5, 4, 0.5, quality=0.8, site=f"s{i}") for i, u in enumerate(updates)]
+        if not must_see_updates(name):
+            got = Sum()
+            for update in updates:
+                got.add(update, weight_of(name)(5, 1.0))
+        mean = Sum()
+        for update in updates:
+            mean.add(update, 5)
+        weights, state = catalog.load("aggregation", name)(got, state, before=before, **options)
+        for key, tensor in mean.mean().items():
+            torch.testing.assert_close(weights[key], tensor, rtol=1e-6, atol=1e-6)
+        before = dict(weights)
 
 
 @every_rule
