@@ -226,6 +226,8 @@ class Train:
     """Whether the site has not answered for this model yet: what it keeps then begins as the site draws it, or as sent."""
     seconds: float | None = None
     """By when the site answers, with the steps that it has taken by then; `None`: when all are taken."""
+    shown: bool = False
+    """Whether other sites will be sent the update as it is, to judge it."""
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,18 @@ def test_the_rest_is_what_plain_collects() -> None:
     assert [u.site for u in updates] == sorted(SITES)
 
 
+def test_sites_are_told_before_they_train_that_others_will_see_their_updates() -> None:
+    """In one request, which is packed once; and only where others will."""
+    requests = dict.fromkeys(SITES, Train("m", 7, 0, 5, 5, LIKE, True))
+    for judging in (True, False):
+        sites = Sites()
+        told = {"blocks": (one_block(LIKE, requests),), "weigh": weight_of("mean"), "asked": dict.fromkeys(requests, 5)}
+        collect(sites.ask, requests, see_updates=judging, **told)
+        sent = sites.asked[0].values()
+        assert {r.shown for r in sent if isinstance(r, Train)} == {judging}
+        assert len({id(r) for r in sent}) == 1
+
+
 def test_where_the_sum_is_enough_nobody_judges() -> None:
     sites = Sites()
     assert sites.collected(see_updates=False).updates == ()

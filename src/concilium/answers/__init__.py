@@ -41,6 +41,8 @@ class Policy:
     """Whether a server may have a finished model that is passed on sealed, where a study with `reveal` asks for it."""
     case_scores: bool = True
     """Whether the scores of single cases may leave, under numbers; otherwise averages over `MIN_CASES` patients or more."""
+    shown: bool = True
+    """Whether other sites may be sent this site's update as it is, to judge it (`[collect] judged`)."""
     kept: bool = True
     """Whether tensors that a study keeps at its sites may leave once, at a model's end, to make one for sites elsewhere."""
 

@@ -61,6 +61,12 @@ def check_policy(request: Request, policy: Policy) -> None:
             "cyclic, or allow it in the site's own settings.",
             rule="open_weights",
         )
+    if isinstance(request, Train) and request.shown and not policy.shown:
+        raise PrivacyError(
+            f"Other sites would be sent this site's update of {request.model} as it is, to judge it. This site's policy does not "
+            "allow it. Allow it in the site's own settings (shown = true), or run the study with [collect] name = 'plain'.",
+            rule="shown",
+        )
     if isinstance(request, Pass | Hand | Take) and request.reveal and not policy.reveal:
         raise PrivacyError(
             f"{request.model} would be sent to the server when it is finished. This site's policy does not allow it. Take reveal "

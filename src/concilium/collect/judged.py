@@ -7,8 +7,8 @@ lies, does not decide. With two sites no judge has both, and their quality is th
 
 What it costs: with n sites n − 1 times the bytes of a round once more to each site, and segmenting (n − 1) · `cases` cases
 there. What it tells: each site sees every other site's update, raw, and the server what a site's cases score with it. A site
-that fails as a judge is a failure of the round; its update counts all the same. Without validation cases, or with so few that
-it tells no average, a site does not judge.
+whose settings do not say `shown = true` refuses before it trains. One that fails as a judge is a failure of the round; its update
+counts all the same. Without validation cases, or with so few that it tells no average, a site does not judge.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def collect(
         StudyError: sites do not all have the same tensors, or none of them can judge.
     """
     names = _names(blocks, requests)
+    if see_updates:
+        requests = _shown(requests)
     got = receive(ask, requests, blocks=blocks, weigh=weigh, asked=asked, see_updates=see_updates, spool=spool)
     if not see_updates or not got.answers:
         return got
@@ -73,6 +75,12 @@ def collect(
     quality = qualities([update.site for update in updates], scores)
     judged = [replace(update, quality=quality[update.site]) for update in updates]
     return replace(got, updates=(judged,), failures={**got.failures, **failures})
+
+
+def _shown(requests: Mapping[str, Train | Finish]) -> dict[str, Train | Finish]:
+    """The requests, which say that other sites will see the update; sites that share one still do."""
+    said = {id(r): replace(r, shown=True) for r in requests.values() if isinstance(r, Train)}
+    return {site: said.get(id(r), r) for site, r in requests.items()}
 
 
 def _names(blocks: Sequence[Block], sites: Mapping[str, object]) -> Mapping[str, str]:

@@ -77,6 +77,8 @@ class SiteSettings:
     """Whether the server may have the finished model of a study with `cyclic` and `reveal`; otherwise the sites alone have it."""
     case_scores: bool = False
     """Whether the scores of single cases may leave, under numbers. Otherwise averages do, over 5 patients or more."""
+    shown: bool = False
+    """Whether other sites may be sent this site's update as it is, to judge it (`[collect] name = "judged"`)."""
     kept: bool = False
     """Whether tensors that a study keeps at its sites may leave once, to make a network for sites elsewhere."""
     pictures: bool = True
@@ -152,7 +154,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "device": str,
         "split": bool,
     }
-    hints |= dict.fromkeys(("labels", "pictures", "case_scores", "kept", "open_weights", "reveal"), bool)
+    hints |= dict.fromkeys(("labels", "pictures", "case_scores", "shown", "kept", "open_weights", "reveal"), bool)
     hints |= dict.fromkeys(("plug_ins", "annotated"), tuple[str, ...])
     hints |= dict.fromkeys(("label_names", "channel_names"), Mapping[str, str])
     values: dict[str, Any] = {}
@@ -216,6 +218,7 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
             open_weights=s.open_weights,
             reveal=s.reveal,
             case_scores=s.case_scores,
+            shown=s.shown,
             kept=s.kept,
         ),
         names={about.name: Names(s.label_names or {}, s.channel_names or {}, s.annotated)},
