@@ -285,7 +285,7 @@ def test_the_command_says_which_networks_are_left_out(
     code, out, err = shown(monkeypatch, capsys, "--size", "32x32x32", "--cut", "deep", "--option", "base_features=8")
     assert code == 0
     assert all(name in out for name in ("unet", "nnunet", "segnet", "sunet"))
-    assert "Left out: cgnet: [network] name = 'cgnet' is not possible with patches of 3 axes" in err
+    assert "Left out: cgnet: [network] name = 'cgnet' is not possible with patches of 3 axes" in " ".join(err.split())
 
 
 def test_the_command_shows_every_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

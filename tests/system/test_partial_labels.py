@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import equal
 
+from concilium.data.dataset import folds
 from concilium.data.labels import n_heads, silenced
 from concilium.errors import DataError, StudyError
 from concilium.exports import export_run
@@ -187,6 +188,12 @@ def test_labels_to_teach_that_there_are_not_are_refused_before_anything_trains(p
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
 
 
+def held_out_only(cases: list[str]) -> dict[str, list[str]]:
+    """What is annotated where no case that trains is, and the site may take part: all in those that fold 0 holds out."""
+    held_out = folds(cases, 5, 0)
+    return {case: ["organ", "lesion"] if case in held_out else [] for case in cases}
+
+
 def annotating(source: Path, folder: Path, what: Callable[[list[str]], Any]) -> Path:
     """A copy of a data set whose dataset.json says what is annotated, of the names of its cases."""
     shutil.copytree(source, folder)
@@ -202,7 +209,7 @@ def test_a_round_in_which_nothing_is_annotated_changes_nothing(
 ) -> None:
     """Neither weights nor running statistics, nor the optimiser at the server: the south's turn comes second."""
     name, _, variant = protocol.partition(" ")
-    south = annotating(phantom / "south", tmp_path / "south", lambda cases: [])
+    south = annotating(phantom / "south", tmp_path / "south", held_out_only)
     kept: list[dict[str, Any]] = []
 
     def watch(event: Event) -> None:
@@ -227,7 +234,7 @@ def test_a_round_in_which_nothing_is_annotated_changes_nothing(
 def test_batches_in_which_nothing_is_annotated_are_no_steps(small_study: Make, phantom: Path, tmp_path: Path) -> None:
     """The loss is the mean over the others, which is about 2 in the first round; a site that took none changes no mean."""
     folder = annotating(phantom / "north", tmp_path / "n", lambda cases: {case: [] for case in cases[::2]})
-    south = annotating(phantom / "south", tmp_path / "s", lambda cases: [])
+    south = annotating(phantom / "south", tmp_path / "s", held_out_only)
     changes = {
         "loss__name": "marginal",
         "test": False,
