@@ -54,6 +54,7 @@ FAULTS = [
     pytest.param("front", maps(lambda ms: [m[..., :1, :1, :1] for m in ms]), "wrong_maps", id="maps-voxel"),
     pytest.param("front", maps(lambda ms: [m.int() for m in ms]), "wrong_maps", id="maps-integers"),
     pytest.param("front", maps(lambda ms: [m.double() for m in ms]), "wrong_maps", id="maps-double"),
+    pytest.param("front", maps(lambda ms: ms[1:]), "contract", id="maps-none"),  # as if nothing were annotated, which is
     pytest.param("front", maps(lambda ms: [*ms, ms[0].clone()]), "wrong_maps", id="maps-too-many"),
     pytest.param("tail", gradients(lambda gs: gs[1:]), "wrong_gradients", id="gradients-too-few"),
     pytest.param("tail", gradients(lambda gs: [*gs, gs[0].clone()]), "wrong_gradients", id="gradients-too-many"),
