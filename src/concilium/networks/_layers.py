@@ -59,6 +59,14 @@ class Convolve(nn.Module):
         return torch.relu(self.norm(self.convolution(x)))
 
 
+def convolved(
+    n_in: int, n_out: int, dims: int, norm: str, kernel: Size = 3, *, stride: Size = 1, dilation: int = 1
+) -> Convolve:
+    """A convolution as in `convolution`, its norm and ReLU."""
+    layer = convolution(n_in, n_out, dims, kernel, stride=stride, dilation=dilation)
+    return Convolve(layer, norm_of(norm, n_out, dims))
+
+
 class Through(Stage):
     """Layers, one after the other, on the top map; where it is a skip, it stays beneath their output."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from concilium.errors import StudyError
 from concilium.networks import Stage
-from concilium.networks._layers import Convolve, Framed, Through, convolution, norm_of, strides_of
+from concilium.networks._layers import Framed, Through, convolution, convolved, norm_of, strides_of
 
 EXPANSION = 4
 """Features that leave a bottleneck, times those within."""
@@ -29,8 +29,8 @@ class Bottleneck(nn.Module):
     def __init__(self, n_in: int, n: int, norm: str, *, stride: tuple[int, ...] = (1, 1), dilation: int = 1) -> None:
         super().__init__()
         n_out = EXPANSION * n
-        self.reduce = Convolve(convolution(n_in, n, 2, 1), norm_of(norm, n, 2))
-        self.convolve = Convolve(convolution(n, n, 2, stride=stride, dilation=dilation), norm_of(norm, n, 2))
+        self.reduce = convolved(n_in, n, 2, norm, 1)
+        self.convolve = convolved(n, n, 2, norm, stride=stride, dilation=dilation)
         self.expand = nn.Sequential(convolution(n, n_out, 2, 1), norm_of(norm, n_out, 2))
         same = n_in == n_out and stride == (1, 1)
         projection = () if same else (convolution(n_in, n_out, 2, 1, stride=stride), norm_of(norm, n_out, 2))
@@ -79,8 +79,8 @@ def encoder(
         grid: times the dilation of the blocks at the last resolution.
     """
     strides = halvings(plan, 1 + len(blocks))
-    first = convolution(n_channels, base_features, 2, 7, stride=strides[0])
-    stages: dict[str, Stage] = {"down1": Framed(Convolve(first, norm_of(norm, base_features, 2)))}
+    first = convolved(n_channels, base_features, 2, norm, 7, stride=strides[0])
+    stages: dict[str, Stage] = {"down1": Framed(first)}
     before, dilation = base_features, 1
     for i, n_blocks in enumerate(blocks):
         n, stride, last = base_features * 2**i, strides[i + 1], i == len(blocks) - 1

@@ -9,6 +9,7 @@ paper's networks are as narrow as its volumes require; one head, without the pap
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from concilium.networks import Stack, Stage, Stages
 from concilium.networks._layers import (
     CONVOLUTIONS,
     POOLINGS,
-    Convolve,
     Head,
     Norm,
     check_sizes,
-    convolution,
+    convolved,
     filled,
     norm_of,
     resized,
@@ -128,9 +128,7 @@ def build(
     features = [base_features * 2**level for level in range(len(strides))]
     dims = len(strides[0])
 
-    def convolve(n_in: int, n_out: int) -> Convolve:
-        return Convolve(convolution(n_in, n_out, dims), norm_of(norm, n_out, dims))
-
+    convolve = partial(convolved, dims=dims, norm=norm)
     stages: dict[str, Stage] = {"down0": _Convolve(convolve(n_channels, base_features))}
     for level, n in enumerate(features):
         if level:

@@ -11,19 +11,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from concilium.networks import Stages
-from concilium.networks._layers import (
-    CONVOLUTIONS,
-    Convolve,
-    Head,
-    Norm,
-    Through,
-    check_sizes,
-    convolution,
-    norm_of,
-    only_2d,
-)
-from concilium.networks._pyramid import GRID, RATES, Pyramid, check_batch
-from concilium.networks._resnet import EXPANSION, FULL, check_number, encoder
+from concilium.networks._layers import CONVOLUTIONS, Head, Norm, Through, convolved
+from concilium.networks._pyramid import encoder_and_pyramid
+from concilium.networks._resnet import EXPANSION, FULL
 
 
 def build(
@@ -55,22 +45,16 @@ def build(
     Raises:
         StudyError: the patches are volumes, a size is out of range, or batch normalisation has nothing to normalise.
     """
-    only_2d("deeplabv3", plan)
-    check_batch("deeplabv3", plan, norm)
-    check_sizes({"blocks": 2}, base_features=base_features, blocks=blocks)
-    check_number(blocks)
-    stages = encoder(
+    stages = encoder_and_pyramid(
+        "deeplabv3",
         n_channels=n_channels,
         plan=plan,
         base_features=base_features,
         blocks=blocks,
         norm=norm,
         output_stride=output_stride,
-        grid=GRID,
     )
     n = EXPANSION * base_features
-    rates = [rate * 16 // output_stride for rate in RATES]
-    stages["pyramid"] = Through(Pyramid(EXPANSION * base_features * 2 ** (len(blocks) - 1), n, rates, norm))
-    stages["decode4"] = Through(Convolve(convolution(n, n, 2), norm_of(norm, n, 2)))
+    stages["decode4"] = Through(convolved(n, n, 2, norm))
     stages["head0"] = Head(CONVOLUTIONS[2](n, n_labels, 1), framed=True)
     return Stages(stages, cuts={"shallow": (("down1", "pyramid"),), "deep": (("down3", "pyramid"),)})

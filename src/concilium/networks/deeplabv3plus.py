@@ -13,20 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from concilium.networks import Stack, Stage, Stages
-from concilium.networks._layers import (
-    CONVOLUTIONS,
-    Convolve,
-    Head,
-    Norm,
-    Through,
-    check_sizes,
-    convolution,
-    norm_of,
-    only_2d,
-    resized,
-)
-from concilium.networks._pyramid import GRID, RATES, Pyramid, check_batch
-from concilium.networks._resnet import EXPANSION, FULL, check_number, encoder
+from concilium.networks._layers import CONVOLUTIONS, Head, Norm, Through, convolved, resized
+from concilium.networks._pyramid import encoder_and_pyramid
+from concilium.networks._resnet import EXPANSION, FULL
 
 
 class _Up(Stage):
@@ -73,25 +62,19 @@ def build(
     Raises:
         StudyError: the patches are volumes, a size is out of range, or batch normalisation has nothing to normalise.
     """
-    only_2d("deeplabv3plus", plan)
-    check_batch("deeplabv3plus", plan, norm)
-    check_sizes({"blocks": 2}, base_features=base_features, blocks=blocks)
-    check_number(blocks)
-    stages = encoder(
+    stages = encoder_and_pyramid(
+        "deeplabv3plus",
         n_channels=n_channels,
         plan=plan,
         base_features=base_features,
         blocks=blocks,
         norm=norm,
-        skips=(2,),
         output_stride=output_stride,
-        grid=GRID,
+        skips=(2,),
     )
     n, n_skip = EXPANSION * base_features, max(1, 3 * base_features // 4)
-    rates = [rate * 16 // output_stride for rate in RATES]
-    stages["pyramid"] = Through(Pyramid(EXPANSION * base_features * 2 ** (len(blocks) - 1), n, rates, norm))
-    reduce = Convolve(convolution(n, n_skip, 2, 1), norm_of(norm, n_skip, 2))
-    stages["up2"] = _Up(reduce, Convolve(convolution(n + n_skip, n, 2), norm_of(norm, n, 2)))
-    stages["decode2"] = Through(Convolve(convolution(n, n, 2), norm_of(norm, n, 2)))
+    reduce = convolved(n, n_skip, 2, norm, 1)
+    stages["up2"] = _Up(reduce, convolved(n + n_skip, n, 2, norm))
+    stages["decode2"] = Through(convolved(n, n, 2, norm))
     stages["head0"] = Head(CONVOLUTIONS[2](n, n_labels, 1), framed=True)
     return Stages(stages, cuts={"shallow": (("down1", "up2"),), "deep": (("down3", "pyramid"),)})

@@ -8,6 +8,7 @@ the plane. Deviation: instance normalisation by default, where the paper has bat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -17,15 +18,13 @@ from torch import Tensor, nn
 from concilium.networks import WHOLE, Stack, Stage, Stages
 from concilium.networks._layers import (
     CONVOLUTIONS,
-    Convolve,
     Norm,
     Through,
     check_sizes,
-    convolution,
+    convolved,
     filled,
     fitted,
     frame_of,
-    norm_of,
     pools_of,
 )
 
@@ -154,9 +153,7 @@ def build(
     dims = len(pools[0])
     features = [base_features * min(2**level, WIDEST) for level in range(len(pools))]
 
-    def convolve(n_in: int, n_out: int) -> Convolve:
-        return Convolve(convolution(n_in, n_out, dims), norm_of(norm, n_out, dims))
-
+    convolve = partial(convolved, dims=dims, norm=norm)
     stages: dict[str, Stage] = {"down0": _First(convolve(n_channels, base_features))}
     for level, n in enumerate(features):
         if level:
