@@ -50,9 +50,15 @@ def split_bytes(
             stack = parts.front.run((torch.empty(batch),))
             sent = stack[len(stack) - parts.body.reach() :]
             left = parts.body.run(sent)
-        back = [m for m in left if all(m is not came for came in sent)]
+        up, down = step_bytes(sent, left)
         weights = _bytes(list(parts.at_site.state_dict().values()))
-    return SplitBytes(_bytes(sent) + _bytes(back, floats=True), _bytes(back) + _bytes(sent, floats=True), weights)
+    return SplitBytes(up, down, weights)
+
+
+def step_bytes(sent: Sequence[Tensor], left: Sequence[Tensor]) -> tuple[int, int]:
+    """Bytes up and down in a step, where the front sends these maps and the body leaves those; it may leave some that came."""
+    back = [m for m in left if all(m is not came for came in sent)]
+    return _bytes(sent) + _bytes(back, floats=True), _bytes(back) + _bytes(sent, floats=True)
 
 
 def _bytes(tensors: Sequence[Tensor], *, floats: bool = False) -> int:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from concilium import catalog
 from concilium.errors import StudyError
+from concilium.forecast import step_bytes
 from concilium.messages import PlugIn
 from concilium.networks import Kinds, Parts, Stack, Stages, cut_apart, make_network
 from concilium.nnunet_parts import get_pool_and_conv_props
@@ -273,15 +274,8 @@ def _cut_sizes(parts: Parts, cut: tuple[str, ...], stages: Sequence[StageSizes],
     after = (parts.front.names[-1], parts.body.names[-1])
     before, behind = (maps[name] for name in after)
     home = len(before) - parts.body.reach()
-    sent, left = before[home:], behind[home:]
-    back = [m for m in left if all(m is not came for came in sent)]
     front, body, tail = (
         _together(s for s in stages if s.name in part.names) for part in (parts.front, parts.body, parts.tail)
     )
-    up, down = _bytes(sent) + _bytes(back, floats=True), _bytes(back) + _bytes(sent, floats=True)
+    up, down = step_bytes(before[home:], behind[home:])
     return CutSizes(cut[0] if len(cut) == 1 else " ".join(cut), after, front, body, tail, up, down)
-
-
-def _bytes(maps: Iterable[Tensor], *, floats: bool = False) -> int:
-    """Size of these maps, or of the gradients of the float ones among them."""
-    return sum(m.numel() * m.element_size() for m in maps if m.is_floating_point() or not floats)
