@@ -13,7 +13,7 @@ from torch import Tensor
 
 from concilium import catalog
 from concilium.data.draws import drawn_from
-from concilium.data.labels import Labels, foreground, n_heads
+from concilium.data.labels import Labels, looked_for, n_heads
 from concilium.data.plan import make_plans, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Fingerprint, Tensors
@@ -40,8 +40,7 @@ class Told:
 
     def looked_for(self, sites: Collection[str]) -> dict[str, frozenset[str]]:
         """The labels that each of these sites looked for in some case."""
-        every = foreground(self.labels)
-        return {site: frozenset(every if (own := self.annotated[site]) is None else own) for site in sites}
+        return {site: frozenset(looked_for(self.labels, self.annotated[site])) for site in sites}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from concilium._set_aside import told as set_aside
 from concilium.data.fingerprint import merge, to_json
-from concilium.data.labels import foreground, n_heads, to_nnunet, unknown_labels
+from concilium.data.labels import looked_for, n_heads, to_nnunet, unknown_labels
 from concilium.data.matching import Space, agree, annotation_notes, reorder
 from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
@@ -111,8 +111,7 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     }
     _keep(record, "dataset.json", json.dumps(about, indent=1) + "\n")
     if any(r.annotated is not None for r in told.values()):
-        every = tuple(foreground(space.labels))
-        known = {n: list(every if (own := r.annotated) is None else own) for n, r in told.items() if n in study.sites}
+        known = {n: list(looked_for(space.labels, r.annotated)) for n, r in told.items() if n in study.sites}
         _keep(record, "annotated.json", json.dumps(known, indent=1) + "\n")
     unknown = annotation_notes(
         space.labels,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from concilium.data.patches import Batch
 from concilium.local_updates import Local
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can share `averaging`
 
 NOTHING = Batch(torch.zeros(1), (torch.zeros(1),))
 """What the loss does not depend on."""

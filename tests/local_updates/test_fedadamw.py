@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from averaging import Server, plain
 
-from concilium.aggregation import Sum
 from concilium.data.patches import Batch
-from concilium.local_updates import take
 from concilium.local_updates.fedadamw import finish, step
-from concilium.messages import Tensors
-from concilium.protocols.federated import added
 
 Make = Callable[..., Any]
 BETAS = (0.9, 0.999)
 
 
-class Server:
-    """Federated averaging by cases, as `protocols/federated.py` does it."""
-
-    def __init__(self, sites: Mapping[str, Any], cases: Mapping[str, int], w: Sequence[float]) -> None:
-        self.sites, self.cases = sites, cases
-        self.w = torch.tensor(w, dtype=torch.float64)
-        self.control: Tensors = {}
-
-    def round(self, rates: Sequence[float], batch: Batch, *, align: float | None, who: Sequence[str] = ()) -> None:
-        """One round, of all sites or of some; plain steps where `align` is None."""
-        total, sent = Sum(), Sum()
-        for name in who or self.sites:
-            site = self.sites[name]
-            local = site.lend(self.w, self.control)
-            for rate in rates:
-                site.optimizer.param_groups[0]["lr"] = rate
-                if align is None:
-                    take(local, batch)
-                else:
-                    step(local, batch, align=align)
-            total.add({"w": site.network.w.detach()}, self.cases[name])
-            if align is not None:
-                sent.add(finish(local, steps=len(rates), align=align), self.cases[name])
-        self.w = total.mean()["w"]
-        self.control = added(self.control, sent, sum(self.cases.values()))
+def corrected(server: Server, rates: Sequence[float], batch: Batch, *, align: float, who: Sequence[str] = ()) -> None:
+    """A round of FedAdamW."""
+    server.round(rates, batch, take=partial(step, align=align), finish=partial(finish, align=align), who=who)
 
 
 @pytest.mark.parametrize("align", [0.0, 0.5])
@@ -58,7 +34,7 @@ def test_three_rounds_are_those_of_the_equations(parabola: Make, nothing: Batch,
     m = {n: np.zeros(2) for n in cases}
     for number in range(3):
         rates = [0.1 / (1 + number + k) for k in range(4)]
-        server.round(rates, nothing, align=align)
+        corrected(server, rates, nothing, align=align)
         way = np.zeros(2) if before is None else (x - before) / last
         came, moments = {}, {}
         for n in cases:
@@ -89,8 +65,8 @@ def test_who_knows_next_to_nothing_of_a_direction_does_not_outvote_who_does(para
     own, shared = server(), server()
     for number in range(30):
         rates = [0.05 * (1 - number / 30)] * 10
-        own.round(rates, nothing, align=None)
-        shared.round(rates, nothing, align=0.0)
+        plain(own, rates, nothing)
+        corrected(shared, rates, nothing, align=0.0)
     assert float(own.w) < 0.5
     assert float(shared.w) == pytest.approx(0.998, abs=0.02)
 
@@ -102,7 +78,7 @@ def test_a_site_that_comes_late_begins_with_the_moment_of_the_others(parabola: M
         {"a": 1, "b": 1},
         [2.0],
     )
-    server.round([0.1], nothing, align=0.5, who=["a"])
+    corrected(server, [0.1], nothing, align=0.5, who=["a"])
     assert float(server.control["w"]) == pytest.approx(4.0 / 2), "half of the cases saw a gradient of 2"
     site = server.sites["b"]
     step(site.lend(server.w.clone(), dict(server.control)), nothing)

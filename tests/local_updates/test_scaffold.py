@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,45 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from averaging import Server, plain
 from torch import Tensor
 
-from concilium.aggregation import Sum
 from concilium.data.patches import Batch
-from concilium.local_updates import take
 from concilium.local_updates.scaffold import finish, step
-from concilium.messages import Tensors
-from concilium.protocols.federated import added
 
 Make = Callable[..., Any]
 
 
-class Server:
-    """Federated averaging by cases, as `protocols/federated.py` does it."""
-
-    def __init__(self, sites: Mapping[str, Any], cases: Mapping[str, int], w: Sequence[float]) -> None:
-        self.sites, self.cases = sites, cases
-        self.w = torch.tensor(w, dtype=torch.float64)
-        self.control: Tensors = {}
-
-    def round(self, rates: Sequence[float], batch: Batch, *, take: Any, finish: Any, who: Sequence[str] = ()) -> None:
-        """One round, of all sites or of some."""
-        total, sent = Sum(), Sum()
-        for name in who or self.sites:
-            site = self.sites[name]
-            local = site.lend(self.w, self.control)
-            for rate in rates:
-                site.optimizer.param_groups[0]["lr"] = rate
-                take(local, batch)
-            total.add({"w": site.network.w.detach()}, self.cases[name])
-            control = finish(local, steps=len(rates))
-            if control:
-                sent.add(control, self.cases[name])
-        self.w = total.mean()["w"]
-        self.control = added(self.control, sent, sum(self.cases.values()))
-
-
 corrected = partial(Server.round, take=step, finish=finish)
-plain = partial(Server.round, take=take, finish=lambda local, steps: {})
 
 
 def test_three_rounds_are_those_of_the_equations(parabola: Make, nothing: Batch) -> None:

@@ -17,7 +17,7 @@ from concilium import catalog
 from concilium.answers import Cancelled, Check, Entry, Job, Settings, pictures
 from concilium.answers.statistics import Exclusions, count, find_cases
 from concilium.data.dataset import Case, Dataset, pixel_size, read_case
-from concilium.data.labels import Labels, foreground, ignored, silenced
+from concilium.data.labels import Labels, foreground, ignored, looked_for, silenced
 from concilium.data.matching import Space
 from concilium.data.patches import predict_logits
 from concilium.data.plan import Plan
@@ -160,12 +160,10 @@ def _score_case(
     )
     spacing = pixel_size(entry.case, entry.dataset, properties)
     numbers = {"case": entry.number, "patient": entry.patient}
-    looked_for = entry.case.annotated
+    annotated = entry.case.annotated
     if unknown:
-        looked_for = tuple(
-            n for n in (foreground(job.labels) if looked_for is None else looked_for) if n not in unknown
-        )
-    scores = score_labels(prediction, reference[0], spacing, job.labels, metrics, **numbers, annotated=looked_for)
+        annotated = tuple(n for n in looked_for(job.labels, annotated) if n not in unknown)
+    scores = score_labels(prediction, reference[0], spacing, job.labels, metrics, **numbers, annotated=annotated)
     return scores, (image, reference[0], prediction), spacing
 
 

@@ -53,6 +53,11 @@ def ignored(labels: Labels) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def looked_for(labels: Labels, annotated: Sequence[str] | None) -> tuple[str, ...]:
+    """What was looked for; `None`: all labels."""
+    return tuple(foreground(labels)) if annotated is None else tuple(annotated)
+
+
 def annotation_mask(labels: Labels, annotated: Sequence[str]) -> tuple[bool, ...]:
     """For each channel of the logits whether its label or region was looked for; the background where anything was."""
     mask = tuple(name in annotated for name in foreground(labels))

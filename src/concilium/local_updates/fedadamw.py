@@ -45,10 +45,11 @@ def step(local: Local, batch: Batch, *, align: float = 0.5) -> Tensor:
     loss = take(local, batch)
     rate = float(local.optimizer.param_groups[0]["lr"])
     memory[RATES] += rate
-    with torch.no_grad():
-        for name, p in trained(local.network):
-            if align and WAY + name in memory:
-                p.add_(memory[WAY + name], alpha=rate * align)
+    if align:
+        with torch.no_grad():
+            for name, p in trained(local.network):
+                if WAY + name in memory:
+                    p.add_(memory[WAY + name], alpha=rate * align)
     return loss
 
 
@@ -82,7 +83,7 @@ def finish(local: Local, *, steps: int, align: float = 0.5) -> Tensors:
 
 def _moment(local: Local, p: torch.nn.Parameter) -> Tensor | None:
     """The optimiser's second moment of a parameter, corrected for its start from zero; `None`: it has none."""
-    group = next(g for g in local.optimizer.param_groups if any(q is p for q in g["params"]))
+    group = local.optimizer.param_groups[0]  # there is one
     if "betas" not in group:
         return None
     state = local.optimizer.state[p]

@@ -53,19 +53,24 @@ def loss(  # noqa: PLR0913  (options of the study)
     return total + exclusion * _overlap(log_p, labels, wanted, ignore) if exclusion else total
 
 
+def _unknown(wanted: Tensor) -> Tensor:
+    """The labels that nobody looked for, bool (B, L): without the background."""
+    others = ~wanted
+    others[:, 0] = False
+    return others
+
+
 def _held(logits: Tensor, labels: Tensor, wanted: Tensor, ignore: int | None) -> Tensor:
     """The logits, those of labels that nobody looked for without a gradient where the site annotates nothing."""
     unlabelled = labels == 0 if ignore is None else (labels == 0) | (labels == ignore)
-    free = ~wanted
-    free[:, 0] = False
+    free = _unknown(wanted)
     return torch.where(spread(free, logits) & unlabelled, logits.detach(), logits)
 
 
 def _overlap(log_p: Tensor, labels: Tensor, wanted: Tensor, ignore: int | None) -> Tensor:
     """Soft Dice between labels that nobody looked for, together, and the annotated foreground, which they must not share."""
     counts = torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
-    others = ~wanted
-    others[:, 0] = False
+    others = _unknown(wanted)
     unknown = without(log_p, ~others).exp().sum(1, keepdim=True)
     foreground = (torch.where(counts, labels, 0) > 0).to(unknown.dtype)
     both = (wanted.any(1) & others.any(1))[
