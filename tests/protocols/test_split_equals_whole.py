@@ -328,11 +328,8 @@ def test_a_gradient_that_does_not_return_is_refused(tmp_path: Path, monkeypatch:
         trained_apart(job_of(), ("up1", "up0"), tmp_path)
 
 
-@pytest.mark.parametrize("cut", [("down1", "down2"), ("deep",), ("up1", "up0")], ids=" ".join)
-def test_a_front_that_steps_without_what_the_tail_gave_its_maps_is_noticed(
-    cut: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A skip that stayed at home (`deep`), or maps that came back unchanged, get a gradient from the tail as well."""
+def forget_what_stayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on fronts step without the gradients that the tail gave maps which never left the site."""
     finish = split.Session._finish_step
 
     def too_early(session: split.Session, gradients: Sequence[Tensor]) -> None:
@@ -341,6 +338,14 @@ def test_a_front_that_steps_without_what_the_tail_gave_its_maps_is_noticed(
         finish(session, gradients)
 
     monkeypatch.setattr(split.Session, "_finish_step", too_early)
+
+
+@pytest.mark.parametrize("cut", [("down1", "down2"), ("deep",), ("up1", "up0")], ids=" ".join)
+def test_a_front_that_steps_without_what_the_tail_gave_its_maps_is_noticed(
+    cut: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A skip that stayed at home (`deep`), or maps that came back unchanged, get a gradient from the tail as well."""
+    forget_what_stayed(monkeypatch)
     weights, _ = trained_apart(job_of(), cut, tmp_path)
     assert difference(weights, whole("nnunet", 2, True)) > 1e-6
 
@@ -497,14 +502,7 @@ WITH_SKIPS = [n for n in ZOO if n not in ("deeplabv3", "segnet")]  # the one has
 def test_a_skip_that_stays_at_home_without_its_gradient_is_noticed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = split.Session._finish_step
-
-    def too_early(session: split.Session, gradients: Sequence[Tensor]) -> None:
-        assert session._own
-        session._own = {}
-        finish(session, gradients)
-
-    monkeypatch.setattr(split.Session, "_finish_step", too_early)
+    forget_what_stayed(monkeypatch)
     weights, _ = trained_apart(job_of(name, 2, False), ("deep",), tmp_path)
     assert difference(weights, whole(name, 2, False)) > 1e-6
 
