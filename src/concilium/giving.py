@@ -46,7 +46,7 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
     if model.is_finetuned:
         personalize(work, model, ledger)
         return
-    if model.stays and not model.is_one:
+    if model.each_own:
         for site in model.steps:
             if site in best:
                 requests[site] = Keep(model.key, {}, model.key + BEST)

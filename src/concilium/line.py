@@ -40,7 +40,7 @@ from concilium.protocols import Round, start_with
 from concilium.record import Record
 from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
-from concilium.scoring import POOL, note_rounds, score, watch_validation
+from concilium.scoring import note_rounds, score, watch_validation
 from concilium.sharing import EVERYTHING
 from concilium.study import Study, divide, of_sites, training_of
 
@@ -186,8 +186,8 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
         give(work, model, last, scoring)
         scored = score(work, [model], scoring)
         batch_size = partial(batch_size_of, model.setting.study, work.plans)
-        best = None if model.stays else work.record.best_rounds(model.key).get(POOL)
-        select = best[0] if best and work.study.validation.select == "best" else None
+        best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
+        select = {site: number for site, (number, _) in best.items()}
         took = account(model, work.record.rounds(model.group[0]), batch_size=batch_size, selected=select)
         about = took | {"parameters": n_parameters(model, work.plans)}
         finished = {"model": about} | asdict(scored) | _told(training, scoring)

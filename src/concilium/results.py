@@ -11,7 +11,7 @@ from concilium._withheld import with_averages
 from concilium.messages import Evaluated, Score
 from concilium.metrics import dice, hd95, iou, nsd
 from concilium.record import Record
-from concilium.schedule import Model
+from concilium.schedule import POOL, Model
 from concilium.statistics import Scale, compare, spread, summarize
 from concilium.study import Study
 
@@ -48,15 +48,22 @@ def score_row(score: Score) -> dict[str, Any]:
 
 
 def account(
-    model: Model, rounds: Sequence[Mapping[str, Any]], *, batch_size: Callable[[str], int], selected: int | None = None
+    model: Model,
+    rounds: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: Callable[[str], int],
+    selected: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """What training a model took: `updates` in sequence, `patches` in all, seconds, and bytes to and from each site.
 
     Args:
         batch_size: of a site's plan.
-        selected: the round whose weights it ended with, where that is not the last.
+        selected: the round whose weights it ended with, where that is not the last: of `POOL`, or of each site that has its own.
     """
     took = {site: _took(site, rounds) for site in model.steps}
+    best = dict(selected or {})
+    if own := model.each_own:
+        took = {site: t | {"selected_round": best.get(site, len(rounds))} for site, t in took.items()}
     if model.is_finetuned:  # at the sites, without a byte
         for told in took.values():
             told |= {key: told[key] + (model.setting.study.personalize.steps or 0) for key in ("n_steps", "n_asked")}
@@ -67,7 +74,7 @@ def account(
         "fold": model.fold,
         "protocol": model.protocol,
         "rounds": len(rounds),
-        "selected_round": len(rounds) if selected is None else selected,
+        "selected_round": None if own else best.get(POOL, len(rounds)),
         "updates": max(n_steps),
         "patches": sum(took[site]["n_steps"] * batch_size(site) for site in took),
         "batch_size": max(batch_size(site) for site in took),

@@ -19,6 +19,8 @@ FINETUNED = "-finetuned"
 """Ends the name of what sites make of a finished model by training on for themselves."""
 BEST = ".best"
 """Ends the name under which a site keeps the best weights so far of a model that stays."""
+POOL = "all"
+"""Stands in a curve where a site stands: all that train."""
 
 MADE_BESIDE = (PERSONAL, ELSEWHERE, FINETUNED)
 
@@ -83,6 +85,11 @@ class Model:
     def is_one(self) -> bool:
         """Whether it is the same at every site although the server does not have it, or not before the end."""
         return is_one(self.protocol) and not self.beside
+
+    @property
+    def each_own(self) -> bool:
+        """Whether each site has a different one, which no other site knows as a whole."""
+        return self.stays and not self.is_one
 
     @property
     def fold(self) -> int:

@@ -22,12 +22,10 @@ from concilium.messages import (
 from concilium.preparation import Event, Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round, begun_at
 from concilium.results import METRICS, score_rows, short_of_steps
-from concilium.schedule import BEST, Model, ensemble_key
+from concilium.schedule import BEST, POOL, Model, ensemble_key
 from concilium.wire import part
 
 Names: TypeAlias = Mapping[int, Mapping[str, str]]
-POOL = "all"
-"""Stands in a curve where a site stands: all that train."""
 
 
 def note_rounds(model: str, rounds: Sequence[Mapping[str, Any]], ledger: Ledger) -> None:
@@ -67,7 +65,7 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
     metrics = tuple(PlugIn(m, options.get(m, {})) for m in METRICS)
     together = len(members) > 1
     where: list[tuple[str, str, list[str]]] = []
-    own = model.stays and not model.is_one
+    own = model.each_own
     if not together:
         seen = list(model.steps) if own else list(model.setting.sites)
         where.append(("validation", "validation", seen))
@@ -101,7 +99,7 @@ def _add(
 ) -> None:
     names = work.record.case_names("test" if subset == "test" else site)
     about = {
-        "model": f"{model.name}:{site}" if model.stays and not model.is_one else model.name,
+        "model": f"{model.name}:{site}" if model.each_own else model.name,
         "seed": model.seed,
         "fold": None if together else model.fold,
     }
@@ -136,7 +134,7 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
         sites = [site for site in model.steps if site in begun]
         keep = {site: keep_at(work, model, site, weights) for site in sites}
     else:
-        own = model.stays and not model.is_one
+        own = model.each_own
         sites = list(model.steps) if own or pooled else [*model.setting.sites, *_unseen(model)]
         if model.beside:  # a site that did not take part yet has no network of its own
             sites = [site for site in sites if site in asked_of(work, model)]

@@ -300,7 +300,12 @@ def test_the_best_weights_are_chosen_by_validation_alone(
     monkeypatch.setattr(Site, "_evaluate", evaluate)
     outcome = run(study, tmp_path / "best")
     monkeypatch.undo()
-    assert {m["name"]: m["selected_round"] for m in outcome.results["models"]}["federated"] == 2
+    told = {m["name"]: m for m in outcome.results["models"]}
+    assert told["federated"]["selected_round"] == 2
+    assert told["local"]["selected_round"] is None
+    alone = {site: took["selected_round"] for site, took in told["local"]["sites"].items()}
+    assert alone == {site: 1 if site == "west" else 2 for site in study.sites}
+    assert "selected_round" not in told["federated"]["sites"]["west"]
     kept: dict[int, Any] = {}
 
     def keep(event: Event) -> None:
