@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from concilium.networks import Stages, cut_apart
 from concilium.optimization import autocast
+from concilium.transport import size_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def split_bytes(
     batch: tuple[int, ...],
     precision: str,
     reveal_labels: bool = False,
+    transport: str = "float32",
 ) -> SplitBytes:
     """What travels in split training of this network, cut so, on images of shape `batch` (B, C, *patch).
 
@@ -50,17 +52,18 @@ def split_bytes(
             stack = parts.front.run((torch.empty(batch),))
             sent = stack[len(stack) - parts.body.reach() :]
             left = parts.body.run(sent)
-        up, down = step_bytes(sent, left)
-        weights = _bytes(list(parts.at_site.state_dict().values()))
+        up, down = step_bytes(sent, left, transport)
+        weights = sum(t.numel() * t.element_size() for t in parts.at_site.state_dict().values())
     return SplitBytes(up, down, weights)
 
 
-def step_bytes(sent: Sequence[Tensor], left: Sequence[Tensor]) -> tuple[int, int]:
+def step_bytes(sent: Sequence[Tensor], left: Sequence[Tensor], transport: str = "float32") -> tuple[int, int]:
     """Bytes up and down in a step, where the front sends these maps and the body leaves those; it may leave some that came."""
     back = [m for m in left if all(m is not came for came in sent)]
-    return _bytes(sent) + _bytes(back, floats=True), _bytes(back) + _bytes(sent, floats=True)
+    up = _travel(sent, transport) + _travel(back, transport, gradients=True)
+    return up, _travel(back, transport) + _travel(sent, transport, gradients=True)
 
 
-def _bytes(tensors: Sequence[Tensor], *, floats: bool = False) -> int:
-    """Size of these tensors, or of the gradients of the float ones among them."""
-    return sum(t.numel() * t.element_size() for t in tensors if t.is_floating_point() or not floats)
+def _travel(maps: Sequence[Tensor], transport: str, *, gradients: bool = False) -> int:
+    """Size of these maps, or of their gradients, as they travel."""
+    return sum(size_of(m, transport, gradient=gradients) for m in maps)

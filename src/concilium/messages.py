@@ -236,7 +236,7 @@ class Front:
 
     With the first step of a round come the weights of front and tail; with every other one the gradients of the maps sent in the
     step before, with which the site first finishes that step. Maps are in the order of the stack, the lowest first; gradients in
-    that of the float maps.
+    that of the float maps. Both, in all four messages of a step, are tensors as `transport.encode` makes them of `transport`.
     """
 
     model: str
@@ -254,6 +254,8 @@ class Front:
     gradients: tuple[Tensor, ...]
     begins: bool = False
     """As in `Train`."""
+    transport: str = "float32"
+    """As what maps and gradients travel (`transport.KINDS`)."""
 
 
 @dataclass(frozen=True)

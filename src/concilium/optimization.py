@@ -88,6 +88,11 @@ def device_named(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+def floats_of(network: nn.Module) -> torch.dtype:
+    """The type of its first parameter; float32 where it has none."""
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+
 def gradient_of(m: Tensor) -> Tensor:
     """The gradient of a leaf; zeros where the loss does not depend on it, so that each map sent has one."""
     return torch.zeros_like(m) if m.grad is None else m.grad

@@ -25,7 +25,8 @@ from concilium.data.patches import Batch, stream
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import Finish, Front, Gradients, Maps, Tail, Trained
 from concilium.networks import Parts, Stack, are_of_kinds
-from concilium.optimization import are_of, autocast, clip_and_step, gradient_of, set_rate
+from concilium.optimization import are_of, autocast, clip_and_step, floats_of, gradient_of, set_rate
+from concilium.transport import decode, decode_like, encode
 
 POOLED: Mapping[int, tuple[Callable[..., Tensor], ...]] = {
     2: (functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d),
@@ -44,6 +45,7 @@ class Session:
         self.learner = learner
         self.parts: Parts = learner.parts
         self.model, self.round, self.steps = request.model, request.round, request.steps
+        self.transport = request.transport
         training = learner.job.training
         batches = learner.begin(request.weights, site=site, model=request.model, begins=request.begins)
         self._keys = [(learner.job.seed, site, request.round, step) for step in range(request.steps)]
@@ -68,7 +70,7 @@ class Session:
         Raises:
             ContractError: another step was to come, or the gradients are not those of the maps that were sent.
             PrivacyError: the image itself would leave the site.
-            FloatingPointError: the gradient is not finite.
+            FloatingPointError: the gradient is not finite, or a map cannot travel.
             Cancelled: the request was cancelled.
         """
         began = time.monotonic()
@@ -99,27 +101,28 @@ class Session:
             )
         self._next = ("tail", request.step)
         self._seconds += time.monotonic() - began
-        return Maps(tuple(m.detach() for m in sent))
+        return Maps(encode(sent, self.transport))
 
     def tail(self, request: Tail) -> Gradients:
         """Run the tail and the loss, and send the gradients of the maps that came.
 
         Raises:
             ContractError: another step was to come, or the maps are not what the tail needs.
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss is not finite, or a gradient cannot travel.
         """
         began = time.monotonic()
         self._expect(request.model, request.round, "tail", request.step)
         if not (self._known or request.maps or request.order):
             return self._then(Gradients(()), request.step)
         device, home = self.learner.device, self._home
-        if request.order.count(-1) != len(request.maps) or any(not -1 <= j < self._reach for j in request.order):
+        maps = decode(request.maps, self.transport, dtype=floats_of(self.learner.network))
+        if request.order.count(-1) != len(maps) or any(not -1 <= j < self._reach for j in request.order):
             raise ContractError(
-                f"{len(request.maps)} maps came in the order {request.order}. Expected a -1 for each, and else places of the "
+                f"{len(maps)} maps came in the order {request.order}. Expected a -1 for each, and else places of the "
                 f"{self._reach} that were sent. Start the round again."
             )
         own = {i: _leaf(self._stack[i]) for i in (*range(home), *(home + j for j in request.order if j >= 0))}
-        came = [_leaf(m.to(device)) for m in request.maps]
+        came = [_leaf(m.to(device)) for m in maps]
         new = iter(came)
         left = [own[home + j] if j >= 0 else next(new) for j in request.order]
         if not are_of_kinds(left, self.parts.left):
@@ -130,7 +133,8 @@ class Session:
         self._descend((*(own[i] for i in range(home)), *left), request.step)
         self._own = {i: m.grad for i, m in own.items() if m.grad is not None}
         self._seconds += time.monotonic() - began
-        return self._then(Gradients(tuple(gradient_of(m) for m in came if m.requires_grad)), request.step)
+        sent = encode((gradient_of(m) for m in came if m.requires_grad), self.transport)
+        return self._then(Gradients(sent), request.step)
 
     def _then(self, gradients: Gradients, step: int) -> Gradients:
         """These gradients; the front of the next step must come next, or the end."""
@@ -180,6 +184,7 @@ class Session:
         if not (self._known or gradients):
             return
         places = [i for i in range(self._home, len(self._stack)) if self._stack[i].is_floating_point()]
+        gradients = decode_like(gradients, self.transport, [self._stack[i] for i in places])
         if not are_of(gradients, [self._stack[i] for i in places]):
             raise ContractError(
                 f"{len(gradients)} gradients came. Expected {len(places)}, in shape and type of the float maps that were sent. "

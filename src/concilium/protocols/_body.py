@@ -16,22 +16,27 @@ from concilium.optimization import (
     are_of,
     autocast,
     clip_and_step,
+    floats_of,
     gradient_of,
     make_optimizer,
     restore_state,
     set_rate,
     state_of,
 )
+from concilium.transport import Transport, decode, decode_like, encode
 
 
 class Body:
     """The body with its optimiser. Between `forward` and `backward` it holds the graph of one step of one site."""
 
-    def __init__(self, parts: Parts, training: Training, device: torch.device) -> None:
+    def __init__(
+        self, parts: Parts, training: Training, device: torch.device, transport: Transport = "float32"
+    ) -> None:
         self.network = parts.body.to(device).train()
         self.takes = parts.taken
         self.training = training
         self.device = device
+        self.transport = transport
         self.optimizer = make_optimizer(self.network, training)
         self._in: Stack = ()
         self._out: tuple[Tensor, ...] = ()
@@ -59,15 +64,17 @@ class Body:
         """Run on the maps that a site sent; the maps and the order that go back (`messages.Tail`).
 
         Args:
-            maps: the lowest first; none: nothing is annotated in the batch, and the step changes nothing.
+            maps: the lowest first, as they came; none: nothing is annotated in the batch, and the step changes nothing.
             key: of the step, from which dropout and the like are drawn.
 
         Raises:
             ContractError: they are not as many as this body takes, not of these types, or not finite.
+            FloatingPointError: the maps that would go back cannot travel.
         """
         if not maps:
             self.give_up()
             return (), ()
+        maps = decode(maps, self.transport, dtype=floats_of(self.network))
         if not are_of_kinds(maps, self.takes) or not all_finite(maps):
             raise ContractError(
                 f"Maps of type {', '.join(str(m.dtype) for m in maps) or 'none'} came. Expected {', '.join(self.takes)}: whole "
@@ -81,15 +88,16 @@ class Body:
         order = tuple(next((j for j, came in enumerate(self._in) if m is came), -1) for m in left)
         sent = [m for m, j in zip(left, order, strict=True) if j < 0]
         self._out = tuple(m for m in sent if m.requires_grad)
-        return tuple(m.detach() for m in sent), order
+        return encode(sent, self.transport), order
 
     def backward(self, gradients: Sequence[Tensor], *, step: int, total_steps: int) -> tuple[Tensor, ...]:
         """Back-propagate, take a step with the rate of `step`; the gradients of the float maps that the site had sent.
 
         Raises:
             ContractError: they are not the gradients of what was sent, or not finite.
-            FloatingPointError: the body's own gradient is not finite; no step is taken.
+            FloatingPointError: the body's own gradient is not finite, or those of the maps cannot travel; no step is taken.
         """
+        gradients = decode_like(gradients, self.transport, self._out)
         if not are_of(gradients, self._out) or not all_finite(gradients):
             raise ContractError(
                 f"{len(gradients)} gradients came. Expected {len(self._out)}, finite, in shape and type of the float maps that "
@@ -97,9 +105,10 @@ class Body:
             )
         if self._in:
             torch.autograd.backward(self._out, [g.to(self.device) for g in gradients])
+        back = encode((gradient_of(m) for m in self._in if m.requires_grad), self.transport)
+        if self._in:
             set_rate(self.optimizer, self.training, step=step, total_steps=total_steps)
             clip_and_step(self.network.parameters(), self.optimizer, self.training.clip_norm)
-        back = tuple(gradient_of(m) for m in self._in if m.requires_grad)
         self.give_up()
         return back
 

@@ -69,6 +69,10 @@ class Exchange:
         first, step = self._first[site], self._step[site]
         try:
             maps, order = body.forward(self._waiting.pop(site).maps, (self._seed, site, first.round, step))
+        except FloatingPointError:
+            body.give_up()
+            self._fail(site, SiteError("FloatingPointError", "not_finite", ""))
+            return
         except Exception:  # whatever layers raise for maps from outside, of a shape that they do not take, say
             self._fail(site, SiteError("ContractError", "wrong_maps", ""))
             return

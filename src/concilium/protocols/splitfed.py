@@ -29,6 +29,7 @@ from concilium.protocols._body import Body
 from concilium.protocols._cohort import cohort
 from concilium.protocols._exchange import Exchange
 from concilium.sharing import EVERYTHING, Sharing, shared_now
+from concilium.transport import Transport
 from concilium.wire import part
 
 MOMENTS = "body/"
@@ -58,6 +59,7 @@ def splitfed(
     variant: Literal["v1", "v2"] = "v1",
     cut: Literal["shallow", "deep"] | tuple[str, ...] = "deep",
     reveal_labels: bool = False,
+    transport: Transport = "float32",
     exchange_seconds: float | None = None,
     participation: float = 1.0,
     cohorts: tuple[tuple[str, ...], ...] = (),
@@ -72,6 +74,7 @@ def splitfed(
         cut: `shallow`, `deep`, or the two stages after which the network is cut.
         reveal_labels: let heads act on maps that the server made, as deep supervision does; it can then compute the labels
             (decisions/0008). Otherwise there is no deep supervision, and no cut right before the heads.
+        transport: as what maps and gradients travel: `float32`, to the bit, or `float16`, `bfloat16` or `int8`.
         exchange_seconds: deadline of each exchange; omitted: that of a round, `round_seconds`.
         participation: share of the sites that take part in a round, drawn anew for each; 1: all.
         cohorts: lists of sites that take turns, a list a round; omitted: none.
@@ -91,7 +94,9 @@ def splitfed(
     in_body, at_site = named.body.state_dict().keys(), named.at_site.state_dict().keys() - sharing.kept
     size = sum(t.numel() for t in named.at_site.state_dict().values())
     begun = begun_at(start)
-    bodies = {owner: Body(parts(), training, device) for owner in (sorted(steps) if variant == "v1" else [ALL])}
+    bodies = {
+        owner: Body(parts(), training, device, transport) for owner in (sorted(steps) if variant == "v1" else [ALL])
+    }
     weights: Tensors = part(start.tensors, WEIGHTS)
     state: Tensors = part(start.tensors, STATE)
     moments = {
@@ -102,7 +107,7 @@ def splitfed(
         before = copy_traffic(engine, asked)
         taking_part = _loaded(bodies, asked.keys(), {n: weights[n] for n in in_body}, moments)
         ours = {n: weights[n] for n in weights if n in at_site}
-        request = Front(model, number, after, reveal_labels, 0, 0, 0, 0, ours, ())
+        request = Front(model, number, after, reveal_labels, 0, 0, 0, 0, ours, (), transport=transport)
         begins = frozenset() if sharing.whole else asked.keys() - begun
         first = replace(request, weights={**ours, **(begin_with or {})}, begins=True)
         queues = _queues(taking_part, asked, (seed, "order", number))
