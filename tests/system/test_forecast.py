@@ -28,8 +28,11 @@ Make = Callable[..., Study]
         ("nnunet", {"protocol__cut": ["down0", "up0"], "protocol__reveal_labels": True}),
         ("nnunet", {"training__precision": "bfloat16", "protocol__cut": "shallow"}),
         ("unet", {"protocol__cut": ["encode0", "decode1"], "protocol__variant": "v2"}),
+        ("unet", {"protocol__cut": "deep", "protocol__transport": "float16"}),
+        ("nnunet", {"protocol__cut": "deep", "protocol__transport": "bfloat16"}),
+        ("segnet", {"protocol__cut": "shallow", "protocol__transport": "int8", "network__levels": 3}),
     ],
-    ids=["deep", "heads on maps of the server", "bfloat16", "unet"],
+    ids=["deep", "heads on maps of the server", "bfloat16", "unet", "as float16", "as bfloat16", "as int8"],
 )
 def test_bytes_of_a_round_are_those_forecast(
     small_study: Make, tmp_path: Path, network: str, changes: dict[str, Any]
@@ -49,6 +52,7 @@ def test_bytes_of_a_round_are_those_forecast(
         batch=(plan.batch_size, 1, *plan.patch_size),
         precision=study.training.precision,
         reveal_labels=study.protocol.options["reveal_labels"],
+        transport=study.protocol.options["transport"],
     )
     up, down = forecast.round(3)
     line = json.loads((out / "rounds.jsonl").read_text().splitlines()[0])
