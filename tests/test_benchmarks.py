@@ -198,6 +198,19 @@ def test_split_step_runs(phantom: Path, tmp_path: Path) -> None:
     torch.set_num_threads(threads)
 
 
+def test_transport_runs(phantom: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    study = read_study(study_file(tmp_path, phantom, "steps = 9"))
+    found = load("transport").measure(study, tmp_path / "run", cut=("deep",), rounds=1, steps=2)
+    errors = {(row["way"], row["step"], row["kind"]): row for row in found["errors"]}
+    assert len(errors) == 4 * 2 * 4
+    for (way, _, kind), row in errors.items():
+        assert 0 <= row["worst"] <= {"float16": 2**-11, "bfloat16": 2**-8, "int8": 0.004}.get(kind, 1.0), (way, kind)
+        assert row["largest"] > 0
+    assert found["bytes"]["float32"] == found["bytes"]["bfloat16"], "it computes in bfloat16"
+    torch.set_num_threads(threads)
+
+
 def test_connection_runs(tmp_path: Path) -> None:
     rows = load("connection").measure(tmp_path, most=1 << 20)
     assert [(row["what"], row["bytes"]) for row in rows] == [("exchange", 1 << 12), ("exchange", 1 << 20)]

@@ -126,8 +126,7 @@ def splitfed(
         new, state = rule(total, state, before={n: weights[n] for n in total.names}) if total.count else ({}, state)
         weights = {**weights, **new, **({} if variant == "v1" else bodies[ALL].weights())}
         moments |= {owner: body.state() for owner, body in bodies.items() if owner == ALL or owner in got.answers}
-        tensors = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
-        tensors |= {f"{MOMENTS}{o}/{n}": t for o, (ts, _) in moments.items() for n, t in ts.items()}
+        tensors = _together(weights, state, moments)
         values: dict[str, Json] = {owner: numbers for owner, (_, numbers) in moments.items()}
         begun |= got.answers.keys()
         values |= {} if sharing.whole else {BEGUN: tuple(sorted(begun))}
@@ -153,6 +152,12 @@ def _loaded(
     for owner, body in taking_part.items():
         body.load(weights, *moments[owner])
     return taking_part
+
+
+def _together(weights: Tensors, state: Tensors, moments: Mapping[str, tuple[Tensors, str]]) -> Tensors:
+    """The tensors of a round under their prefixes."""
+    named = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
+    return named | {f"{MOMENTS}{o}/{n}": t for o, (ts, _) in moments.items() for n, t in ts.items()}
 
 
 def _require_finite(bodies: Mapping[str, Body], *, model: str, number: int) -> None:
