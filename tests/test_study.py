@@ -211,6 +211,7 @@ def test_the_resolved_study_says_everything() -> None:
 def test_the_protocols_own_options_stand_in_its_table() -> None:
     everybody = {"participation": 1.0, "cohorts": ()}
     defaults = everybody | {"variant": "v1", "cut": "deep", "reveal_labels": False, "exchange_seconds": None}
+    defaults |= {"transport": "float32"}
     assert parse().protocol.options == everybody
     assert parse(protocol={"name": "splitfed"}).protocol.options == defaults
     given = parse(protocol=SPLIT["protocol"]).protocol
@@ -224,6 +225,7 @@ def test_the_protocols_own_options_stand_in_its_table() -> None:
     written = tomllib.loads(to_toml(parse(protocol=SPLIT["protocol"])))["protocol"]
     assert written == SPLIT["protocol"] | {
         "reveal_labels": False,
+        "transport": "float32",
         "compare": [],
         "min_sites": 2,
         "participation": 1.0,
@@ -325,8 +327,8 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         "[protocol] varient = 'v2' is not known. Did you mean 'variant'? Known: cohorts, compare, cut, ",
     ),
     (
-        {"protocol": {"name": "splitfed", "variant": "v3"}},
-        "[protocol] variant = 'v3' is not allowed. Allowed: 'v1', 'v2'.",
+        {"protocol": {"name": "splitfed", "variant": "v4"}},
+        "[protocol] variant = 'v4' is not allowed. Allowed: 'v1', 'v2', 'v3', 'sequential'.",
     ),
     (
         {"protocol": {"name": "splitfed", "cut": 3}},

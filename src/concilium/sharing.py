@@ -84,13 +84,19 @@ def named(network: Stages, wanted: Sequence[str], *, where: str) -> frozenset[st
     return frozenset(found)
 
 
+ENDS = "ends"
+"""In `[sharing] keep`: all that sites hold of a network whose body is the server's."""
+
+
 def kept_of(network: Stages, keep: Sequence[str]) -> frozenset[str]:
-    """The tensors that stay at each site (`[sharing] keep`).
+    """The tensors that stay at each site (`[sharing] keep`); with `ends` all, for the site to keep those that it has.
 
     Raises:
         StudyError: a role or pattern fits nothing; or nothing would be shared.
     """
-    found = named(network, keep, where="[sharing] keep")
+    found = named(network, [one for one in keep if one != ENDS], where="[sharing] keep")
+    if ENDS in keep:
+        return frozenset(network.state_dict())
     if found == network.state_dict().keys():
         raise StudyError(
             f"[sharing] keep = {list(keep)} keeps all {len(found)} tensors at their sites. At least one must be shared. Keep "

@@ -22,14 +22,27 @@ from concilium.aggregation import weight_of
 from concilium.aggregation.mean import rule as mean
 from concilium.answers import Job, Settings, split
 from concilium.answers.objective import make_objective
-from concilium.answers.train import Learner
+from concilium.answers.train import Cut, Learner
 from concilium.collect.plain import collect as plain
 from concilium.data.draws import digest
 from concilium.data.patches import Batch
 from concilium.engines import SiteInfo, Traffic
-from concilium.errors import EngineError
+from concilium.errors import EngineError, StudyError
 from concilium.forecast import split_bytes
-from concilium.messages import Failure, Gradients, Maps, PlugIn, Reply, Request, Tail, Tensors, Train, Training
+from concilium.messages import (
+    Failure,
+    Front,
+    Gradients,
+    Maps,
+    PlugIn,
+    Reply,
+    Request,
+    Tail,
+    Tensors,
+    Train,
+    Trained,
+    Training,
+)
 from concilium.networks import Stack, Stage, Stages, cut_apart
 from concilium.networks.nnunet import build as nnunet
 from concilium.networks.unet import build as unet
@@ -37,6 +50,7 @@ from concilium.protocols import WEIGHTS, Round, start_with
 from concilium.protocols._body import Body
 from concilium.protocols.federated import federated
 from concilium.protocols.splitfed import splitfed
+from concilium.sharing import Sharing
 from concilium.site import Site
 from concilium.wire import Envelope, part
 
@@ -281,7 +295,7 @@ def test_split_equals_whole_without_deep_supervision(cut: tuple[str, ...], tmp_p
     assert difference(weights, whole("nnunet", 2, False)) <= EQUAL
 
 
-@pytest.mark.parametrize("variant", ["v1", "v2"])
+@pytest.mark.parametrize("variant", ["v1", "v2", "sequential"])
 def test_optimisers_are_carried_over_rounds(variant: str, tmp_path: Path) -> None:
     """Two rounds of ten steps, against the whole network's twenty steps with the learning rates of twenty."""
     batches_by_round = trained_whole(job_of(), rounds=2, steps=10)
@@ -350,7 +364,7 @@ def test_a_front_that_steps_without_what_the_tail_gave_its_maps_is_noticed(
     assert difference(weights, whole("nnunet", 2, True)) > 1e-6
 
 
-@pytest.mark.parametrize("variant", ["v1", "v2"])
+@pytest.mark.parametrize("variant", ["v1", "v2", "sequential"])
 def test_a_body_that_forgets_its_optimiser_between_rounds_is_noticed(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -718,3 +732,95 @@ def test_one_body_is_not_federated_averaging(tmp_path: Path) -> None:
         *_, last = running(splitfed, Engine(jobs, tmp_path / variant), jobs, variant=variant, rounds=2, steps=UNEQUAL)
         ends.append(part(last.tensors, WEIGHTS))
     assert difference(*ends) > 1e-6
+
+
+def one_after_the_other_by_hand(jobs: Mapping[str, Job], orders: Sequence[Sequence[str]]) -> Tensors:
+    """One whole network that goes from site to site; what an optimiser keeps of front and tail stays at the site."""
+    cut = ("deep",)
+    net = jobs["a"].network()
+    net.load_state_dict(first_weights(jobs["a"]))
+    parts = cut_apart(net, cut, reveal_labels=True)
+
+    def sgd(module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)
+
+    of_body, at_site = sgd(parts.body), {site: sgd(parts.at_site) for site in jobs}
+    for number, order in enumerate(orders, start=1):
+        for site in order:
+            for step in range(n := UNEQUAL[site]):
+                for optimizer in (both := [at_site[site], of_body]):
+                    optimizer.param_groups[0]["lr"] = 0.01 * (1 - ((number - 1) * n + step) / (len(orders) * n)) ** 0.9
+                    optimizer.zero_grad()
+                drawn = jobs[site].batches.draw(SEED, site, number, step)
+                make_objective(jobs[site])(net(drawn.image), drawn).backward()
+                for optimizer in both:
+                    optimizer.step()
+    return net.state_dict()
+
+
+def test_in_sequence_one_network_goes_from_site_to_site(tmp_path: Path) -> None:
+    """With unequal numbers of steps; each site begins where the one before ended."""
+    jobs = three()
+    engine = Engine(jobs, tmp_path)
+    rounds = list(running(splitfed, engine, jobs, variant="sequential", rounds=3, steps=UNEQUAL))
+    orders = []
+    for done in rounds:
+        served = [site for site, r in engine.down if isinstance(r, Tail) and r.round == done.number]
+        orders.append(list(dict.fromkeys(served)))
+        assert served == [site for site in orders[-1] for _ in range(UNEQUAL[site])], "a turn is not interrupted"
+        assert set(done.answers) == set(jobs)
+        assert done.n_tensors > 0
+    assert len(set(map(tuple, orders))) > 1, "drawn for each round"
+    assert difference(part(rounds[-1].tensors, WEIGHTS), one_after_the_other_by_hand(jobs, orders)) <= EQUAL
+    assert difference(part(rounds[-1].tensors, WEIGHTS), one_after_the_other_by_hand(jobs, [sorted(jobs)] * 3)) > 1e-6
+
+
+@pytest.mark.parametrize("steps", [{"a": 1, "b": 7, "c": 3}, {"a": 5, "b": 1, "c": 1}], ids=str)
+@pytest.mark.parametrize("variant", ["v1", "v2", "sequential"])
+def test_sites_with_unequal_numbers_of_batches_do_not_wait_for_each_other(
+    variant: str, steps: dict[str, int], tmp_path: Path
+) -> None:
+    jobs = three()
+    engine = Engine(jobs, tmp_path)
+    *_, last = running(splitfed, engine, jobs, variant=variant, rounds=2, steps=steps)
+    assert last.failures == {}
+    assert {site: answer.n_steps for site, answer in last.answers.items()} == steps
+
+
+def test_for_one_site_a_sequence_is_the_whole_network(tmp_path: Path) -> None:
+    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant="sequential", rounds=2, steps={"a": 10})
+    assert difference(weights, trained_whole(job_of(), rounds=2, steps=10)) <= EQUAL
+
+
+def keeping(jobs: Mapping[str, Job], cut: tuple[str, ...]) -> tuple[dict[str, Job], Sharing]:
+    """The same sites, which keep front and tail."""
+    net = jobs["a"].network()
+    held = frozenset(cut_apart(net, cut, reveal_labels=True).at_site.state_dict())
+    size = sum(t.numel() for t in net.state_dict().values())
+    keep = frozenset(net.state_dict())
+    return {s: replace(j, kept=keep) for s, j in jobs.items()}, Sharing(kept=held, sizes=dict.fromkeys(jobs, size))
+
+
+@pytest.mark.parametrize("variant", ["v3", "v2", "sequential"])
+def test_front_and_tail_that_stay_are_in_no_message_and_the_body_is_trained_by_all(
+    variant: str, tmp_path: Path
+) -> None:
+    jobs, sharing = keeping(three(), ("deep",))
+    engine = Engine(jobs, tmp_path)
+    start = first_weights(jobs["a"])
+    rounds = list(running(splitfed, engine, jobs, variant=variant, rounds=2, steps=UNEQUAL, sharing=sharing))
+    assert all(r.failures == {} and set(r.answers) == set(jobs) for r in rounds)
+    assert all(not request.weights for request in said(engine.down, Front))
+    assert all(not reply.weights for reply in said(engine.up, Trained))
+    body = {n: t for n, t in part(rounds[-1].tensors, WEIGHTS).items() if n not in sharing.kept}
+    assert max(float((t - start[n]).abs().max()) for n, t in body.items()) > 1e-4
+    cut = Cut(("deep",), True)
+    own = {site: engine.members[site]._models.learner(jobs[site], "m", cut).weights() for site in jobs}
+    assert own["a"].keys() == sharing.kept
+    assert all(difference(own["a"], own[site]) > 1e-4 for site in ("b", "c")), "each has its own"
+
+
+def test_v3_with_a_front_that_is_shared_is_refused(tmp_path: Path) -> None:
+    jobs = three()
+    with pytest.raises(StudyError, match=r"variant = 'v3' is not possible .* keep = \['ends'\]"):
+        next(running(splitfed, Engine(jobs, tmp_path), jobs, variant="v3"))

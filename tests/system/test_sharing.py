@@ -128,6 +128,33 @@ def test_each_sites_model_is_its_own_part_and_the_shared_one(protocol: str, brie
             assert told["with"] == [s for s in SITES if s != site]
 
 
+@pytest.mark.parametrize("variant", ["v3", "sequential"])
+def test_front_and_tail_of_their_own_end_as_a_model_of_each_site(variant: str, brief: Make, tmp_path: Path) -> None:
+    """`v3` says it in short; with a body that sites train in turn it is said in full."""
+    keep = {} if variant == "v3" else {"sharing__keep": ["ends"]}
+    study = brief(protocol__name="splitfed", protocol__variant=variant, **keep)
+    assert study.sharing.keep == ("ends",)
+    outcome = run(study, tmp_path / "run")
+    assert outcome.exit_code == 0
+    names = [f"splitfed:{site}" for site in SITES]
+    assert list(finished_models(tmp_path / "run")) == names
+    assert sorted({row["model"] for row in outcome.results["cases"]}) == sorted(names)
+    models = {site: at_site(tmp_path / "run", site, "splitfed") for site in SITES}
+    north, south = models["north"], models["south"]
+    (state,) = (tmp_path / "run" / "checkpoints" / "splitfed").glob("[0-9]*.safetensors")
+    body = {n.removeprefix("weights/") for n in load_file(state) if n.startswith("weights/")}
+    assert all(torch.equal(north[n], south[n]) for n in body), "the body is one"
+    own = [n for n in north.keys() - body if n.endswith(("weight", "bias"))]
+    assert own
+    assert any(not torch.equal(north[n], south[n]) for n in own), "front and tail are their site's"
+
+
+@pytest.mark.parametrize("protocol", ["federated", "local"])
+def test_ends_are_of_split_training(protocol: str, brief: Make) -> None:
+    with pytest.raises(StudyError, match=r"keep = \['ends'\] is not allowed with protocol"):
+        brief(protocol__name=protocol, sharing__keep=["ends"])
+
+
 def test_one_site_that_keeps_something_trains_as_alone(brief: Make, tmp_path: Path) -> None:
     run(brief(sites=("north",), sharing__keep=["norms"]), tmp_path / "kept")
     run(brief(sites=("north",)), tmp_path / "plain")

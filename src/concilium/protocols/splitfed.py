@@ -1,8 +1,11 @@
 """Split federated learning: front and tail of the network at each site, the body at the server; images and labels stay home.
 
 Thapa et al. 2022, SplitFed (arXiv:2004.12088): `v1` keeps a body for each site and averages them as it does fronts and tails;
-`v2` has one body, which takes a step after each site's batch, the order of the sites drawn anew for each round. U-shaped as in
-Shiranthika et al. 2026 (arXiv:2503.20830). Two exchanges a step: the gradients of a step travel with the request for the next.
+`v2` has one body, which takes a step after each site's batch, the order of the sites drawn anew for each round. `v3` averages the
+bodies alone, as Gawali et al. 2021 do (arXiv:2012.12591): front and tail never leave their site (`[sharing] keep = ["ends"]`). In
+`sequential`, the split learning of Gupta & Raskar 2018 (arXiv:1810.06060), there is one body too, and sites take turns: a site
+takes all its steps of a round, then its front and tail go to the next, through the server. U-shaped as in Shiranthika et al. 2026
+(arXiv:2503.20830). Two exchanges a step: the gradients of a step travel with the request for the next.
 
 Each owner clips its own gradient: a site that of front and tail together, the server that of the body (decisions/0007).
 """
@@ -10,7 +13,7 @@ Each owner clips its own gradient: a site that of front and tail together, the s
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -18,11 +21,11 @@ from typing import Any, Literal
 import torch
 
 from concilium.aggregation import Sum, one_block
-from concilium.collect import Collected
+from concilium.collect import Answer, Collected
 from concilium.data.draws import digest
 from concilium.engines import Engine, ask
-from concilium.errors import EngineError
-from concilium.messages import Finish, Front, Json, Tensors, Training
+from concilium.errors import EngineError, StudyError
+from concilium.messages import Failure, Finish, Front, Json, Tensors, Training
 from concilium.networks import Parts, Stages, cut_apart
 from concilium.protocols import BEGUN, STATE, WEIGHTS, Round, begun_at, copy_traffic, require, traffic_since
 from concilium.protocols._body import Body
@@ -35,7 +38,8 @@ from concilium.wire import part
 MOMENTS = "body/"
 """Prefix of a round's tensors: the state of the bodies' optimisers, `body/OWNER/...`."""
 ALL = "server"
-"""Owner of the one body of `v2` (no site may have this name); in `v1` each site owns one."""
+"""Owner of the one body of `v2` and `sequential` (no site may have this name); otherwise each site owns one."""
+ONE_BODY = ("v2", "sequential")
 
 
 def splitfed(
@@ -56,7 +60,7 @@ def splitfed(
     weigh: Callable[[int, float], int],
     sharing: Sharing = EVERYTHING,
     begin_with: Tensors | None = None,
-    variant: Literal["v1", "v2"] = "v1",
+    variant: Literal["v1", "v2", "v3", "sequential"] = "v1",
     cut: Literal["shallow", "deep"] | tuple[str, ...] = "deep",
     reveal_labels: bool = False,
     transport: Transport = "float32",
@@ -70,7 +74,8 @@ def splitfed(
     Args:
         sharing: which tensors of front and tail travel.
         begin_with: of those that do not, what they begin with; those that are missing each site draws itself.
-        variant: `v1`, a body for each site, averaged; `v2`, one body.
+        variant: `v1`, a body for each site, averaged; `v2`, one body; `v3`, as `v1`, but front and tail stay at their site;
+            `sequential`, one body, and sites take turns with one front and tail.
         cut: `shallow`, `deep`, or the two stages after which the network is cut.
         reveal_labels: let heads act on maps that the server made, as deep supervision does; it can then compute the labels
             (decisions/0008). Otherwise there is no deep supervision, and no cut right before the heads.
@@ -81,58 +86,58 @@ def splitfed(
 
     Raises:
         StudyError: the network cannot be cut so.
-        EngineError: fewer than `min_sites` sites finished a round, or the one body of `v2` is not finite any more.
+        EngineError: fewer than `min_sites` sites finished a round, or the one body of all is not finite any more.
     """
     after = (cut,) if isinstance(cut, str) else cut
     deadline = min((s for s in (deadline_s, exchange_seconds) if s is not None), default=None)
-    deep_supervision = training.deep_supervision and reveal_labels
 
     def parts() -> Parts:
-        return cut_apart(network(deep_supervision=deep_supervision), after, reveal_labels=reveal_labels)
+        whole = network(deep_supervision=training.deep_supervision and reveal_labels)
+        return cut_apart(whole, after, reveal_labels=reveal_labels)
 
     named = parts()
     in_body, at_site = named.body.state_dict().keys(), named.at_site.state_dict().keys() - sharing.kept
-    size = sum(t.numel() for t in named.at_site.state_dict().values())
+    _require_ends(variant, at_site)
     begun = begun_at(start)
-    bodies = {
-        owner: Body(parts(), training, device, transport) for owner in (sorted(steps) if variant == "v1" else [ALL])
-    }
+    owners = [ALL] if variant in ONE_BODY else sorted(steps)
+    bodies = {owner: Body(parts(), training, device, transport) for owner in owners}
     weights: Tensors = part(start.tensors, WEIGHTS)
     state: Tensors = part(start.tensors, STATE)
-    moments = {
-        owner: (part(start.tensors, f"{MOMENTS}{owner}/"), str(start.values.get(owner, "{}"))) for owner in bodies
-    }
+    moments = {o: (part(start.tensors, f"{MOMENTS}{o}/"), str(start.values.get(o, "{}"))) for o in owners}
+    asking = partial(ask, engine, deadline_s=deadline)
     for number in range(start.number + 1, rounds + 1):
         asked = cohort(steps, number, participation=participation, cohorts=cohorts, least=min_sites, seed=seed)
         before = copy_traffic(engine, asked)
         taking_part = _loaded(bodies, asked.keys(), {n: weights[n] for n in in_body}, moments)
-        ours = {n: weights[n] for n in weights if n in at_site}
-        request = Front(model, number, after, reveal_labels, 0, 0, 0, 0, ours, (), transport=transport)
         begins = frozenset() if sharing.whole else asked.keys() - begun
-        first = replace(request, weights={**ours, **(begin_with or {})}, begins=True)
-        queues = _queues(taking_part, asked, (seed, "order", number))
-        exchange = Exchange(engine, queues, _first(request, first, begins, asked, rounds), seed=seed)
-        exchange.run(deadline_s=deadline)
-        requests = {site: Finish(model, number, gradients) for site, gradients in exchange.last.items()}
-        got = collect(
-            partial(ask, engine, deadline_s=deadline), requests, blocks=(one_block(ours, asked),), asked=asked
-        )
-        failures = {**exchange.failures, **got.failures}
-        require(got.answers, failures, min_sites=min(min_sites, len(asked)), model=model, number=number)
+        answers: dict[str, Answer] = {}
+        failures: dict[str, Failure] = {}
+        averaged: Tensors = {}
+        for turn in _turns(variant, asked, (seed, "order", number)):
+            ours = {n: weights[n] for n in weights if n in at_site}
+            request = Front(model, number, after, reveal_labels, 0, 0, 0, 0, ours, (), transport=transport)
+            first = _first(request, begin_with or {}, begins, turn, rounds)
+            queues = _queues(taking_part, turn, (seed, "order", number))
+            exchange = Exchange(engine, queues, first, seed=seed)
+            exchange.run(deadline_s=deadline)
+            requests = {site: Finish(model, number, gradients) for site, gradients in exchange.last.items()}
+            got = collect(asking, requests, blocks=(one_block(ours, turn),), asked=turn)
+            failures |= {**exchange.failures, **got.failures}
+            answers |= got.answers
+            (total,) = got.totals
+            if ALL not in bodies:
+                total.join(_sum_of({s: (bodies[s], weigh(n, share)) for s, (n, share) in _took(got, turn).items()}))
+            if total.count:
+                averaged, state = rule(total, state, before={n: weights[n] for n in total.names})
+                weights = {**weights, **averaged}
+        require(answers, failures, min_sites=min(min_sites, len(asked)), model=model, number=number)
         _require_finite(taking_part, model=model, number=number)
-        (total,) = got.totals
-        if variant == "v1":
-            total.join(_sum_of({s: (bodies[s], weigh(n, share)) for s, (n, share) in _took(got, asked).items()}))
-        new, state = rule(total, state, before={n: weights[n] for n in total.names}) if total.count else ({}, state)
-        weights = {**weights, **new, **({} if variant == "v1" else bodies[ALL].weights())}
-        moments |= {owner: body.state() for owner, body in bodies.items() if owner == ALL or owner in got.answers}
-        tensors = _together(weights, state, moments)
-        values: dict[str, Json] = {owner: numbers for owner, (_, numbers) in moments.items()}
-        begun |= got.answers.keys()
-        values |= {} if sharing.whole else {BEGUN: tuple(sorted(begun))}
-        shared = {} if sharing.whole else shared_now((one_block(ours, asked),), got.answers, dict.fromkeys(asked, size))
-        traffic = traffic_since(engine, asked, before)
-        yield Round(number, tensors, values, got.answers, failures, traffic, n_tensors=len(total.names), shared=shared)
+        weights = {**weights, **(bodies[ALL].weights() if ALL in bodies else {})}
+        moments |= {owner: body.state() for owner, body in bodies.items() if owner == ALL or owner in answers}
+        begun |= answers.keys()
+        values, shared = _values(moments, begun, sharing), _shared(sharing, named, asked, answers.keys())
+        tensors, traffic = _together(weights, state, moments), traffic_since(engine, asked, before)
+        yield Round(number, tensors, values, answers, failures, traffic, n_tensors=len(averaged), shared=shared)
 
 
 def check(network: Stages, *, cut: Literal["shallow", "deep"] | tuple[str, ...], reveal_labels: bool, **_: Any) -> None:
@@ -142,6 +147,42 @@ def check(network: Stages, *, cut: Literal["shallow", "deep"] | tuple[str, ...],
         StudyError: it cannot be cut so.
     """
     cut_apart(network, (cut,) if isinstance(cut, str) else cut, reveal_labels=reveal_labels)
+
+
+def _turns(variant: str, steps: Mapping[str, int], key: tuple[int | str, ...]) -> list[dict[str, int]]:
+    """Which sites take their steps side by side, one list after the other."""
+    return [{site: steps[site]} for site in _order(steps, key)] if variant == "sequential" else [dict(steps)]
+
+
+def _order(sites: Iterable[str], key: tuple[int | str, ...]) -> list[str]:
+    order = sorted(sites)
+    random.Random(digest(*key)).shuffle(order)
+    return order
+
+
+def _require_ends(variant: str, at_site: Set[str]) -> None:
+    """Check that in `v3` nothing of front and tail is shared, as a study with it says (`study/_sharing.py`)."""
+    if variant == "v3" and at_site:
+        raise StudyError(
+            f"[protocol] variant = 'v3' is not possible where {len(at_site)} tensors of front and tail are shared. Expected "
+            "none: [sharing] keep = ['ends']. Say so, or choose 'v1'."
+        )
+
+
+def _shared(
+    sharing: Sharing, parts: Parts, asked: Mapping[str, int], answered: Set[str]
+) -> dict[str, tuple[float, tuple[str, ...]]]:
+    """Where something stays at sites: the share of front and tail that was averaged, and with whom."""
+    held = parts.at_site.state_dict()
+    size = sum(t.numel() for t in held.values())
+    block = one_block({n: t for n, t in held.items() if n not in sharing.kept}, asked)
+    return {} if sharing.whole else shared_now((block,), answered, dict.fromkeys(asked, size))
+
+
+def _values(moments: Mapping[str, tuple[Tensors, str]], begun: Set[str], sharing: Sharing) -> dict[str, Json]:
+    """The numbers of a round: the rest of the optimisers' state, and who has begun where something stays at sites."""
+    told: dict[str, Json] = {} if sharing.whole else {BEGUN: tuple(sorted(begun))}
+    return {owner: numbers for owner, (_, numbers) in moments.items()} | told
 
 
 def _loaded(
@@ -174,8 +215,7 @@ def _queues(
     """Each body with the sites that it serves, in order, one entry a step."""
     if ALL not in bodies:
         return [(bodies[site], [site] * n) for site, n in steps.items()]
-    order = sorted(steps)
-    random.Random(digest(*key)).shuffle(order)
+    order = _order(steps, key)
     return [(bodies[ALL], [site for step in range(max(steps.values())) for site in order if step < steps[site]])]
 
 
@@ -188,8 +228,11 @@ def at_sites(
     return frozenset(parts.at_site.state_dict())
 
 
-def _first(request: Front, first: Front, begins: Set[str], steps: Mapping[str, int], rounds: int) -> dict[str, Front]:
+def _first(
+    request: Front, begin_with: Tensors, begins: Set[str], steps: Mapping[str, int], rounds: int
+) -> dict[str, Front]:
     """Each site's first request of a round; sites with equally many steps share one, which is packed once."""
+    first = replace(request, weights={**request.weights, **begin_with}, begins=True)
     shared = {
         (n, new): replace(r, steps=n, first_step=(r.round - 1) * n, total_steps=rounds * n)
         for n in set(steps.values())

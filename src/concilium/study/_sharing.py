@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from concilium.errors import StudyError
 from concilium.local_updates import exchanges, is_more_than_a_step
+from concilium.sharing import ENDS
+
+
+def spelled_out(found: Mapping[str, Any]) -> Any:
+    """`[sharing]` with what `[protocol] variant = "v3"` says in short: front and tail stay."""
+    p, s = found["protocol"], found["sharing"]
+    short = p and s and p.options.get("variant") == "v3" and ENDS not in s.keep
+    return dataclasses.replace(s, keep=(*s.keep, ENDS)) if short else s
 
 
 def misshared(found: Mapping[str, Any]) -> list[str]:
@@ -34,6 +43,11 @@ def misshared(found: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"{what} is not allowed with protocol {p.name!r}, which shares no tensors. Allowed: 'federated'. Choose it, or take "
             "the setting out."
+        )
+    elif ENDS in s.keep and p.name != "splitfed":
+        problems.append(
+            f"{what} is not allowed with protocol {p.name!r}: 'ends' are front and tail of a network whose body is the server's. "
+            "Allowed: 'splitfed'. Choose it, or keep less."
         )
     if found["collect"].name == "judged":
         problems.append(
@@ -88,7 +102,7 @@ def _untaught(found: Mapping[str, Any]) -> list[str]:
 def _own_heads(keep: Sequence[str]) -> bool:
     """Whether the layers that make logits stay at the sites, by their role or by a pattern that starts with their name."""
     return any(
-        one in ("heads", "decoder") or one.startswith("head") or fnmatchcase("head0.weight", one) for one in keep
+        one in ("heads", "decoder", ENDS) or one.startswith("head") or fnmatchcase("head0.weight", one) for one in keep
     )
 
 

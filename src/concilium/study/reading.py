@@ -21,7 +21,7 @@ from concilium.data.shifts import Shift
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
 from concilium.study._hardware import unequal
-from concilium.study._sharing import misshared
+from concilium.study._sharing import misshared, spelled_out
 from concilium.study._trainers import network_of_trainer, overruled
 from concilium.study._variants import FIXED, variant_tables
 from concilium.study.tables import ProtocolTable, SiteTable, StartTable, Study, least_sites, training_of
@@ -83,8 +83,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     """The study without its variants; `None` if it has errors, which are added to `problems`."""
     before = len(problems)
     raw = {key: table for key, table in raw.items() if key != "variants"}
-    hints = typing.get_type_hints(Study)
-    del hints["start"]
+    hints = {key: hint for key, hint in typing.get_type_hints(Study).items() if key != "start"}
     for key in raw:
         if key not in hints:
             problems.append(f"[{key}] is not a known table. {allowed(key, hints)}")
@@ -98,6 +97,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     found: dict[str, Any] = {"protocol": _protocol(tables.get("protocol", {}), problems)}
     for key in ("study", "plan", "preprocessing", "training", "sharing", "personalize", "validation", "engine"):
         found[key] = _table(hints[key], tables.get(key, {}), f"[{key}]", problems)
+    found["sharing"] = spelled_out(found)
     tables["network"], found["start"] = _start(tables.get("network", {}), problems)
     tables["network"] = network_of_trainer(tables["network"], tables.get("local_update", {}), problems)
     for key, kind in PLUG_INS.items():

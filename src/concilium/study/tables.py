@@ -88,7 +88,8 @@ class PlanTable:
 @dataclass(frozen=True)
 class SharingTable:
     keep: tuple[str, ...] = ()
-    """What stays at each site: `norms`, `statistics` (of norms), `heads`, `stem`, `decoder`, or patterns of tensors' names."""
+    """What stays at each site: `norms`, `statistics` (of norms), `heads`, `stem`, `decoder`, `ends` (front and tail in
+    `splitfed`), or patterns of tensors' names."""
     unseen: Literal["none", "mean", "reestimate"] = "none"
     """What a site that did not train gets for what stays, and the test set: nothing, and every site's model is tested by itself;
     the mean of the sites', fetched once at the end; or this with running statistics estimated on its own images, unlabelled."""
