@@ -23,7 +23,7 @@ from concilium.protocols import Round
 from concilium.study import Study
 
 Make = Callable[..., Study]
-every_variant = pytest.mark.parametrize("variant", ["v1", "v2"])
+every_variant = pytest.mark.parametrize("variant", ["v1", "v2", "v3", "sequential"])
 
 
 def maps(change: Callable[[list[Tensor]], Sequence[Tensor]]) -> Answer:
@@ -73,6 +73,8 @@ def test_a_site_that_fails_within_a_round_is_left_out_of_it(
     variant: str, method: str, wrong: Answer, code: str, make: Make, without_south: list[Round], watched: Watched,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    if (variant, method) == ("v3", "finish") and code != "failed":
+        pytest.skip("in v3 front and tail stay at their site: an update has no weights that could be wrong")
     spoil(monkeypatch, method, wrong)
     outcome = run(make(protocol__variant=variant), tmp_path / "run", watch=watched.nothing_is_left)
     told(outcome, code=code)
@@ -85,8 +87,9 @@ def test_a_site_that_fails_within_a_round_is_left_out_of_it(
     assert not all(torch.equal(watched.optimizers["north", 3, "before"][n], t) for n, t in at_rest.items())
     # the weights are those of the others, and go on to be so
     assert all(torch.isfinite(t).all() for done in watched.rounds for t in done.tensors.values())
-    mean_of_updates(watched, 2, {"north", "west"})
-    mean_of_updates(watched, 3, SITES)
+    weights_of = last_update if variant == "sequential" else mean_of_updates
+    weights_of(watched, 2, {"north", "west"})
+    weights_of(watched, 3, SITES)
     if variant == "v1":  # each body is its site's own: whatever became of the south's does not matter
         for ours, theirs in zip(watched.rounds, without_south, strict=True):
             assert ours.tensors.keys() == theirs.tensors.keys()
@@ -100,6 +103,13 @@ def mean_of_updates(watched: Watched, number: int, sites: set[str]) -> None:
         mean = sum(u.weights[name].double() * u.n_cases for u in updates) / sum(u.n_cases for u in updates)
         shared = watched.rounds[number - 1].tensors[f"weights/{name}"]
         assert torch.allclose(shared, mean.to(shared.dtype), rtol=0, atol=1e-7)  # type: ignore[union-attr]
+
+
+def last_update(watched: Watched, number: int, sites: set[str]) -> None:
+    """Front and tail are what the last of these sites made of what the one before it sent."""
+    made = [watched.updates[site, number].weights for site in sites]
+    shared = watched.rounds[number - 1].tensors
+    assert sum(all(torch.equal(shared[f"weights/{n}"], t) for n, t in ours.items()) for ours in made) == 1
 
 
 @every_variant
@@ -169,7 +179,8 @@ def test_too_few_sites_stop_the_run_which_can_go_on(
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert (results["complete"], results["models"]) == (False, [])
     assert run(study, tmp_path / "run", resume=True).exit_code == 0
-    a, b = (load_file(tmp_path / name / "weights/splitfed.safetensors") for name in ("run", "whole"))
+    own = "sites/north/models" if variant == "v3" else "weights"
+    a, b = (load_file(tmp_path / name / own / "splitfed.safetensors") for name in ("run", "whole"))
     assert all(torch.equal(a[n], t) for n, t in b.items())
 
 

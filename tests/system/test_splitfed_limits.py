@@ -23,7 +23,7 @@ from concilium.study import Study, read_study
 
 Make = Callable[..., Study]
 SITES = ("north", "south", "west")
-every_variant = pytest.mark.parametrize("variant", ["v1", "v2"])
+every_variant = pytest.mark.parametrize("variant", ["v1", "v2", "v3", "sequential"])
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -64,7 +64,7 @@ def test_a_network_of_one_stage_is_refused(split_study: Make, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"protocol__variant": "v3"}, r"variant = 'v3' is not allowed. Allowed: 'v1', 'v2'"),
+        ({"protocol__variant": "v4"}, r"variant = 'v4' is not allowed. Allowed: 'v1', 'v2', 'v3', 'sequential'"),
         ({"training__precision": "float16", "engine__device": "auto"}, "Allowed: 'float32', 'bfloat16'"),
         ({"local_update__name": "faults:never"}, "'faults:never' is not allowed with splitfed.* Allowed: 'plain'"),
         ({"protocol__exchange_seconds": -1.0}, "exchange_seconds = -1.0 is not allowed"),

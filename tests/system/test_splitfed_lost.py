@@ -19,7 +19,7 @@ from concilium.protocols import Round
 from concilium.study import Study
 
 Make = Callable[..., Study]
-every_variant = pytest.mark.parametrize("variant", ["v1", "v2"])
+every_variant = pytest.mark.parametrize("variant", ["v1", "v2", "v3", "sequential"])
 
 
 @every_variant
