@@ -27,7 +27,7 @@ from concilium.data.division_rules import DIVISION_RANGES
 from concilium.data.partition import Partition
 from concilium.data.shifts import Shift
 from concilium.deployment.kits import SiteSettings
-from concilium.study import SiteTable, StartTable, Study, tables
+from concilium.study import ForecastTable, SiteTable, StartTable, Study, tables
 from concilium.study.reading import PLUG_INS
 
 FOLDER = Path(__file__).parent / "reference"
@@ -145,8 +145,9 @@ def study() -> str:
             parts += ["## [test]", "The held-out set, never used for selection. Keys as those of a site."]
         elif f.name == "variants":
             parts += ["## [variants.NAME.TABLE]", said["variants"]]
-        elif f.name == "partition":
-            parts += [f"## {title}", said["partition"], keys(Partition, where)]
+        elif f.name in ("partition", "forecast"):
+            cls = {"partition": Partition, "forecast": ForecastTable}[f.name]
+            parts += [f"## {title}", said[f.name], keys(cls, where)]
         elif f.name in PLUG_INS:
             kind = PLUG_INS[f.name]
             known = ", ".join(f"`{name}`" for name in catalog.names(kind))

@@ -104,12 +104,12 @@ def test_the_joint_plan_is_the_one_of_a_run_and_a_sites_own_that_of_a_run_of_it_
         "plans.json", "fingerprint.json", *(f"{kind}/{n}.json" for kind in ("plans", "fingerprints") for n in names)
     }  # fmt: skip
     small = {"batch_size": 2, "patch_size": [8, 16, 16]}
-    again = cc.plan(study(uneven, *names, training=small), out=tmp_path / "small")
+    again = cc.plan(study(uneven, *names, training=small), out=tmp_path / "small", forecast=False)
     cc.run(study(uneven, *names, training=small), tmp_path / "run")
     assert (tmp_path / "small" / "plans.json").read_text() == (tmp_path / "run" / "plans.json").read_text()
     assert (tmp_path / "small" / "fingerprint.json").read_text() == (tmp_path / "run" / "fingerprint.json").read_text()
     assert set(again.sites["patch_size"]) == {(8, 16, 16)}, "that of the study, also alone"
-    alone = cc.plan(study(uneven, "north"), out=tmp_path / "alone")
+    alone = cc.plan(study(uneven, "north"), out=tmp_path / "alone", forecast=False)
     assert (tmp_path / "alone" / "plans.json").read_text() == (out / "plans" / "north.json").read_text()
     assert alone.suits == "one"
     assert alone.sites.loc["north", "shared"] is None
@@ -144,7 +144,7 @@ def test_a_site_without_foreground_is_said_to_have_no_plan(uneven: Path, tmp_pat
         sitk.WriteImage(empty, str(path))
     both = study(uneven, "south", "blank")
     both["sites"]["blank"]["data"] = str(tmp_path / "blank")
-    found = cc.plan(both)
+    found = cc.plan(both, forecast=False)
     assert found.suits == "one"
     assert found.sites.loc["blank", "patch_size"] is None
     assert "blank cannot have a plan of its own (No case has foreground." in found.found.advice.notes[0]
@@ -163,7 +163,7 @@ def test_cases_that_cannot_be_read_are_said(uneven: Path, tmp_path: Path, comman
 def test_a_divided_data_set_is_planned_as_it_would_be_run(uneven: Path) -> None:
     tables = study(uneven, partition={"data": str(uneven / "south"), "by": "size"})
     tables["sites"] = {"a": {}, "b": {"shift": {"spacing": [1.0, 1.0, 4.5]}}}
-    found = cc.plan(tables)
+    found = cc.plan(tables, forecast=False)
     assert found.sites["n_cases"].sum() == 12
     assert found.sites.loc["b", "spacing"] == pytest.approx((4.5, 1, 1), rel=1e-3)
 
@@ -177,7 +177,7 @@ def test_a_study_between_hospitals_is_refused(uneven: Path) -> None:
 def test_what_is_shared_is_what_a_run_by_own_plans_averages(uneven: Path, tmp_path: Path, match: str) -> None:
     by_site = {"plan": {"fingerprint": "site"}, "sharing": {"match": match}}
     tables = study(uneven, "south", "north", "fine", **by_site)
-    found = cc.plan(tables)
+    found = cc.plan(tables, forecast=False)
     run = cc.run(tables, tmp_path / "run")
     (line,) = (json.loads(line) for line in (run.folder / "rounds.jsonl").read_text().splitlines())
     shared = {site: took["shared"] for site, took in line["sites"].items()}
@@ -188,5 +188,7 @@ def test_what_is_shared_is_what_a_run_by_own_plans_averages(uneven: Path, tmp_pa
 
 def test_what_stays_at_a_site_is_not_shared(uneven: Path) -> None:
     two = ("south", "north")
-    everything = cc.plan(study(uneven, *two)).sites["shared"]
-    assert (cc.plan(study(uneven, *two, sharing={"keep": ["decoder"]})).sites["shared"] < everything).all()
+    everything = cc.plan(study(uneven, *two), forecast=False).sites["shared"]
+    assert (
+        cc.plan(study(uneven, *two, sharing={"keep": ["decoder"]}), forecast=False).sites["shared"] < everything
+    ).all()

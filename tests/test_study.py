@@ -205,7 +205,7 @@ def test_the_resolved_study_says_everything() -> None:
     assert written["training"]["learning_rate"] == 0.01
     assert written["engine"]["threads"] >= 1
     tables = {f.name for f in dataclasses.fields(Study)}
-    assert set(written) == tables - {"test", "variants", "start", "partition"}
+    assert set(written) == tables - {"test", "variants", "start", "partition", "forecast"}
 
 
 def test_the_protocols_own_options_stand_in_its_table() -> None:
@@ -568,9 +568,9 @@ def test_every_range_is_checked(full: str) -> None:
     parse(**{table: {key: inside} | extra})
     without_default = (
         *("epochs", "memory_gb", "round_seconds", "exchange_seconds", "min_matched"),
-        *("mu", "weight", "temperature", "participation"),
+        *("mu", "weight", "temperature", "participation", "mbit", "ms", "site_gflops", "server_gflops"),
     )  # fmt: skip
-    if key in without_default or not isinstance(getattr(getattr(parse(), table), key), int | None):
+    if key in without_default or not isinstance(getattr(getattr(parse(), table), key, None), int | None):
         for endless in (float("nan"), float("inf")):
             assert errors(raw(**{table: {key: endless} | extra}))[0].startswith(f"{full} = {endless!r} is not allowed.")
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from concilium import catalog
+from concilium.costs import Cost, every_way
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, percentile, to_json
 from concilium.data.plan import open_plan
@@ -27,7 +28,7 @@ from concilium.preparation import Event, Ledger, ask_sites, on_folders, plan_for
 from concilium.record import Record
 from concilium.schedule import Setting, settings
 from concilium.sharing import Table, described, kept_of, shared_now, table_of
-from concilium.study import StartTable, Study, divide, names_of
+from concilium.study import ForecastTable, StartTable, Study, divide, names_of
 from concilium.suitability import Advice, Axes, Outline, View, advise, view_of
 
 AXES = ("z", "y", "x")
@@ -51,12 +52,24 @@ class Planned:
     """Sites that did not answer."""
     excluded: tuple[Mapping[str, Any], ...]
     """Cases that were set aside."""
+    hardware: ForecastTable = ForecastTable()
+    """What `costs` holds for."""
+    costs: tuple[Cost, ...] = ()
+    """Of every way to train."""
 
 
-def plan(study: Study, out: Path | None, *, watch: Callable[[Event], None] = lambda event: None) -> Planned:
+def plan(
+    study: Study,
+    out: Path | None,
+    *,
+    forecast: bool = True,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Planned:
     """Examine the sites of a study, make the joint plan and each site's own; variants, and what models start from, do not count.
 
-    `out`: a folder to keep the plans and fingerprints in: of all (`plans.json`, `fingerprint.json`) and of each site.
+    Args:
+        out: a folder to keep the plans and fingerprints in: of all (`plans.json`, `fingerprint.json`) and of each site.
+        forecast: tell what every way to train would cost, with the study's `[forecast]`.
 
     Raises:
         StudyError: the study says of a site not where its data lie, or `out` is not empty.
@@ -80,6 +93,8 @@ def plan(study: Study, out: Path | None, *, watch: Callable[[Event], None] = lam
             finally:
                 engine.close()
             planned = _plans(study, told, record, ledger, watch)
+            if forecast:
+                planned = _with_costs(planned, study, told, record, watch)
             if out is not None:
                 _keep(folder, out)
         finally:
@@ -154,6 +169,20 @@ def _plans(study: Study, told: Told, record: Record, ledger: Ledger, watch: Call
         study.study.name, study.plan.configuration, sum(v.n_cases for v in views.values()), told.channels, joint, views,
         advise(joint, views), tuple(ledger.warnings), tuple(ledger.problems), tuple(record.excluded(study.sites)),
     )  # fmt: skip
+
+
+def _with_costs(planned: Planned, study: Study, told: Told, record: Record, watch: Callable[[Event], None]) -> Planned:
+    """The same with what training would cost by the joint plan, at each site with the cases that it has."""
+    base = settings(study)[0][0]
+    share = 1 - 1 / study.validation.folds
+    cases = {site: max(1, round(share * planned.sites[site].n_cases)) for site in planned.sites}
+    hardware = study.forecast or ForecastTable()
+    try:
+        found = every_way(base, plan_for(base, told, record, Ledger()), cases, lambda text: watch(Event("stage", text)))
+    except Exception as e:  # a network from outside need not run on shapes alone: it can be planned for all the same
+        text = f"What training would cost could not be forecast ({type(e).__name__}: {e})."
+        return replace(planned, warnings=(*planned.warnings, text))
+    return replace(planned, hardware=hardware, costs=tuple(found))
 
 
 def _alone(base: Setting, site: str) -> Setting:

@@ -107,6 +107,7 @@ def plan(
     study: str | Path | Mapping[str, Any] | Study,
     *,
     out: str | Path | None = None,
+    forecast: bool = True,
     watch: Callable[[Event], None] = lambda event: None,
 ) -> Plan:
     """Whether one plan suits all sites of a study, or plans of their own, and why; nothing is trained.
@@ -114,6 +115,7 @@ def plan(
     Args:
         study: as for `run`.
         out: an empty folder to keep the plans and fingerprints in, of all sites together and of each.
+        forecast: tell what every way to train would cost, with the links and machines of the study's `[forecast]`.
         watch: is told what happens.
 
     Raises:
@@ -121,7 +123,7 @@ def plan(
     """
     from concilium.advice import plan as plan_sites
 
-    return Plan(plan_sites(_study(study), None if out is None else Path(out), watch=watch))
+    return Plan(plan_sites(_study(study), None if out is None else Path(out), forecast=forecast, watch=watch))
 
 
 def network(

@@ -50,6 +50,10 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[validation] tolerance": (lambda x: x > 0, "more than 0"),
     "[engine] workers": (lambda x: x >= 1, "1 or more"),
     "[engine] threads": (lambda x: x >= 0, "0 (share the cores) or more"),
+    "[forecast] mbit": (lambda x: x > 0, "more than 0"),
+    "[forecast] ms": (lambda x: x >= 0, "0 or more"),
+    "[forecast] site_gflops": (lambda x: x > 0, "more than 0"),
+    "[forecast] server_gflops": (lambda x: x > 0, "more than 0"),
 }
 """Table and key -> test of a value of the right type, and what is allowed; no number may be without end."""
 

@@ -19,6 +19,7 @@ import torch
 
 from concilium import catalog
 from concilium.aggregation import must_see_updates, weight_of
+from concilium.costs import note_cost
 from concilium.engines import Engine
 from concilium.errors import ConciliumError
 from concilium.giving import for_elsewhere, give, tell
@@ -145,11 +146,9 @@ def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> tuple[Work
     own = models(setting, ready["cases"], batch_size) if ready else ()
     done = ready and all(_finished(record, m.key) and (not m.member or _finished(record, ensemble_key(m))) for m in own)
     if not done:
-        p = work.plans
+        p, name_of = work.plans, setting.title + setting.suffix
         patch = "×".join(map(str, p.patch_size))
-        what = (
-            f"{setting.title}{setting.suffix}: patch {patch}, batch {p.batch_size} ({setting.study.plan.configuration})"
-        )
+        what = f"{name_of}: patch {patch}, batch {p.batch_size} ({setting.study.plan.configuration})"
         each = f", and by site: {', '.join(p.by_site)}" if p.by_site else ""
         work.watch(Event("stage", f"Planned {what}{each}. Preprocessing"))
         prepared = Ledger()
@@ -162,6 +161,7 @@ def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> tuple[Work
             prepared
         )
         record.write_json(name, ready)
+        ledger.warnings += note_cost(setting, work.plans, cases, record)
     ledger.warnings += ready["warnings"]
     ledger.problems += ready["problems"]
     ledger.excluded += ready.get("excluded", ())  # a run that an earlier version began has none

@@ -510,6 +510,8 @@ class Trained:
     seconds: float
     control: Tensors = field(default_factory=dict)
     """What the local update adds to the server's total."""
+    memory: int = 0
+    """Most bytes that its process ever held, or that it took of its GPU; 0: not known."""
 
 
 @dataclass(frozen=True)

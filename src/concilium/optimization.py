@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 
 from concilium.errors import ContractError
 from concilium.messages import Training
+
+try:
+    import resource
+except ImportError:  # there is none on Windows
+    resource = None  # type: ignore[assignment]
 
 POWER = 0.9
 """Exponent of the polynomial decay of the learning rate (Isensee et al. 2021)."""
@@ -86,6 +92,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def device_named(name: str) -> torch.device:
     """The device of this name; `auto` is a GPU where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def memory_of(device: torch.device) -> int:
+    """Most bytes that this process ever held; of a GPU, most bytes of its tensors there. 0: the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def floats_of(network: nn.Module) -> torch.dtype:

@@ -136,7 +136,7 @@ class Record:
                 site: {
                     "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "n_asked": done.asked.get(site, a.n_steps),
                     "seconds": round(a.seconds, 3), "bytes_down": done.traffic[site].down, "bytes_up": done.traffic[site].up,
-                    **done.told_shared(site),
+                    **({"memory": a.memory} if a.memory > 0 else {}), **done.told_shared(site),
                 }
                 for site, a in sorted(done.answers.items())
             },

@@ -24,7 +24,7 @@ from concilium.errors import ContractError, DataError
 from concilium.local_updates import Brought, Local, brought_by, finish_of, has_personal, when_alone
 from concilium.messages import PlugIn, Tensors, Train, Trained
 from concilium.networks import Parts, cut_apart
-from concilium.optimization import autocast, make_optimizer, restore_state, set_rate, state_of
+from concilium.optimization import autocast, make_optimizer, memory_of, restore_state, set_rate, state_of
 from concilium.wire import part, read_tensors, write_tensors
 
 
@@ -207,7 +207,7 @@ class Learner:
             ({n: t for n, t in tensors.items() if n not in self.kept} if send else {})
             for tensors in (self.weights(), control or {})
         )
-        return Trained(weights, n_cases, len(losses), mean, seconds, beside)
+        return Trained(weights, n_cases, len(losses), mean, seconds, beside, memory_of(self.device))
 
     def train(self, request: Train, *, site: str, cancelled: Check) -> Trained:
         """Take the steps that were asked for, or as many as fit into the time.

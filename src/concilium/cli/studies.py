@@ -70,12 +70,25 @@ def plan(
     json: Annotated[
         Path | None, typer.Option("--json", help="File for everything. It tells of each site: keep it.")
     ] = None,
+    mbit: Annotated[float | None, typer.Option("--mbit", help="Of each site's link [Mbit/s]. Default: 100.")] = None,
+    ms: Annotated[float | None, typer.Option("--ms", help="To the server and back [ms]. Default: 20.")] = None,
+    site_gflops: Annotated[
+        float | None, typer.Option("--site-gflops", help="What a site sustains [GFLOP/s]. Default: timed here.")
+    ] = None,
+    server_gflops: Annotated[
+        float | None, typer.Option("--server-gflops", help="What the server sustains. Default: timed here.")
+    ] = None,
+    forecast: Annotated[bool, typer.Option(help="Tell what every way to train would cost.")] = True,
 ) -> None:
-    """Say whether one plan suits all sites, or plans of their own, and why. Reads every case, trains nothing, sends nothing."""
+    """Say whether one plan suits all sites, or plans of their own, and why; and what training would cost. Sends nothing."""
     from concilium import api
     from concilium.reports.planned import grids, lines
+    from concilium.study import forecast_by, read_study
 
-    planned = api.plan(study, out=out, watch=lambda event: console.print(event.text, style="dim", markup=False))
+    read = forecast_by(read_study(study), mbit=mbit, ms=ms, site_gflops=site_gflops, server_gflops=server_gflops)
+    planned = api.plan(
+        read, out=out, forecast=forecast, watch=lambda event: console.print(event.text, style="dim", markup=False)
+    )
     for grid in grids(planned.found):
         show_table(grid.title, grid.header, grid.rows, grid.notes)
     for style, line in lines(planned.found):

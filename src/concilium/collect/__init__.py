@@ -32,6 +32,8 @@ class Answer:
     n_steps: int
     loss: float
     seconds: float
+    memory: int = 0
+    """As in `Trained`."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def train_alone(
         fetched: dict[str, Tensor] = {}
         for site, reply in ask(engine, requests, deadline_s=deadline_s):
             if isinstance(reply, Trained):
-                answers[site] = Answer(reply.n_cases, reply.n_steps, reply.loss, reply.seconds)
+                answers[site] = Answer(reply.n_cases, reply.n_steps, reply.loss, reply.seconds, reply.memory)
                 fetched |= {WEIGHTS + name: tensor for name, tensor in reply.weights.items()}
             else:
                 failures[site] = as_failure(reply)

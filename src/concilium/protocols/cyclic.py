@@ -144,7 +144,7 @@ class Chain:
             self._skip(site)
             return
         t = reply.trained
-        self.answers[site] = Answer(t.n_cases, t.n_steps, t.loss, t.seconds)
+        self.answers[site] = Answer(t.n_cases, t.n_steps, t.loss, t.seconds, t.memory)
         self.holders.append(site)
         self.sealed, self.receiver = (reply.sealed, following) if to is not None else (NOTHING, "")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from xml.etree.ElementTree import Element
 
 from concilium.reports._cases import View
-from concilium.reports._elements import duration, e, size, table
+from concilium.reports._elements import MISSING, duration, e, size, table
 from concilium.reports._found import Row
 from concilium.reports._sections import section, shown_model
 
@@ -50,7 +50,41 @@ def costs(view: View) -> Element | None:
             caption="Each site, in training rounds",
             words=2,
         ),
+        *_forecast(view, groups),
     )
+
+
+def _forecast(view: View, groups: Mapping[str, Sequence[Row]]) -> tuple[Element, ...]:
+    """What was measured beside what was forecast for so many rounds."""
+    rows = []
+    for name, of in groups.items():
+        each = view.found.forecasts.get(name, {"sites": {}})["sites"]
+        for site, told in each.items():
+            took = [m["sites"][site] for m in of if site in m["sites"]]
+            if took:
+                n = fmean(row.get("n_asked", row["n_steps"]) for row in took) / told["steps"]
+                rows.append([shown_model(name), site, *_beside(took, told, n)])
+    if not rows:
+        return ()
+    note = (
+        "Forecast before training, with the machines of the study's [forecast]: of received and sent without the headers of "
+        "messages, of training without reading and augmenting patches, of memory the tensors at the worst moment of a step. "
+        "Measured memory is the most that the process held, with its libraries and all else that it did; on a GPU tensors alone."
+    )
+    header = ["model", "site", "received", "forecast", "sent", "forecast", "training", "forecast", "memory", "forecast"]
+    return table(header, rows, caption="Measured, and forecast", words=2), e("p", note, class_="note")
+
+
+def _beside(took: Sequence[Row], told: Row, n_rounds: float) -> list[str]:
+    """Measured and forecast, in turn: bytes received and sent, seconds, memory."""
+    down, up = (n_rounds * told[key] for key in ("down", "up"))
+    seconds = told["seconds"]
+    memory = max(row.get("memory", 0) for row in took)
+    return [
+        size(_mean(took, "bytes_down")), size(down), size(_mean(took, "bytes_up")), size(up),
+        duration(_mean(took, "seconds")), MISSING if seconds is None else duration(n_rounds * seconds),
+        size(memory) if memory else MISSING, size(told["memory"]),
+    ]  # fmt: skip
 
 
 def _steps(took: Sequence[Row]) -> str:

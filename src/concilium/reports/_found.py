@@ -52,6 +52,8 @@ class Found:
     plans: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     file_ending: str = ""
+    forecasts: Mapping[str, Row] = field(default_factory=dict)
+    """Model -> what a round of it was to cost (`costs.Cost`)."""
     pictures: Mapping[Key, Picture] = field(default_factory=dict)
     colours: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Label -> colours of its outlines in the pictures: reference, prediction."""
@@ -139,9 +141,20 @@ def _find_run(folder: Path) -> Found:
         plans=_json(folder / "plans.json", {}),
         fingerprint=_json(folder / "fingerprint.json", {}),
         file_ending=file_ending(folder),
+        forecasts=_forecasts(folder),
         pictures={key: picture for t in tables for key, picture in _pictures(t).items()},
         colours={label: tuple(c) for t in tables for label, c in t.get("colours", {}).items()},
     )
+
+
+def _forecasts(folder: Path) -> dict[str, Row]:
+    """Of several seeds and folds the first tells of all: they differ by the hundredth of a second."""
+    found: dict[str, Row] = {}
+    for path in sorted(folder.glob("forecast/*.json"), key=lambda path: (len(path.name), path.name)):
+        cost = _json(path, None)
+        if isinstance(cost, dict):
+            found.setdefault(path.name.partition(".")[0], cost)
+    return found
 
 
 def _find_site(folder: Path) -> Found:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from concilium.advice import Planned
+from concilium.costs import Cost
+from concilium.reports._elements import duration, size
 from concilium.suitability import Outline, View, runs, spell
 
 
@@ -21,9 +23,11 @@ class Grid:
     notes: tuple[str, ...] = ()
 
 
-def grids(planned: Planned) -> tuple[Grid, Grid, Grid]:
-    """What the sites have, what plans they would get, and what the joint plan does to them; for a terminal of 80 columns."""
-    return _images(planned), _plans(planned), _effects(planned)
+def grids(planned: Planned) -> tuple[Grid, ...]:
+    """What the sites have, what plans they would get, what the joint plan does to them, and what training would cost; for a
+    terminal of 80 columns."""
+    costs = (_times(planned), _machines(planned)) if planned.costs else ()
+    return (_images(planned), _plans(planned), _effects(planned), *costs)
 
 
 def lines(planned: Planned) -> Iterator[tuple[str, str]]:
@@ -122,6 +126,58 @@ def _ranges(ranges: Sequence[tuple[float, float] | None], channels: Sequence[str
     if len(set(told)) == 1:
         return told[0]
     return "\n".join(f"{name} {text}" for name, text in zip(channels, told, strict=True))
+
+
+def _times(planned: Planned) -> Grid:
+    """A row for each way to train, of the site that it costs most."""
+    told = planned.hardware
+
+    def machine(gflops: float | None) -> str:
+        return "as this one" if gflops is None else f"{gflops:g} GFLOP/s"
+
+    title = (
+        f"What training would cost: links of {told.mbit:g} Mbit/s and {told.ms:g} ms, sites {machine(told.site_gflops)}, server "
+        f"{machine(told.server_gflops)}"
+    )
+    rows = [
+        (
+            _way(cost), cost.transport if cost.cut else "", *(size(_most(cost, key)) for key in ("up", "down")),
+            _time(cost.seconds), _time(None if cost.seconds is None else cost.rounds * cost.seconds),
+        )
+        for cost in planned.costs
+    ]  # fmt: skip
+    note = "Sent and received in a round by the site that it costs most; the time of a round and of all, the link included."
+    return Grid(title, ("way", "maps as", "sent", "received", "a round", "all rounds"), tuple(rows), (note,))
+
+
+def _machines(planned: Planned) -> Grid:
+    """The same of what the machines do, which does not depend on how maps travel."""
+    ways = {_way(cost): cost for cost in reversed(planned.costs)}
+    rows = [
+        (
+            way, size(_most(cost, "memory")), size(cost.server_memory),
+            _time(_most(cost, "seconds")), _time(cost.server_seconds),
+        )
+        for way, cost in reversed(ways.items())
+    ]  # fmt: skip
+    note = (
+        "Memory of tensors, to which that of libraries comes; and what is computed in a round, at the site that it costs most "
+        "and at the server for all."
+    )
+    header = ("way", "memory at a site", "at the server", "computing at a site", "at the server")
+    return Grid("What machines it needs", header, tuple(rows), (note,))
+
+
+def _way(cost: Cost) -> str:
+    return " ".join(part for part in (cost.protocol, cost.variant, *cost.cut) if part)
+
+
+def _most(cost: Cost, key: str) -> float:
+    return max((getattr(site, key) or 0.0 for site in cost.sites.values()), default=0.0)
+
+
+def _time(seconds: float | None) -> str:
+    return "–" if seconds is None else duration(seconds)
 
 
 def numbers(values: Sequence[float]) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from concilium.study._forecast import forecast_by
 from concilium.study.data_sets import DataSets, data_sets, divide, names_of, of_sites
 from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
-from concilium.study.tables import SiteTable, StartTable, Study, training_of, with_seeds
+from concilium.study.tables import ForecastTable, SiteTable, StartTable, Study, training_of, with_seeds
 
 __all__ = [
     "RESERVED",
     "DataSets",
+    "ForecastTable",
     "SiteTable",
     "StartTable",
     "Study",
     "data_sets",
     "divide",
+    "forecast_by",
     "names_of",
     "of_sites",
     "parse_study",

@@ -21,7 +21,7 @@ CHANGEABLE = (
     "sharing",
     "personalize",
 )
-FIXED = ("study", "sites", "test", "partition", "validation", "engine", "variants")
+FIXED = ("study", "sites", "test", "partition", "validation", "engine", "forecast", "variants")
 """Tables of the study that all its variants share: who takes part, and which cases are held out."""
 
 

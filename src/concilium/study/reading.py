@@ -24,7 +24,7 @@ from concilium.study._hardware import unequal
 from concilium.study._sharing import misshared, spelled_out
 from concilium.study._trainers import network_of_trainer, overruled
 from concilium.study._variants import FIXED, variant_tables
-from concilium.study.tables import ProtocolTable, SiteTable, StartTable, Study, least_sites, training_of
+from concilium.study.tables import ForecastTable, ProtocolTable, SiteTable, StartTable, Study, least_sites, training_of
 
 T = TypeVar("T")
 RESERVED = ("test", "pooled", "server", "all")
@@ -105,9 +105,8 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
         found[key] = _plug_in(kind, tables.get(key, {}), default, f"[{key}]", problems)
     found["sites"] = _sites(tables.get("sites", {}), problems)
     found["test"] = _site(tables["test"], "[test]", problems) if "test" in tables else None
-    found["partition"] = (
-        _table(Partition, tables["partition"], "[partition]", problems) if "partition" in tables else None
-    )
+    for key, cls in (("partition", Partition), ("forecast", ForecastTable)):
+        found[key] = _table(cls, tables[key], f"[{key}]", problems) if key in tables else None
     problems += _lost_data(found, "partition" in tables, folder if check_data else None)
     problems += [*undivided(found, "partition" in tables), *unequal(found)]
     problems += [*contradictions(found, n_sites=len(tables.get("sites", {}))), *overruled(found), *misshared(found)]

@@ -191,6 +191,18 @@ class EngineTable:
 
 
 @dataclass(frozen=True)
+class ForecastTable:
+    mbit: float = 100.0
+    """Of each site's link to the server, both ways, in Mbit/s."""
+    ms: float = 20.0
+    """From a site to the server and back, in milliseconds."""
+    site_gflops: float | None = None
+    """What a site's machine sustains, in 1e9 operations a second; omitted: as this machine, where a step is timed."""
+    server_gflops: float | None = None
+    """The same of the server's."""
+
+
+@dataclass(frozen=True)
 class Study:
     """Everything that a run depends on."""
 
@@ -214,6 +226,8 @@ class Study:
     personalize: PersonalizeTable = PersonalizeTable()
     validation: ValidationTable = ValidationTable()
     engine: EngineTable = EngineTable()
+    forecast: ForecastTable | None = None
+    """Links and machines, for what `concilium plan` forecasts; with it the report of a run puts that beside what was measured."""
     variants: Mapping[str, Study] = field(default_factory=dict)
     """The same study with some tables replaced, by name; trained in the same run on the same folds."""
 
