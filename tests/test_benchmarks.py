@@ -441,3 +441,34 @@ def test_corrupted_masks_runs_and_moves_half_of_them(phantom: Path, tmp_path: Pa
     found = module.measure(study, "north", tmp_path / "runs", seeds=1)
     assert found["dice"].keys() == {"mean, with north", "quality", "agreement", "mean, without north"}
     assert found["lost"]["mean, without north"] == 0
+
+
+def test_the_zoo_is_trained_in_four_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zoo = load("zoo")
+    draw = np.random.default_rng(0)
+    for site in (*zoo.SITES["skin"], "test"):
+        folder = tmp_path / "data" / "skin" / site
+        for part in ("imagesTr", "labelsTr"):
+            (folder / part).mkdir(parents=True)
+        for i in range(5):
+            picture = draw.integers(0, 255, (40, 48, 3)).astype(np.uint8)
+            label = np.zeros((40, 48), np.uint8)
+            label[8:24, 8:24] = 1
+            sitk.WriteImage(sitk.GetImageFromArray(picture, isVector=True), folder / "imagesTr" / f"{site}{i}_0000.png")
+            sitk.WriteImage(sitk.GetImageFromArray(label), folder / "labelsTr" / f"{site}{i}.png")
+        about = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "lesion": 1}}
+        (folder / "dataset.json").write_text(json.dumps(about | {"numTraining": 5, "file_ending": ".png"}))
+    how = [str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--tasks", "skin", "--networks", "cgnet"]
+    for more in (["--rounds", "1", "--steps", "1"], ["--table"]):
+        with pytest.raises(SystemExit) as ended:
+            zoo.main([*how, *more])
+        assert ended.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        (row,) = [line for line in lines if line.startswith("| skin | cgnet |")]
+        header, rule = (next(line for line in lines if line.startswith(start)) for start in ("| task", "|---"))
+        assert row.count("|") == header.count("|") == rule.count("|")
+        iou = [float(cell.split()[0]) for cell in row.split("|")[3:7]]
+        ways = zoo.rows(tmp_path / "runs" / "skin" / "cgnet")
+        assert iou == [round(ways[way]["iou"]["mean"], 3) for way in zoo.WAYS]
+        assert ways["federated"]["operations"][0] > ways["splitfed"]["operations"][0] > 0
+        assert any(line.startswith("Split − alone, IoU: ") for line in lines)
