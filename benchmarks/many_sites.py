@@ -54,7 +54,9 @@ def held_up(local: Local, batch: Batch, *, fuse: str, seconds: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- the study
 
 
-def many(base: Study, n_sites: int, data: Path, *, rounds: int, steps: int, round_seconds: float) -> Study:
+def many(
+    base: Study, n_sites: int, data: Path, *, rounds: int, steps: int, round_seconds: float, width: int | None = None
+) -> Study:
     """The study with so many sites of the phantom in place of its own, ten of which take part in a round."""
     sites = [PhantomSite(f"site{i:03d}", 2, spacing=(1.0, 1.0, 1.0)) for i in range(n_sites)]
     write_phantom(data, sites=sites, n_test=0)
@@ -76,7 +78,7 @@ def many(base: Study, n_sites: int, data: Path, *, rounds: int, steps: int, roun
         folder=data,
     )  # fmt: skip
     own = replace(t, patch_size=study.training.patch_size, loader_workers=0)
-    network = PlugIn(base.network.name, dict(base.network.options))
+    network = PlugIn(base.network.name, {**base.network.options, **({"base_features": width} if width else {})})
     return replace(study, training=own, network=network)
 
 
@@ -151,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "--steps", type=int, default=2, help="optimiser steps per site and round (default: %(default)s)"
     )
     parser.add_argument("--round-seconds", type=float, default=20.0, help="deadline of a site (default: %(default)s)")
+    parser.add_argument(
+        "--base-features", type=int, help="width of the network (default: the study's; nnU-Net's own is 32)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
     several = len(options.sites) > 1
@@ -173,6 +178,7 @@ def _alone(options: argparse.Namespace, n_sites: int) -> dict[str, Any]:
             rounds=options.rounds,
             steps=options.steps,
             round_seconds=options.round_seconds,
+            width=options.base_features,
         )
         return measure(study, Path(name), straggler=3)
 
@@ -182,9 +188,10 @@ def _in_its_own_process(options: argparse.Namespace, n_sites: int) -> dict[str, 
         out = Path(name) / "figures.json"
         given = {
             "study": options.study, "sites": n_sites, "rounds": options.rounds, "steps": options.steps,
-            "round-seconds": options.round_seconds, "out": out,
+            "round-seconds": options.round_seconds, "base-features": options.base_features, "out": out,
         }  # fmt: skip
-        command = [sys.executable, __file__, *(text for k, v in given.items() for text in (f"--{k}", str(v)))]
+        told = (text for k, v in given.items() if v is not None for text in (f"--{k}", str(v)))
+        command = [sys.executable, __file__, *told]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         (figures,) = json.loads(out.read_text(encoding="utf-8"))
         return dict(figures)
