@@ -38,6 +38,8 @@ def test_a_clean_site_has_nothing_wrong(tmp_path: Path) -> None:
         (lambda s: rewrite(s, patient={f"c{i}": f"p{i}" for i in range(7)}), "patient_table", None, r"1 case without any .*c6"),
         (lambda s: rewrite(s, annotated={"c00": ["tumour"]}), "annotated_table", None, r"1 case without any .*c00.*misspelt"),
         (lambda s: rewrite(s, annotated={"c0": ["tumour"]}), "annotated_table", None, r"lacks 5 cases \(c1, .*background"),
+        (lambda s: rewrite(s, annotated=[]), "nothing_annotated", None, "nothing to train on.*take the site out"),
+        (lambda s: rewrite(s, annotated={f"c{i}": [] for i in range(6)}), "nothing_annotated", None, r"6 cases\)"),
         (lambda s: rewrite(s, labels={"background": 0, "tumour": 5}), "dataset_json", None, "numbered from 0"),
         # nnU-Net #1602: the keys of its first version
         (lambda s: rewrite(s, channel_names=None, modality={"0": "CT"}), "dataset_json", None, "older data sets"),

@@ -27,6 +27,9 @@ def check_site(listing: Listing, seen: Sequence[Seen], *, folds: int, test: bool
 
     readable = [s for s in seen if s.shape]
     _labels(listing, seen, add)
+    if listing.annotated == () and listing.cases and not test:
+        text = f"Of no case any label is annotated ({count(len(listing.cases), 'case')}): there is nothing to train on."
+        add("error", "nothing_annotated", text, "List what was looked for under annotated, or take the site out.")
     _orientations(readable, add)
     _sideways(readable, add)
     _spacings(listing, readable, add)
