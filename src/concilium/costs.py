@@ -50,8 +50,8 @@ class SiteCost:
     """Bytes that it receives."""
     memory: int
     """Most bytes of tensors at a time."""
-    seconds: float | None
-    """Of computing; `None`: not timed."""
+    seconds: float
+    """Of computing."""
     steps: int
 
 
@@ -66,9 +66,9 @@ class Cost:
     transport: str
     sites: Mapping[str, SiteCost]
     server_memory: int
-    server_seconds: float | None
+    server_seconds: float
     """Of computing, for all sites."""
-    seconds: float | None
+    seconds: float
     """Of the round."""
     rounds: int
 
@@ -79,7 +79,7 @@ class Cost:
 def every_way(
     setting: Setting, plans: Plans, cases: Mapping[str, int], watch: Callable[[str], None] = lambda text: None
 ) -> list[Cost]:
-    """`federated`, and `splitfed` at every cut with a name, and at the study's, as each `transport`; with seconds.
+    """`federated`, and `splitfed` at every cut with a name, and at the study's, as each `transport`.
 
     Args:
         cases: training cases of each site.
@@ -95,11 +95,11 @@ def every_way(
     own = (own,) if isinstance(own, str) else tuple(own)
     cuts += [own] if own and own not in cuts else []
     watch("Forecasting federated")
-    found = [federated_cost(setting, plans, cases, timed=True)]
+    found = [federated_cost(setting, plans, cases)]
     for cut in cuts:
         watch(f"Forecasting splitfed, cut {' '.join(cut)}")
         try:
-            found += splitfed_costs(setting, plans, cases, cut=cut, kinds=KINDS, timed=True)
+            found += splitfed_costs(setting, plans, cases, cut=cut, kinds=KINDS)
         except StudyError:  # a cut with a name that this network does not have
             continue
     return found
@@ -116,65 +116,44 @@ def note_cost(setting: Setting, plans: Plans, cases: Mapping[str, int], record: 
         return []
     try:
         if p.name == "federated":
-            cost = federated_cost(setting, plans, cases, timed=True)
+            cost = federated_cost(setting, plans, cases)
         else:
             cut, kind = p.options["cut"], p.options["transport"]
             after = (cut,) if isinstance(cut, str) else tuple(cut)
-            (cost,) = splitfed_costs(setting, plans, cases, cut=after, kinds=(kind,), timed=True)
+            (cost,) = splitfed_costs(setting, plans, cases, cut=after, kinds=(kind,))
     except Exception as e:  # a network from outside need not run on shapes alone, and training goes on all the same
         return [f"{setting.title}: what training costs could not be forecast ({type(e).__name__}: {e})."]
     record.write_json(f"forecast/{setting.title}{setting.suffix}.json", asdict(cost))
     return []
 
 
-def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int], *, timed: bool = False) -> Cost:
+def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> Cost:
     """Of federated training, which sends what is shared of the whole network both ways."""
     study, training = setting.study, training_of(setting.study)
     weights = initial_weights(study, replace(plans, by_site={}))
-    speed, loads = None, {}
+    sharing = plans.sharing if study.protocol.name == "federated" else EVERYTHING
+    known: dict[tuple[str, int], tuple[int, float]] = {}
     sites = {}
     for site, steps in _steps(setting, plans, cases).items():
-        table = study.sites[site]
-        network, batch = network_of(study, plans, site), _batch(study, plans, site)
-        key = (plans.of(site), table.micro_batch)
-        if key not in loads:
-            loads[key] = whole_load(network, batch, training, at_once=table.micro_batch or 0)
-        if timed and speed is None:
-            speed = speed_of(
-                study.forecast or ForecastTable(),
-                study.engine.device,
-                partial(time_whole, network, training),
-                batch,
-                loads[key],
-                loads[key],
-            )
-        size = _shared(plans.sharing if study.protocol.name == "federated" else EVERYTHING, weights, site)
-        took = None if speed is None else steps * speed.of_site(loads[key])
-        sites[site] = SiteCost(size, size, loads[key].memory, took, steps)
-    n_values = sum(t.numel() for t in weights.values())
+        at_once = study.sites[site].micro_batch or 0
+        key = (plans.of(site), at_once)
+        if key not in known:
+            network, batch = network_of(study, plans, site), _batch(study, plans, site)
+            load = whole_load(network, batch, training, at_once=at_once)
+            clock = partial(time_whole, network, training)
+            speed = speed_of(_hardware(study), study.engine.device, clock, batch, load, load)
+            known[key] = load.memory, speed.of_site(load)
+        memory, a_step = known[key]
+        size = _shared(sharing, weights, site)
+        sites[site] = SiteCost(size, size, memory, steps * a_step, steps)
     link = _link(study)
-    seconds = None if speed is None else max((s.seconds or 0.0) + link(s.up + s.down, 1) for s in sites.values())
-    return Cost(
-        "federated",
-        "",
-        (),
-        "float32",
-        sites,
-        SUM * n_values,
-        None if speed is None else 0.0,
-        seconds,
-        study.protocol.rounds,
-    )
+    seconds = max(s.seconds + link(s.up + s.down, 1) for s in sites.values())
+    at_server = SUM * sum(t.numel() for t in weights.values())
+    return Cost("federated", "", (), "float32", sites, at_server, 0.0, seconds, study.protocol.rounds)
 
 
 def splitfed_costs(
-    setting: Setting,
-    plans: Plans,
-    cases: Mapping[str, int],
-    *,
-    cut: tuple[str, ...],
-    kinds: Sequence[str],
-    timed: bool = False,
+    setting: Setting, plans: Plans, cases: Mapping[str, int], *, cut: tuple[str, ...], kinds: Sequence[str]
 ) -> list[Cost]:
     """Of split training at a cut, as each of these kinds of transport.
 
@@ -185,64 +164,51 @@ def splitfed_costs(
     splits = study.protocol.name == "splitfed"
     options = study.protocol.options if splits else {}
     variant, reveal = options.get("variant", "v1"), bool(options.get("reveal_labels", False))
-    one_plan = replace(plans, by_site={})
-    network, batch = network_of(study, one_plan), _batch(study, one_plan, "")
+    plans = replace(plans, by_site={}, sharing=plans.sharing if splits else EVERYTHING)
+    network, batch = network_of(study, plans), _batch(study, plans, "")
     site_load, server_load = split_loads(network, cut, batch, training, reveal_labels=reveal)
-    speed = None
-    if timed:
-        clock = partial(time_split, network, training, cut=cut, reveal_labels=reveal)
-        speed = speed_of(study.forecast or ForecastTable(), study.engine.device, clock, batch, site_load, server_load)
+    clock = partial(time_split, network, training, cut=cut, reveal_labels=reveal)
+    speed = speed_of(_hardware(study), study.engine.device, clock, batch, site_load, server_load)
+    at_site, at_server = speed.of_site(site_load), speed.of_server(server_load)
     parts = cut_apart(network(deep_supervision=training.deep_supervision and reveal), cut, reveal_labels=reveal)
-    kept = plans.sharing.kept if splits else frozenset()
-    held = sum(t.numel() * t.element_size() for n, t in parts.at_site.state_dict().items() if n not in kept)
+    held = _shared(plans.sharing, parts.at_site.state_dict(), "")
+    steps = _steps(setting, plans, cases)
     found = []
     for kind in kinds:
-        step = split_bytes(
-            network, cut, batch=tuple(batch), precision=training.precision, reveal_labels=reveal, transport=kind
+        a_step = split_bytes(
+            network, cut, batch=batch, precision=training.precision, reveal_labels=reveal, transport=kind
         )
-        sites = {}
-        for site, steps in _steps(setting, one_plan, cases).items():
-            took = None if speed is None else steps * speed.of_site(site_load)
-            up, down = steps * step.step_up + held, steps * step.step_down + held
-            sites[site] = SiteCost(up, down, site_load.memory, took, steps)
-        owners = 1 if variant in ONE_BODY else len(sites)
-        n_steps = sum(s.steps for s in sites.values())
-        server = None if speed is None else n_steps * speed.of_server(server_load)
-        seconds = None if speed is None else _split_seconds(study, variant, sites, speed.of_server(server_load))
-        found.append(
-            Cost(
-                "splitfed",
-                variant,
-                cut,
-                kind,
-                sites,
-                owners * server_load.memory,
-                server,
-                seconds,
-                study.protocol.rounds,
+        sites = {
+            site: SiteCost(
+                n * a_step.step_up + held, n * a_step.step_down + held, site_load.memory, n * at_site, n
             )
-        )
+            for site, n in steps.items()
+        }  # fmt: skip
+        memory = server_load.memory * (1 if variant in ONE_BODY else len(sites))
+        seconds, of_server = _split_seconds(study, variant, sites, at_server), at_server * sum(steps.values())
+        found.append(Cost("splitfed", variant, cut, kind, sites, memory, of_server, seconds, study.protocol.rounds))
     return found
 
 
 def _split_seconds(study: Study, variant: str, sites: Mapping[str, SiteCost], at_server: float) -> float:
     """Of a round; `at_server`: of one step."""
     link = _link(study)
-    each = [(s.seconds or 0.0) + s.steps * at_server + link(s.up + s.down, 2 * s.steps + 1) for s in sites.values()]
+    each = [s.seconds + s.steps * at_server + link(s.up + s.down, 2 * s.steps + 1) for s in sites.values()]
     if variant == "sequential":
         return sum(each)
     if variant == "v2":  # while one site has the body, the others compute their fronts: about half of a site's share
-        return (
-            sum(each)
-            - sum((s.seconds or 0.0) / 2 for s in sites.values())
-            + max((s.seconds or 0.0) / 2 for s in sites.values())
-        )
+        fronts = [s.seconds / 2 for s in sites.values()]
+        return sum(each) - sum(fronts) + max(fronts)
     return max(*each, sum(s.steps for s in sites.values()) * at_server)
+
+
+def _hardware(study: Study) -> ForecastTable:
+    return study.forecast or ForecastTable()
 
 
 def _link(study: Study) -> Callable[[int, int], float]:
     """Seconds that so many bytes take, in so many requests and replies."""
-    told = study.forecast or ForecastTable()
+    told = _hardware(study)
     return lambda n_bytes, replies: 8e-6 * n_bytes / told.mbit + 1e-3 * told.ms * replies
 
 

@@ -78,11 +78,10 @@ def _forecast(view: View, groups: Mapping[str, Sequence[Row]]) -> tuple[Element,
 def _beside(took: Sequence[Row], told: Row, n_rounds: float) -> list[str]:
     """Measured and forecast, in turn: bytes received and sent, seconds, memory."""
     down, up = (n_rounds * told[key] for key in ("down", "up"))
-    seconds = told["seconds"]
     memory = max(row.get("memory", 0) for row in took)
     return [
         size(_mean(took, "bytes_down")), size(down), size(_mean(took, "bytes_up")), size(up),
-        duration(_mean(took, "seconds")), MISSING if seconds is None else duration(n_rounds * seconds),
+        duration(_mean(took, "seconds")), duration(n_rounds * told["seconds"]),
         size(memory) if memory else MISSING, size(told["memory"]),
     ]  # fmt: skip
 

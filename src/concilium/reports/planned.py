@@ -142,7 +142,7 @@ def _times(planned: Planned) -> Grid:
     rows = [
         (
             _way(cost), cost.transport if cost.cut else "", *(size(_most(cost, key)) for key in ("up", "down")),
-            _time(cost.seconds), _time(None if cost.seconds is None else cost.rounds * cost.seconds),
+            duration(cost.seconds), duration(cost.rounds * cost.seconds),
         )
         for cost in planned.costs
     ]  # fmt: skip
@@ -156,7 +156,7 @@ def _machines(planned: Planned) -> Grid:
     rows = [
         (
             way, size(_most(cost, "memory")), size(cost.server_memory),
-            _time(_most(cost, "seconds")), _time(cost.server_seconds),
+            duration(_most(cost, "seconds")), duration(cost.server_seconds),
         )
         for way, cost in reversed(ways.items())
     ]  # fmt: skip
@@ -173,11 +173,7 @@ def _way(cost: Cost) -> str:
 
 
 def _most(cost: Cost, key: str) -> float:
-    return max((getattr(site, key) or 0.0 for site in cost.sites.values()), default=0.0)
-
-
-def _time(seconds: float | None) -> str:
-    return "–" if seconds is None else duration(seconds)
+    return max((getattr(site, key) for site in cost.sites.values()), default=0.0)
 
 
 def numbers(values: Sequence[float]) -> str:
