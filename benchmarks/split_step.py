@@ -34,7 +34,7 @@ from concilium.record import Record
 from concilium.schedule import settings
 from concilium.study import Study, read_study, training_of
 
-TARGET_TIME, TARGET_BYTES = 1.15, 0.02
+TARGET_TIME, TARGET_BYTES = 1.10, 0.02
 
 
 def measure(study: Study, folder: Path, *, cut: tuple[str, ...], rounds: int, steps: int) -> dict[str, Any]:
