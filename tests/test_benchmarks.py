@@ -472,3 +472,16 @@ def test_the_zoo_is_trained_in_four_ways(tmp_path: Path, capsys: pytest.CaptureF
         assert iou == [round(ways[way]["iou"]["mean"], 3) for way in zoo.WAYS]
         assert ways["federated"]["operations"][0] > ways["splitfed"]["operations"][0] > 0
         assert any(line.startswith("Split − alone, IoU: ") for line in lines)
+
+
+def test_a_simulation_and_a_loopback_train_the_same(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loopback = load("loopback")
+    monkeypatch.setattr(loopback, "PROTOCOLS", ("splitfed",))
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY.format(data=phantom, length="steps = 2"))
+    (found,) = loopback.main(["--study", str(study), "--site", "north", "--rounds", "2", "--steps", "2"])
+    assert found["same_bits"]
+    assert found["loopback"]["up"] == pytest.approx(found["simulation"]["up"], rel=0.01)
+    assert found["loopback"]["step_s"] > 0
