@@ -24,6 +24,7 @@ from typing import Any
 
 ABOUT = {
     "federated": "one network, marginal loss (FedAdamW)",
+    "unweighted": "one network, marginal loss (FedAdamW), sites count equally",
     "exclusion": "one network, marginal loss with exclusion",
     "naive": "one network, what nobody drew is background",
     "heads": "shared body, each site's own heads (SegViz)",
