@@ -26,6 +26,7 @@ SMALLER: Mapping[str, Callable[[Any], Any]] = {
     "every": lambda n: 1,
     "base_features": lambda n: min(n, 4),
     "size": lambda size: [32 for _ in size],
+    "patch_size": lambda size: [min(n, 32) for n in size],
     "min_patients": lambda n: min(n, 2),
 }
 """Keys that cost time, or more patients than the phantom has, wherever they stand: the value in its place."""
@@ -50,7 +51,7 @@ def on_phantoms(tables: Mapping[str, Any], folder: Path) -> Tables:
     flat = raw.get("plan", {}).get("configuration") == "2d"
     names = ["all"] if "partition" in raw else list(raw["sites"])
     scanners = [
-        replace(DEFAULT_SITES[i % 3], name=name, n_cases=20 if name == "all" else 4) for i, name in enumerate(names)
+        replace(DEFAULT_SITES[i % 3], name=name, n_cases=12 if name == "all" else 4) for i, name in enumerate(names)
     ]
     write_phantom(folder, sites=scanners, n_test=2, scale=0.8 if flat else 0.5)
     called = dict(zip(("organ", "lesion"), dict.fromkeys(_labels(raw)), strict=False))

@@ -61,6 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study_of(data: Path, name: str, cut: str, **changes: Any) -> Study:
     options = catalog.options("networks", name) if ":" not in name else {}
     small = {"base_features": 32 if name == "swin_unet" else 4} if "base_features" in options else {}
+    small |= {"refine_features": 8} if "refine_features" in options else {}
     small |= {"blocks": [min(n, 4) for n in options["blocks"].default]} if "blocks" in options else {}
     tables: dict[str, Any] = {
         "study": {"name": "canary"},
