@@ -202,7 +202,7 @@ def test_a_site_with_half_of_its_masks_wrong_gets_less_than_a_tenth_of_its_weigh
         sites=tuple(site.name for site in FOUR),
         data=four / masks,
         test=False,
-        protocol__rounds=12,
+        protocol__rounds=12 if masks == "wrong" else 6,
         protocol__steps=24,
         network__name="unet",
         network__levels=3,
