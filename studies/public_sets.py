@@ -24,7 +24,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Set:
     labels: tuple[str, ...]
 
 
-def kvasir(folder: Path) -> list[Case]:
+def paired(folder: Path) -> list[Case]:
     """Images and masks of the same names."""
     masks = pictures(folder, "masks")
     return [Case(path.stem, path, _known(masks.get(name))) for name, path in pictures(folder, "images").items()]
@@ -80,10 +80,9 @@ def ham10k(folder: Path) -> list[Case]:
 
 def blastocyst(folder: Path) -> list[Case]:
     """One mask of grey levels, or one for each of three structures."""
-    images = pictures(folder, "images")
     if not (folder / "GT_ZP").is_dir():
-        masks = pictures(folder, "masks")
-        return [Case(path.stem, path, _known(masks.get(name))) for name, path in images.items()]
+        return paired(folder)
+    images = pictures(folder, "images")
     found = {of: pictures(folder, f"GT_{of}") for of in ("ZP", "TE", "ICM")}
     return [
         Case(
@@ -140,7 +139,7 @@ def embryo(masks: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 SETS: Mapping[str, Set] = {
-    "kvasir-seg": Set(kvasir, binary, ("polyp",)),
+    "kvasir-seg": Set(paired, binary, ("polyp",)),
     "ham10k": Set(ham10k, binary, ("lesion",)),
     "blastocyst": Set(blastocyst, embryo, ("zona_pellucida", "trophectoderm", "blastocoel", "inner_cell_mass")),
 }
@@ -207,16 +206,11 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _told(n: int, left_out: list[str]) -> Iterator[str]:
-    yield f"{n} cases"
-    yield from (f"Left out: {line}" for line in left_out)
-
-
 def main() -> None:
     """The command."""
     given = _arguments()
     n, left_out = lay_out(given.set, given.source, given.out)
-    print("\n".join(_told(n, left_out)))
+    print("\n".join([f"{n} cases", *(f"Left out: {line}" for line in left_out)]))
     raise SystemExit(4 if left_out or not n else 0)
 
 

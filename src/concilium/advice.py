@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from concilium import catalog
-from concilium.costs import Cost, every_way
+from concilium.costs import Cost, every_way, hardware_of
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, percentile, to_json
 from concilium.data.plan import open_plan
@@ -92,9 +92,11 @@ def plan(
                 told = ask_sites(study, engine, record, ledger)
             finally:
                 engine.close()
-            planned = _plans(study, told, record, ledger, watch)
+            watch(Event("stage", "Planning for all sites together"))
+            joint = plan_for(settings(study)[0][0], told, record, ledger)
+            planned = _plans(study, told, joint, record, ledger, watch)
             if forecast:
-                planned = _with_costs(planned, study, told, record, watch)
+                planned = _with_costs(planned, study, joint, watch)
             if out is not None:
                 _keep(folder, out)
         finally:
@@ -139,10 +141,10 @@ def _keep(folder: Path, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------ plans
 
 
-def _plans(study: Study, told: Told, record: Record, ledger: Ledger, watch: Callable[[Event], None]) -> Planned:
+def _plans(
+    study: Study, told: Told, joint_plans: Plans, record: Record, ledger: Ledger, watch: Callable[[Event], None]
+) -> Planned:
     base = settings(study)[0][0]
-    watch(Event("stage", "Planning for all sites together"))
-    joint_plans = plan_for(base, told, record, ledger)
     joint = _outline(study, joint_plans, merge(told.fingerprints.values()))
     own: dict[str, Plans] = {}
     why_not: dict[str, str] = {}
@@ -171,18 +173,17 @@ def _plans(study: Study, told: Told, record: Record, ledger: Ledger, watch: Call
     )  # fmt: skip
 
 
-def _with_costs(planned: Planned, study: Study, told: Told, record: Record, watch: Callable[[Event], None]) -> Planned:
+def _with_costs(planned: Planned, study: Study, joint: Plans, watch: Callable[[Event], None]) -> Planned:
     """The same with what training would cost by the joint plan, at each site with the cases that it has."""
     base = settings(study)[0][0]
     share = 1 - 1 / study.validation.folds
     cases = {site: max(1, round(share * planned.sites[site].n_cases)) for site in planned.sites}
-    hardware = study.forecast or ForecastTable()
     try:
-        found = every_way(base, plan_for(base, told, record, Ledger()), cases, lambda text: watch(Event("stage", text)))
+        found = every_way(base, joint, cases, lambda text: watch(Event("stage", text)))
     except Exception as e:  # a network from outside need not run on shapes alone: it can be planned for all the same
         text = f"What training would cost could not be forecast ({type(e).__name__}: {e})."
         return replace(planned, warnings=(*planned.warnings, text))
-    return replace(planned, hardware=hardware, costs=tuple(found))
+    return replace(planned, hardware=hardware_of(study), costs=tuple(found))
 
 
 def _alone(base: Setting, site: str) -> Setting:

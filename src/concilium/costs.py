@@ -23,11 +23,11 @@ from torch import Tensor
 
 from concilium.data.plan import open_plan
 from concilium.errors import StudyError
-from concilium.forecast import split_bytes
+from concilium.forecast import crossing_of, step_bytes
 from concilium.loads import split_loads, whole_load
 from concilium.local_updates import exchanges
-from concilium.networks import cut_apart
 from concilium.planning import Plans, batch_size_of, initial_weights, network_of
+from concilium.protocols.splitfed import ONE_BODY
 from concilium.record import Record
 from concilium.schedule import Setting, models
 from concilium.sharing import EVERYTHING, Sharing
@@ -37,7 +37,6 @@ from concilium.transport import KINDS
 
 SUM = 28
 """Bytes that the server holds of each value while it averages: the weights before and after, the pair of the sum, an update."""
-ONE_BODY = ("v2", "sequential")
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,8 @@ def every_way(
     splits = p.name == "splitfed"
     network = network_of(study, replace(plans, by_site={}))
     named = network(deep_supervision=False)
-    cuts = [(name,) for name in named.cuts if named.split_points]
-    own = p.options["cut"] if splits else ()
-    own = (own,) if isinstance(own, str) else tuple(own)
+    cuts: list[tuple[str, ...]] = [(name,) for name in named.cuts if named.split_points]
+    own = _cut(study) if splits else ()
     cuts += [own] if own and own not in cuts else []
     watch("Forecasting federated")
     found = [federated_cost(setting, plans, cases)]
@@ -118,9 +116,7 @@ def note_cost(setting: Setting, plans: Plans, cases: Mapping[str, int], record: 
         if p.name == "federated":
             cost = federated_cost(setting, plans, cases)
         else:
-            cut, kind = p.options["cut"], p.options["transport"]
-            after = (cut,) if isinstance(cut, str) else tuple(cut)
-            (cost,) = splitfed_costs(setting, plans, cases, cut=after, kinds=(kind,))
+            (cost,) = splitfed_costs(setting, plans, cases, cut=_cut(study), kinds=(p.options["transport"],))
     except Exception as e:  # a network from outside need not run on shapes alone, and training goes on all the same
         return [f"{setting.title}: what training costs could not be forecast ({type(e).__name__}: {e})."]
     record.write_json(f"forecast/{setting.title}{setting.suffix}.json", asdict(cost))
@@ -141,7 +137,7 @@ def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> 
             network, batch = network_of(study, plans, site), _batch(study, plans, site)
             load = whole_load(network, batch, training, at_once=at_once)
             clock = partial(time_whole, network, training)
-            speed = speed_of(_hardware(study), study.engine.device, clock, batch, load, load)
+            speed = speed_of(hardware_of(study), study.engine.device, clock, batch, load, load)
             known[key] = load.memory, speed.of_site(load)
         memory, a_step = known[key]
         size = _shared(sharing, weights, site)
@@ -168,19 +164,17 @@ def splitfed_costs(
     network, batch = network_of(study, plans), _batch(study, plans, "")
     site_load, server_load = split_loads(network, cut, batch, training, reveal_labels=reveal)
     clock = partial(time_split, network, training, cut=cut, reveal_labels=reveal)
-    speed = speed_of(_hardware(study), study.engine.device, clock, batch, site_load, server_load)
+    speed = speed_of(hardware_of(study), study.engine.device, clock, batch, site_load, server_load)
     at_site, at_server = speed.of_site(site_load), speed.of_server(server_load)
-    parts = cut_apart(network(deep_supervision=training.deep_supervision and reveal), cut, reveal_labels=reveal)
-    held = _shared(plans.sharing, parts.at_site.state_dict(), "")
+    crossing = crossing_of(network, cut, batch=batch, precision=training.precision, reveal_labels=reveal)
+    held = _shared(plans.sharing, crossing.at_site, "")
     steps = _steps(setting, plans, cases)
     found = []
     for kind in kinds:
-        a_step = split_bytes(
-            network, cut, batch=batch, precision=training.precision, reveal_labels=reveal, transport=kind
-        )
+        step_up, step_down = step_bytes(crossing.sent, crossing.left, kind)
         sites = {
             site: SiteCost(
-                n * a_step.step_up + held, n * a_step.step_down + held, site_load.memory, n * at_site, n
+                n * step_up + held, n * step_down + held, site_load.memory, n * at_site, n
             )
             for site, n in steps.items()
         }  # fmt: skip
@@ -202,13 +196,19 @@ def _split_seconds(study: Study, variant: str, sites: Mapping[str, SiteCost], at
     return max(*each, sum(s.steps for s in sites.values()) * at_server)
 
 
-def _hardware(study: Study) -> ForecastTable:
+def _cut(study: Study) -> tuple[str, ...]:
+    cut = study.protocol.options["cut"]
+    return (cut,) if isinstance(cut, str) else tuple(cut)
+
+
+def hardware_of(study: Study) -> ForecastTable:
+    """Links and machines that the study tells, or the usual ones."""
     return study.forecast or ForecastTable()
 
 
 def _link(study: Study) -> Callable[[int, int], float]:
     """Seconds that so many bytes take, in so many requests and replies."""
-    told = _hardware(study)
+    told = hardware_of(study)
     return lambda n_bytes, replies: 8e-6 * n_bytes / told.mbit + 1e-3 * told.ms * replies
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +32,27 @@ class SplitBytes:
         return steps * self.step_up + self.weights, steps * self.step_down + self.weights
 
 
-def split_bytes(
+@dataclass(frozen=True)
+class Crossing:
+    """Tensors with shapes and no values: what crosses the cuts in a step, and what sites hold."""
+
+    sent: Sequence[Tensor]
+    """Maps of the front."""
+    left: Sequence[Tensor]
+    """What the body leaves; some may be of those that came."""
+    at_site: Mapping[str, Tensor]
+    """Front and tail."""
+
+
+def crossing_of(
     network: Callable[..., Stages],
     cut: tuple[str, ...],
     *,
     batch: tuple[int, ...],
     precision: str,
     reveal_labels: bool = False,
-    transport: str = "float32",
-) -> SplitBytes:
-    """What travels in split training of this network, cut so, on images of shape `batch` (B, C, *patch).
+) -> Crossing:
+    """Run front and body of this network, cut so, on images of shape `batch` (B, C, *patch), without computing anything.
 
     Raises:
         StudyError: the network cannot be cut so.
@@ -52,9 +64,20 @@ def split_bytes(
             stack = parts.front.run((torch.empty(batch),))
             sent = stack[len(stack) - parts.body.reach() :]
             left = parts.body.run(sent)
-        up, down = step_bytes(sent, left, transport)
-        weights = sum(t.numel() * t.element_size() for t in parts.at_site.state_dict().values())
-    return SplitBytes(up, down, weights)
+        return Crossing(sent, left, parts.at_site.state_dict())
+
+
+def split_bytes(
+    network: Callable[..., Stages], cut: tuple[str, ...], *, transport: str = "float32", **how: Any
+) -> SplitBytes:
+    """What travels in split training of this network; `how`: as for `crossing_of`.
+
+    Raises:
+        StudyError: the network cannot be cut so.
+    """
+    crossing = crossing_of(network, cut, **how)
+    weights = sum(t.numel() * t.element_size() for t in crossing.at_site.values())
+    return SplitBytes(*step_bytes(crossing.sent, crossing.left, transport), weights)
 
 
 def step_bytes(sent: Sequence[Tensor], left: Sequence[Tensor], transport: str = "float32") -> tuple[int, int]:
