@@ -43,7 +43,8 @@ from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
 from concilium.scoring import note_rounds, score, watch_validation
 from concilium.sharing import EVERYTHING
-from concilium.study import Study, divide, of_sites, training_of
+from concilium.study import Study, divide, is_vertical, of_sites, training_of
+from concilium.together import POOLED
 
 NOT_READY = SiteError("EngineError", "not_prepared", "")
 """A site of the study that failed before training began."""
@@ -116,6 +117,7 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
         cache=e.cache,
         pictures=e.pictures,
         **of_sites(study),
+        **({"pooled": record.folder / POOLED} if is_vertical(study) and e.name == "simulation" else {}),
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from concilium import wire
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Entry, Job, Settings, built
+from concilium.answers.align import align, blind, offer
 from concilium.answers.evaluate import evaluate, subset_of
 from concilium.answers.failing import failure_of
 from concilium.answers.judge import judge
@@ -27,10 +28,14 @@ from concilium.answers.models import Models
 from concilium.answers.own import personalize, reestimate
 from concilium.answers.permission import check_names, check_policy
 from concilium.answers.relay import Carried, Relay
+from concilium.answers.service import Service
 from concilium.answers.statistics import Exclusions, examine, find_cases, prepare
 from concilium.errors import ContractError
 from concilium.messages import (
     REQUESTS,
+    Align,
+    Blind,
+    Conclude,
     Describe,
     Done,
     Evaluate,
@@ -45,6 +50,8 @@ from concilium.messages import (
     Introduce,
     Judge,
     Keep,
+    Look,
+    Offer,
     Pass,
     Passed,
     Personalize,
@@ -78,6 +85,7 @@ class Site:
         self._job: Job | None = None
         self._models = Models(settings.folder, self.device, site=settings.name)
         self._relay = Relay(settings, run=run)
+        self._service = Service(settings, self.device)
         self._last: tuple[int, bytes | Path] | None = None
         """The last reply, or the file it lies in, with the number of its request."""
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +137,8 @@ class Site:
                 examined, excluded = examine(self.settings, request, cancelled)
                 self._note_cases(excluded)
                 return examined
+            case Offer() | Blind() | Align() | Look() | Conclude():
+                return self._take_part(request, cancelled)
             case Prepare():
                 self._models.park()
                 prepared, self._job, excluded = prepare(self.settings, request, cancelled)
@@ -147,6 +157,25 @@ class Site:
             case Keep() | Snapshot() | Restore() | Forget():
                 self._store(request)
         return Done()
+
+    def _take_part(self, request: Offer | Blind | Align | Look | Conclude, cancelled: Check) -> Reply:
+        """What a site does that holds channels of the same patients as others do."""
+        settings, models, reply = self.settings, self._models, cast(Reply, Done())
+        excluded: Exclusions = {}
+        match request:
+            case Offer():
+                reply, excluded = offer(settings, request, cancelled)
+            case Blind():
+                reply = blind(settings, request)
+            case Align():
+                reply, excluded = align(settings, request)
+            case Look():
+                reply = self._service.look(self._prepared_job(), models.finished(request.model), request)
+            case Conclude():
+                weights = models.finished(request.model)
+                reply, excluded = self._service.conclude(self._prepared_job(), weights, request, cancelled)
+        self._note_excluded(excluded)
+        return reply
 
     def _make_own(
         self, request: Carried | Describe | Share | Fetch | Personalize | Reestimate, cancelled: Check
@@ -245,7 +274,7 @@ class Site:
             device=self.device,
             cancelled=cancelled,
         )
-        self._note("excluded.json", {**self._noted("excluded.json"), **{c: list(r) for c, r in excluded.items()}})
+        self._note_excluded(excluded)
         return evaluated
 
     def _prepared_job(self) -> Job:
@@ -285,6 +314,10 @@ class Site:
         }
         self._note("cases.json", cases)
         self._note("excluded.json", {case: list(reason) for case, reason in excluded.items()})
+
+    def _note_excluded(self, excluded: Exclusions) -> None:
+        """Add cases to those that were set aside."""
+        self._note("excluded.json", {**self._noted("excluded.json"), **{c: list(r) for c, r in excluded.items()}})
 
     def _note(self, name: str, value: Any) -> None:
         path = self.settings.folder / name

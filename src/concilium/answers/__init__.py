@@ -115,6 +115,8 @@ class Job:
     """Labels that nobody looked for here."""
     micro_batch: int | None = None
     """How many patches the site's network sees at once; `None`: all of a batch."""
+    labelled: bool = True
+    """Whether its label maps are trained on: not at a party that holds other channels only."""
 
 
 def built(job: Job) -> Stages:

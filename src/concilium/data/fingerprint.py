@@ -45,23 +45,31 @@ _TOGETHER = 64  # fingerprints that `merge` holds at a time
 
 
 def fingerprint_of_case(
-    image: NDArray[Any], label: NDArray[Any], spacing: Sequence[float], *, exact_geometry: bool
+    image: NDArray[Any],
+    label: NDArray[Any] | None,
+    spacing: Sequence[float],
+    *,
+    exact_geometry: bool,
+    crop: bool = True,
 ) -> Fingerprint:
-    """The fingerprint of one case, after nnU-Net's cropping to the non-zero region.
+    """The fingerprint of one case, after nnU-Net's cropping to the non-zero region, unless `crop` is off.
 
     Args:
         image: (C, X, Y, Z), finite.
-        label: (1, X, Y, Z); foreground is what is above 0.
+        label: (1, X, Y, Z); foreground is what is above 0. Without one intensities are those of all voxels.
         spacing: [mm] along X, Y, Z.
         exact_geometry: tell shape and spacing as they are, not binned.
 
     Raises:
         ContractError: the arrays do not belong together.
     """
+    label = np.ones((1, *image.shape[1:]), bool) if label is None else label
     if image.ndim != 4 or label.shape != (1, *image.shape[1:]) or len(spacing) != 3:
         given = f"Image {image.shape}, label map {label.shape} and spacing {tuple(spacing)} do not belong together"
         raise ContractError(f"{given}. Expected (C, X, Y, Z), (1, X, Y, Z) and three numbers. Use read_case.")
-    cropped, _, box = crop_to_nonzero(image)
+    cropped, box = image, [(0, n) for n in image.shape[1:]]
+    if crop:
+        cropped, _, box = crop_to_nonzero(image)
     foreground = label[0][tuple(slice(a, b) for a, b in box)] > 0
     after, before = math.prod(cropped.shape[1:]), math.prod(image.shape[1:])
     shape, mm = tuple(cropped.shape[1:]), tuple(float(s) for s in spacing)
