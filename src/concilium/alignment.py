@@ -1,13 +1,12 @@
 """Which cases all parties have, found without showing a name: private set intersection by commutative blinding.
 
-After Meadows 1986 (IEEE S&P) and Huberman, Franklin & Hogg 1999 (EC): every party raises the hash of each name to a secret power of
-its own, and those of all others too; names that were equal are equal still, and none can be told from its blinded value without
-the secrets of all. Powers are those of X25519 (RFC 7748); names are hashed onto its curve. The order in which a party shows its
-cases is that of their blinded values, which tells nothing.
+After Meadows 1986 (IEEE S&P) and Huberman, Franklin & Hogg 1999 (EC): every party raises the hash of each name to a secret power
+of its own, and those of all others too; names that were equal are equal still, and none can be told from its blinded value
+without the secrets of all. Powers are those of X25519 (RFC 7748); names are hashed onto its curve. The order in which a party
+shows its cases is that of their blinded values, which tells nothing.
 
-What is learnt: how many cases each party has, and how many all have; each party besides, which of its own those are. Whoever takes
-part can ask about names by listing them as cases of its own, as with every protocol of this kind: parties must know who the others
-are. decisions/0013.
+What is learnt: how many cases each party has, and how many all have; each party besides, which of its own those are. Whoever
+takes part can ask about names by listing them as cases of its own, as with every protocol of this kind (DECISION).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -34,8 +32,7 @@ _A = 486662
 
 @dataclass(frozen=True)
 class Found:
-    """Of one party: its rows that all have, in step with the other parties' no further than as a set; and those that all have, but
-    that lie elsewhere in space at one of them."""
+    """Of one party: its rows that all have; and those that all have, but that lie elsewhere in space at one of them."""
 
     rows: tuple[int, ...]
     apart: tuple[int, ...]
@@ -135,11 +132,11 @@ def _rows(points: Tensor) -> dict[bytes, int]:
 
 def _hashed(text: str) -> bytes:
     """A point on the curve that depends on every letter; not on its twist, which would tell a bit of it."""
-    for attempt in count():
+    attempt, u = 0, 0
+    while u < 2 or pow((u * u * u + _A * u * u + u) % _P, (_P - 1) // 2, _P) != 1:  # not on the curve: every second is
         u = int.from_bytes(sha256(f"concilium case {attempt} {text}".encode()).digest(), "little") % _P
-        if u > 1 and pow((u * u * u + _A * u * u + u) % _P, (_P - 1) // 2, _P) == 1:
-            return u.to_bytes(BYTES, "little")
-    raise AssertionError
+        attempt += 1
+    return u.to_bytes(BYTES, "little")
 
 
 def _tensor(points: Sequence[bytes]) -> Tensor:

@@ -100,7 +100,7 @@ def personalize(work: Work, model: Model, ledger: Ledger) -> None:
             ledger.problems.append(f"{model.key}, fine-tuning: {failure}")
 
 
-def keep_everywhere(work: Work, model: Model, weights: Tensors) -> dict[str, Keep]:
+def keep_everywhere(work: Work, model: Model, weights: Tensors) -> dict[str, Request]:
     """Ask all sites and the test set to store a model; where sites hold channels, each its own part, and the pool all of it."""
     whole = Keep(model.key, weights)
     keepers = [name for name, site in work.engine.sites.items() if site.role in ("site", "test")]
@@ -109,7 +109,9 @@ def keep_everywhere(work: Work, model: Model, weights: Tensors) -> dict[str, Kee
     if model.protocol == "centralized":
         return {name: whole for name in work.engine.sites if name in ("pooled", "test")}
     own = own_weights(model, work.plans, weights)
-    return {name: Keep(model.key, own[name]) if name in own else whole for name in keepers if name in own or name == "test"}
+    return {
+        name: Keep(model.key, own[name]) if name in own else whole for name in keepers if name in own or name == "test"
+    }
 
 
 def keep_at(work: Work, model: Model, site: str, weights: Tensors) -> Keep:

@@ -296,8 +296,8 @@ class Front:
     transport: str = "float32"
     """As what maps and gradients travel (`transport.KINDS`)."""
     party: bool = False
-    """Whether the network is one of several parties (`vertical`): then `cut` is the stage after which the tail begins, weights are
-    those of the site's own part, and steps in which it is not asked are left out."""
+    """Whether the network is one of several parties (`vertical`): then `cut` is the stage after which the tail begins, weights
+    are those of the site's own part, and steps in which it is not asked are left out."""
     absent: bool = False
     """Of a party: draw the batch, and send no maps."""
 

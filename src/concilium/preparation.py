@@ -12,8 +12,8 @@ from concilium._set_aside import told as set_aside
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.labels import looked_for, n_heads, to_nnunet, unknown_labels
 from concilium.data.matching import Space, agree, annotation_notes, reorder
-from concilium.data.partition import Layout, materialise
 from concilium.data.parties import of_channels
+from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
@@ -101,11 +101,8 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
         check_start(one, record)
     request = Examine(study.plan.exact_geometry, study.study.max_excluded)
     held = holdings(study) if is_vertical(study) else {}
-    asked = {
-        name: replace(request, holding=held.get(name))
-        for name, site in engine.sites.items()
-        if site.role in ("site", "test")
-    }
+    asking = [name for name, site in engine.sites.items() if site.role in ("site", "test")]
+    asked = {name: replace(request, holding=held.get(name)) for name in asking}
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
     told = {name: told[name] for name in (*study.sites, *told) if name in told}  # the first site's order and ids count
     ledger.excluded += [x for name, r in told.items() if record.is_elsewhere(name) for x in set_aside(name, r.excluded)]
@@ -233,11 +230,8 @@ def prepare_sites(
     )  # fmt: skip
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())
-    asked = {
-        name: replace(request, plans=plans.of(name)) if name in plans.by_site else request
-        for name, site in engine.sites.items()
-        if site.role in roles
-    }
+    there = [name for name, site in engine.sites.items() if site.role in roles]
+    asked = {name: replace(request, plans=plans.of(name)) if name in plans.by_site else request for name in there}
     if is_vertical(study):
         asked = held_requests(setting, plans, asked)
     ready: dict[str, Prepared] = {}

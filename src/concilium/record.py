@@ -89,10 +89,6 @@ class Record:
         """Write a finished model that the server may have."""
         write_tensors(self.folder / "weights" / f"{model}.safetensors", weights, {"model": model})
 
-    def weights(self, model: str) -> Tensors:
-        """A finished model that the server has."""
-        return read_tensors(self.folder / "weights" / f"{model}.safetensors")[0]
-
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".unfinished")

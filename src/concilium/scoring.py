@@ -18,7 +18,7 @@ from concilium.results import METRICS, score_rows, short_of_steps
 from concilium.schedule import BEST, POOL, Model, ensemble_key
 from concilium.serving import own_weights, serve
 from concilium.study import is_vertical
-from concilium.wire import part
+from concilium.wire import part, read_tensors
 
 Names: TypeAlias = Mapping[int, Mapping[str, str]]
 
@@ -100,7 +100,9 @@ def _asked(
     """
     if model.protocol != "vertical" or request.subset == "test":
         return ask(work.engine, _to_each(work, model, request, sites))
-    weights = work.record.weights(model.key) if weights is None else weights
+    weights = (
+        read_tensors(work.record.folder / "weights" / f"{model.key}.safetensors")[0] if weights is None else weights
+    )
     device = work.study.engine.device
     return [(site, serve(work.engine, model, work.plans, weights, request, device=device)) for site in sites]
 

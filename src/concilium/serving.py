@@ -5,13 +5,13 @@ No party sends an image, and none gets another's front. The server has the part 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from concilium.answers.vertical import set_absent
 from concilium.engines import Engine, ask
 from concilium.messages import (
     Conclude,
@@ -55,8 +55,7 @@ def served(model: Model, plans: Plans) -> Served:
     at_labels = p["body"] == "labels"
     network = network_of(study, plans)(deep_supervision=study.training.deep_supervision and at_labels)
     after = FRONTS if at_labels else tail_of(network)
-    fronts = network[FRONTS]
-    assert isinstance(fronts, Fronts)
+    fronts = cast(Fronts, network[FRONTS])
     owned = {
         site: frozenset(own_part(network, site, tail_after=after, labelled=site == p["labels"]).held.state_dict())
         for site in model.setting.sites
@@ -76,50 +75,57 @@ def serve(
     """Have the cases of a subset segmented and scored; what the label holder answers at the end, or how a site failed."""
     made = served(model, plans)
     study = model.setting.study
-    body = made.network.split(FRONTS, made.after)[1] if made.after != FRONTS else None
     chosen = device_named(device)
+    body = made.network.split(FRONTS, made.after)[1] if made.after != FRONTS else None
     if body is not None:
         body.load_state_dict({n: weights[n] for n in body.state_dict()})
         body.to(chosen).eval()
-        set_absent(body, ())
     between = _Between(body, chosen, study.training.precision, study.protocol.options["transport"])
     n_windows = WINDOWS[len(plans.patch_size)]
     case, n_cases = 0, 1
     reply: Reply | Failure = SiteError("EngineError", "no_cases", "")
     while case < n_cases:
-        start, total = 0, 1
-        while start < total:
-            asked = dict.fromkeys(
-                made.fronts.parties,
-                Look(request.model, request.subset, case, start, n_windows, between.transport),
-            )
-            looked: dict[str, Looked] = {}
-            for site, answer in ask(engine, asked):
-                if not isinstance(answer, Looked):
-                    return as_failure(answer)
-                looked[site] = answer
-            first = looked[made.fronts.parties[0]]
-            if any((len(r.maps), r.n_windows, r.n_cases) != (len(first.maps), first.n_windows, first.n_cases) for r in looked.values()):
-                return SiteError("ContractError", "wrong_maps", "")
-            total, n_cases = first.n_windows, first.n_cases
+        start, last = 0, False
+        while not last:
+            look = Look(request.model, request.subset, case, start, n_windows, between.transport)
+            looked = _look(engine, made.fronts.parties, look)
+            if not isinstance(looked, _Windows):
+                return looked
+            n_cases, last = looked.n_cases, start + len(looked.maps) >= looked.n_windows
             if not n_cases:
                 return reply
-            maps = tuple(between(window) for window in _windows(looked, made.fronts.parties))
-            last = start + len(first.maps) >= total
+            maps = tuple(between(window) for window in looked.maps)
             conclude = Conclude(request, case, start, maps, last, made.after, (), between.transport)
-            (answer,) = dict(ask(engine, {made.labels: conclude})).values()
-            if isinstance(answer, Failure):
-                return answer
-            reply = answer
-            start += max(1, len(first.maps))
+            (reply,) = dict(ask(engine, {made.labels: conclude})).values()
+            if isinstance(reply, Failure):
+                return reply
+            start += len(looked.maps)
         case += 1
     return reply if isinstance(reply, Evaluated) else as_failure(reply)
 
 
-def _windows(looked: Mapping[str, Looked], parties: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
-    """For each window the maps of all parties, one after the other."""
-    for each in zip(*(looked[party].maps for party in parties), strict=True):
-        yield tuple(m for maps in each for m in maps)
+@dataclass(frozen=True)
+class _Windows:
+    """For each window the maps of all parties, one after the other; how many windows the case has, and cases the subset."""
+
+    maps: tuple[tuple[Tensor, ...], ...]
+    n_windows: int
+    n_cases: int
+
+
+def _look(engine: Engine, parties: Sequence[str], request: Look) -> _Windows | Failure:
+    """What all parties see of these windows; or how one failed."""
+    looked: dict[str, Looked] = {}
+    for site, answer in ask(engine, dict.fromkeys(parties, request)):
+        if not isinstance(answer, Looked):
+            return as_failure(answer)
+        looked[site] = answer
+    told = {(len(reply.maps), reply.n_windows, reply.n_cases) for reply in looked.values()}
+    (n, n_windows, n_cases), *others = told
+    if others or (n_cases and not 0 < n <= request.count):
+        return SiteError("ContractError", "wrong_maps", "")
+    each = zip(*(looked[party].maps for party in parties), strict=True)
+    return _Windows(tuple(tuple(m for maps in window for m in maps) for window in each), n_windows, n_cases)
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,18 @@ import torch
 
 from concilium import wire
 from concilium.aggregation import check_like
-from concilium.answers import Cancelled, Check, Entry, Job, Settings, built
+from concilium.answers import Cancelled, Check, Job, Settings, built
 from concilium.answers.align import align, blind, offer
 from concilium.answers.evaluate import evaluate, subset_of
 from concilium.answers.failing import failure_of
 from concilium.answers.judge import judge
 from concilium.answers.models import Models
+from concilium.answers.notes import note_cases, note_excluded, note_plan
 from concilium.answers.own import personalize, reestimate
 from concilium.answers.permission import check_names, check_policy
 from concilium.answers.relay import Carried, Relay
 from concilium.answers.service import Service
-from concilium.answers.statistics import Exclusions, examine, find_cases, prepare
+from concilium.answers.statistics import Exclusions, examine, prepare
 from concilium.errors import ContractError
 from concilium.messages import (
     REQUESTS,
@@ -134,24 +135,21 @@ class Site:
             self._models.give_up()
         match request:
             case Examine():
-                examined, excluded = examine(self.settings, request, cancelled)
-                self._note_cases(excluded)
-                return examined
+                reply, excluded = examine(self.settings, request, cancelled)
+                note_cases(self.settings, excluded, request.holding)
+                return reply
             case Offer() | Blind() | Align() | Look() | Conclude():
                 return self._take_part(request, cancelled)
             case Prepare():
                 self._models.park()
                 prepared, self._job, excluded = prepare(self.settings, request, cancelled)
-                self._note_cases(excluded)
-                if not self._noted("plan.json"):  # the first is the study's own, later ones may be those of variants
-                    self._note("plan.json", json.loads(request.plans))
+                note_cases(self.settings, excluded, request.holding)
+                note_plan(self.settings, request)
                 return prepared
             case Train() | Front() | Tail() | Finish() | Pass():
                 return self._train(request, cancelled)
-            case Evaluate():
+            case Evaluate() | Judge():
                 return self._evaluate(request, cancelled)
-            case Judge():
-                return judge(self.settings, self._prepared_job(), request, device=self.device, cancelled=cancelled)
             case Introduce() | Hand() | Take() | Describe() | Share() | Fetch() | Personalize() | Reestimate():
                 return self._make_own(request, cancelled)
             case Keep() | Snapshot() | Restore() | Forget():
@@ -174,7 +172,7 @@ class Site:
             case Conclude():
                 weights = models.finished(request.model)
                 reply, excluded = self._service.conclude(self._prepared_job(), weights, request, cancelled)
-        self._note_excluded(excluded)
+        note_excluded(self.settings, excluded)
         return reply
 
     def _make_own(
@@ -265,7 +263,9 @@ class Site:
         self.log("trained", model=request.model, round=request.round, **took)
         return reply
 
-    def _evaluate(self, request: Evaluate, cancelled: Check) -> Reply:
+    def _evaluate(self, request: Evaluate | Judge, cancelled: Check) -> Reply:
+        if isinstance(request, Judge):
+            return judge(self.settings, self._prepared_job(), request, device=self.device, cancelled=cancelled)
         evaluated, excluded = evaluate(
             self.settings,
             self._prepared_job(),
@@ -274,7 +274,7 @@ class Site:
             device=self.device,
             cancelled=cancelled,
         )
-        self._note_excluded(excluded)
+        note_excluded(self.settings, excluded)
         return evaluated
 
     def _prepared_job(self) -> Job:
@@ -298,33 +298,3 @@ class Site:
         """Add a line to the site's own log, which never leaves it."""
         with (self.settings.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), "epoch": self.epoch, "event": event, **values}) + "\n")
-
-    def _note_cases(self, excluded: Exclusions) -> None:
-        """Write which number stands for which case, and what was set aside and why: for the site's own eyes."""
-        data = dict(self.settings.data) | ({"test": self.settings.test} if self.settings.test else {})
-        found: dict[str, tuple[Entry, ...]] = {
-            member: find_cases({member: folder}, self.settings.names)[0] for member, folder in data.items()
-        }
-        cases = {
-            m: [
-                {"number": e.number, "case": e.case.name, "patient": e.case.patient, "patient_number": e.patient}
-                for e in es
-            ]
-            for m, es in found.items()
-        }
-        self._note("cases.json", cases)
-        self._note("excluded.json", {case: list(reason) for case, reason in excluded.items()})
-
-    def _note_excluded(self, excluded: Exclusions) -> None:
-        """Add cases to those that were set aside."""
-        self._note("excluded.json", {**self._noted("excluded.json"), **{c: list(r) for c, r in excluded.items()}})
-
-    def _note(self, name: str, value: Any) -> None:
-        path = self.settings.folder / name
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        unfinished.replace(path)
-
-    def _noted(self, name: str) -> Any:
-        path = self.settings.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

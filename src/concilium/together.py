@@ -32,11 +32,17 @@ from concilium.messages import (
 from concilium.planning import Plans
 from concilium.record import Record
 from concilium.schedule import Setting
-from concilium.study import Study, holdings, names_of, sites_of
+from concilium.study import Study, holdings, is_vertical, names_of, sites_of
 
 T = TypeVar("T")
 POOLED = "joined"
 """Folder of the run in which a simulation joins the channels of all sites, for the baseline in one place."""
+
+
+def pool_of(study: Study, folder: Path) -> dict[str, Path]:
+    """What a simulation is told of the data of all together, where these are not simply the cases of all."""
+    joins = is_vertical(study) and study.engine.name == "simulation"
+    return {"pooled": folder / POOLED} if joins else {}
 
 
 def as_one(study: Study, told: Mapping[str, Examined]) -> dict[str, Examined]:
@@ -92,7 +98,8 @@ def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
     if "centralized" in study.protocol.compare and study.engine.name == "simulation":
         _join(study, record)
     n, apart = len(patients), len(found[labels].apart)
-    warnings, problems = [], []
+    warnings: list[str] = []
+    problems: list[str] = []
     if any(count != n for count in counts.values()):
         warnings.append(f"{n} cases are at all sites, and trained on ({_told(counts)} are there).")
     if apart:

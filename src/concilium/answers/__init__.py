@@ -119,6 +119,16 @@ class Job:
     """Whether its label maps are trained on: not at a party that holds other channels only."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where a network is split, and whether heads may act on maps that the server made."""
+
+    after: tuple[str, ...]
+    reveal_labels: bool
+    party: str = ""
+    """Whose part it is, of a network of several parties: then `after` is the stage after which the tail begins."""
+
+
 def built(job: Job) -> Stages:
     """The network, to be looked at: its weights are drawn from a generator of their own."""
     with drawn_from("look"):

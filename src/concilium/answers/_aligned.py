@@ -1,4 +1,4 @@
-"""The cases of a site that all parties of a vertical federation have, as the alignment left them in a file of the site's own."""
+"""Which cases of a site train and which validate; at a party of a vertical federation, of those that all parties have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from concilium.answers import Entry, Settings
+from concilium.data.dataset import folds
 from concilium.errors import ContractError
+from concilium.messages import Prepare
 
 FILE = "aligned.json"
 
@@ -36,10 +38,26 @@ def aligned(settings: Settings, found: Sequence[Entry]) -> tuple[Entry, ...]:
     there = {entry.case.name: entry for entry in found}
     if lacking := [name for name in names if name not in there]:
         raise ContractError(
-            f"{len(lacking)} cases that were aligned are not at {settings.name} any more ({', '.join(lacking[:3])}). Expected all "
-            "of them, unchanged, while a run goes on. Put them back, or start the run again."
+            f"{len(lacking)} cases that were aligned are not at {settings.name} any more ({', '.join(lacking[:3])}). Expected "
+            "all of them, unchanged, while a run goes on. Put them back, or start the run again."
         )
     return tuple(there[name] for name in names)
+
+
+def divided(settings: Settings, request: Prepare, usable: Sequence[Entry]) -> dict[str, tuple[Entry, ...]]:
+    """The cases that train and those that validate, by patient; of a party as whoever has the labels numbers patients."""
+    of = {e.key: (e.member, e.case.patient) for e in usable}
+    if request.holding is not None:
+        of = {e.key: (e.member, f"{p:06d}") for e, p in zip(usable, request.patients, strict=True)}
+    held_out = {
+        (m, p)
+        for m in settings.data
+        for p in folds(sorted({p for member, p in of.values() if member == m}), request.folds, request.fold)
+    }
+    return {
+        "training": tuple(e for e in usable if of[e.key] not in held_out),
+        "validation": tuple(e for e in usable if of[e.key] in held_out),
+    }
 
 
 def _file(settings: Settings) -> Path:

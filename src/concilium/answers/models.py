@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from concilium.answers import Job
+from concilium.answers import Cut, Job
 from concilium.answers.split import Session
-from concilium.answers.train import Cut, Learner
+from concilium.answers.train import Learner
 from concilium.answers.vertical import Party
 from concilium.errors import ContractError
 from concilium.messages import Front, Tensors

@@ -1,17 +1,15 @@
 """Answers to `Look` and `Conclude`: a party's share in segmenting a case with a vertical model.
 
-Windows are those that nnU-Net's predictor asks a network for, in its order, mirrored ones included: every party's predictor asks for
-the same, since images have one size. At a party it is given zeros for logits; at the labels, in the end, those that were computed.
+Windows are those that nnU-Net's predictor asks a network for, in its order, mirrored ones included: every party's predictor asks
+for the same, since images have one size. At a party it is given zeros for logits; at the labels, in the end, those computed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -23,7 +21,7 @@ from concilium.answers.vertical import set_absent
 from concilium.data.labels import n_heads
 from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess
-from concilium.errors import ContractError, PrivacyError
+from concilium.errors import ContractError
 from concilium.messages import Conclude, Done, Evaluated, Look, Looked, Tensors
 from concilium.networks import Stack
 from concilium.networks._fusion import FRONTS, own_part
@@ -140,9 +138,7 @@ class _Replay(nn.Module):
 
 def _predict(network: nn.Module, image: NDArray[Any], job: Job, device: torch.device) -> None:
     t = job.training
-    predict_logits(
-        network, image, job.plan, labels=job.labels, device=device, mirror=t.mirror, precision=t.precision
-    )
+    predict_logits(network, image, job.plan, labels=job.labels, device=device, mirror=t.mirror, precision=t.precision)
 
 
 def _chosen(entries: Sequence[Entry], place: int, site: str) -> Entry:

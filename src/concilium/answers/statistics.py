@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
+from concilium.answers._aligned import aligned, divided
 from concilium.answers.micro_batch import must_be_divisible
-from concilium.answers._aligned import aligned
-from concilium.data.dataset import Dataset, folds, open_dataset, read_case, restricted, translated
+from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
 from concilium.data.labels import annotation_mask, flaw, foreground, n_heads, unknown_labels
@@ -125,7 +125,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     if trains:
         _limit(excluded, len(files), 0.0 if request.holding else request.max_excluded)
     usable = [e for e in found if e.key in files]
-    parts = _divided(settings, request, usable)
+    parts = divided(settings, request, usable)
     dataset = found[0].dataset
     own = {e.key: files[e.key] for e in parts["training"]}
     if request.holding is not None:  # by their places, which are the same at all parties
@@ -155,22 +155,6 @@ def _has_labels(request: Prepare) -> bool:
     return request.holding is None or request.holding.labelled
 
 
-def _divided(settings: Settings, request: Prepare, usable: Sequence[Entry]) -> dict[str, tuple[Entry, ...]]:
-    """The cases that train and those that validate, by patient; of a party as whoever has the labels numbers patients."""
-    of = {e.key: (e.member, e.case.patient) for e in usable}
-    if request.holding is not None:
-        of = {e.key: (e.member, f"{p:06d}") for e, p in zip(usable, request.patients, strict=True)}
-    held_out = {
-        (m, p)
-        for m in settings.data
-        for p in folds(sorted({p for member, p in of.values() if member == m}), request.folds, request.fold)
-    }
-    return {
-        "training": tuple(e for e in usable if of[e.key] not in held_out),
-        "validation": tuple(e for e in usable if of[e.key] in held_out),
-    }
-
-
 def _kept(request: Prepare, network: Callable[..., Stages]) -> frozenset[str]:
     """The tensors of the network that stay here."""
     if not request.keep:
@@ -179,7 +163,7 @@ def _kept(request: Prepare, network: Callable[..., Stages]) -> frozenset[str]:
         return kept_of(network(), request.keep)
 
 
-def _batches(  # noqa: PLR0913  (what decides a batch)
+def _batches(
     files: Mapping[str, PreparedCase],
     request: Prepare,
     plan: Plan,

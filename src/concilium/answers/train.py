@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from concilium import catalog
 from concilium.aggregation import check_like
-from concilium.answers import Cancelled, Check, Job
+from concilium.answers import Cancelled, Check, Cut, Job
 from concilium.answers.objective import Teacher, make_objective
 from concilium.answers.time_box import while_it_fits
 from concilium.data.draws import drawn_from, seed_all
@@ -27,16 +26,6 @@ from concilium.networks import Parts, cut_apart
 from concilium.networks._fusion import FRONTS, Own, own_part
 from concilium.optimization import autocast, make_optimizer, memory_of, restore_state, set_rate, state_of
 from concilium.wire import part, read_tensors, write_tensors
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where a network is split, and whether heads may act on maps that the server made."""
-
-    after: tuple[str, ...]
-    reveal_labels: bool
-    party: str = ""
-    """Whose part it is, of a network of several parties: then `after` is the stage after which the tail begins."""
 
 
 class Learner:

@@ -1,7 +1,7 @@
-"""Answers to `Front`, `Tail` and `Finish` at a party of vertical training, which holds some channels of the patients, or the labels.
+"""Answers to `Front`, `Tail` and `Finish` at a party of vertical training, which holds some channels of patients, or the labels.
 
-The party's front sees its own channels. Where the labels are, the tail is there too. All parties draw the same patches of the same
-cases, by the key of the step alone. After Roth et al. 2022, Split-U-Net (arXiv:2208.10553).
+The party's front sees its own channels. Where the labels are, the tail is there too. All parties draw the same patches of the
+same cases, by the key of the step alone. After Roth et al. 2022, Split-U-Net (arXiv:2208.10553).
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Party:
         """
         began = time.monotonic()
         if (request.model, request.round) != (self.model, self.round) or not self._at < request.step < self.steps:
-            self._refuse(f"front of step {request.step} of {request.model}, round {request.round}")
+            raise self._refusal(f"front of step {request.step} of {request.model}, round {request.round}")
         if self._awaits:
-            self._refuse(f"front of step {request.step}")
+            raise self._refusal(f"front of step {request.step}")
         self._finish_step(request.gradients)
         if cancelled():
             raise Cancelled
@@ -114,8 +114,7 @@ class Party:
         tail, batch = self.own.tail, self._batch
         given = (request.model, request.round, request.step)
         if tail is None or batch is None or self._awaits != "tail" or given != (self.model, self.round, self._at):
-            self._refuse(f"tail of step {request.step} of {request.model}, round {request.round}")
-            raise AssertionError
+            raise self._refusal(f"tail of step {request.step} of {request.model}, round {request.round}")
         maps = [
             leaf(m.to(self.learner.device))
             for m in decode(request.maps, self.transport, dtype=floats_of(self.own.held))
@@ -147,7 +146,7 @@ class Party:
         """
         began = time.monotonic()
         if (request.model, request.round) != (self.model, self.round) or self._awaits:
-            self._refuse(f"end of round {request.round} of {request.model}")
+            raise self._refusal(f"end of round {request.round} of {request.model}")
         self._finish_step(request.gradients)
         self._seconds += time.monotonic() - began
         losses = self._losses if self.own.tail is not None else [0.0] * self._taken
@@ -174,9 +173,9 @@ class Party:
             self.learner.optimizer.zero_grad(set_to_none=True)
         self._sent = ()
 
-    def _refuse(self, what: str) -> None:
+    def _refusal(self, what: str) -> ContractError:
         after = f"after the front of step {self._at}, {self._awaits or 'a front'}"
-        raise ContractError(
+        return ContractError(
             f"The {what} was asked for. Expected {after}, of {self.model}, round {self.round}. Start the round again."
         )
 

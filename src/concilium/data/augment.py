@@ -71,7 +71,7 @@ GEOMETRIC = ("Spatial", "Mirror", "Transpose", "Rot90", "Convert2D", "Convert3D"
 """How the names of transforms begin that move voxels."""
 
 
-class in_step:  # noqa: N801  (called like a function, and sent to loader workers)
+class in_step:
     """The same transforms for a party of several that have other channels of the same patches.
 
     Every transform draws from a generator of its own: one that moves voxels from what all parties share, any other from what is

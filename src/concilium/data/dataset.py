@@ -80,7 +80,7 @@ class Dataset:
 def open_dataset(folder: str | Path, names: Names | None = None, *, labelled: bool = True) -> Dataset:
     """The cases of an nnU-Net raw folder, its labels and channels called as `names` says; no image is read.
 
-    `numTraining` is not looked at: the files decide. Where the data set is not `labelled`, its label maps are not looked at either.
+    `numTraining` is not looked at: the files decide. Where the data set is not `labelled`, nor are its label maps.
 
     Raises:
         DataError: no such folder, a `dataset.json` that cannot be used, a file whose name says no channel, no complete case, or

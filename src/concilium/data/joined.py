@@ -46,17 +46,17 @@ def write_joined(
                 for case in cases:
                     _link(of[case], folder / "imagesTr" / f"{case}_{place:04d}{ending}")
     own = {case.name: case for case in labelled.cases if case.name in cases}
-    for name, case in own.items():
-        if case.label is not None:
-            _link(case.label, folder / "labelsTr" / f"{name}{ending}")
+    for name, labelled_case in own.items():
+        if labelled_case.label is not None:
+            _link(labelled_case.label, folder / "labelsTr" / f"{name}{ending}")
     about = {
         "channel_names": {str(i): name for i, name in enumerate(channels)},
         **to_nnunet(labelled.labels),
         "numTraining": len(own),
         "file_ending": ending,
-        "patient": {name: case.patient for name, case in own.items()},
+        "patient": {name: c.patient for name, c in own.items()},
     }
-    looked_for = {name: list(case.annotated) for name, case in own.items() if case.annotated is not None}
+    looked_for = {name: list(c.annotated) for name, c in own.items() if c.annotated is not None}
     if looked_for:
         about["annotated"] = looked_for
     (folder / "dataset.json").write_text(json.dumps(about, indent=1), encoding="utf-8")

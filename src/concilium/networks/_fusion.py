@@ -1,7 +1,7 @@
 """A network whose image is spread over parties: a front for each party's channels, and one `fuse` stage where their maps meet.
 
-After Roth et al. 2022, Split-U-Net (arXiv:2208.10553): institutes hold different modalities of the same patients. The network is a
-list of stages like any other (`fronts`, `fuse`, and what follows the cut of the network that it is made of), so that it also
+After Roth et al. 2022, Split-U-Net (arXiv:2208.10553): institutes hold different modalities of the same patients. The network is
+a list of stages like any other (`fronts`, `fuse`, and what follows the cut of the network that it is made of), so that it also
 trains in one place; `vertical` gives each front to its party.
 """
 
@@ -51,8 +51,7 @@ class Fronts(Stage):
 
 
 class Fuse(Stage):
-    """One stack of maps from those of all parties: concatenated and mixed by a 1×1 convolution, their mean, or the largest of each
-    value.
+    """One stack of maps from those of all parties: concatenated and mixed by a 1×1 convolution, their mean, or their maximum.
 
     Where a party is `absent`, the mean and the maximum are those of the others, and to the convolution its maps are zeros.
     """
@@ -74,8 +73,8 @@ class Fuse(Stage):
 
     def _fused(self, place: int, group: Sequence[Tensor], there: Sequence[int]) -> Tensor:
         first = group[there[0]]
-        if first.shape[1] == 0:  # a frame: it tells a size
-            return first
+        if first.shape[1] == 0:  # a frame: it tells a size; another tensor, since it is not a party's any more
+            return first.clone()
         if self.how == "concat":
             given = [m if i in there else torch.zeros_like(first) for i, m in enumerate(group)]
             return cast(Tensor, self.mixing[place](torch.cat(given, dim=1)))
@@ -127,8 +126,8 @@ def fused(
     if "places" in (kinds := _left(first.front)):
         raise StudyError(
             f"[protocol] cut = {list(cut)} is not possible where parties are fused: after {first.front.names[-1]} there are maps "
-            f"of whole numbers ({', '.join(kinds)}), which have no mean. Allowed: a cut above, or a network without them, such as "
-            "unet. Choose one."
+            f"of whole numbers ({', '.join(kinds)}), which have no mean. Allowed: a cut above, or a network without them, such "
+            "as unet. Choose one."
         )
     with torch.no_grad():
         image = torch.zeros(1, len(next(iter(parties.values()))), *patch_size, device="meta")

@@ -1,7 +1,7 @@
 """Any network with a front of its own for each party's channels, whose maps meet in one `fuse` stage (`_fusion.py`).
 
-What `[protocol] name = "vertical"` makes of the study's network; named in a study, it trains in one place, or federated, too. After
-Roth et al. 2022, Split-U-Net (arXiv:2208.10553).
+What `[protocol] name = "vertical"` makes of the study's network; named in a study, it trains in one place, or federated, too.
+After Roth et al. 2022, Split-U-Net (arXiv:2208.10553).
 """
 
 from __future__ import annotations

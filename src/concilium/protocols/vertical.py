@@ -2,9 +2,9 @@
 
 Roth et al. 2022, Split-U-Net (arXiv:2208.10553). Each party has a front for its own channels; their maps meet in the stage `fuse`
 (`networks/_fusion.py`). What follows is the server's up to the cut's second stage and then the label holder's, or all of it the
-label holder's. Two exchanges a step, as in `splitfed`: maps from all parties; the tail at the labels; and the gradient of each map to
-its owner alone, with the request for the next step. Nothing is averaged: there is one copy of each part. Each owner clips its own
-gradient (decisions/0007).
+label holder's. Two exchanges a step, as in `splitfed`: maps from all parties; the tail at the labels; and the gradient of each
+map to its owner alone, with the request for the next step. Nothing is averaged: there is one copy of each part. Each owner clips
+its own gradient (decisions/0007).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from concilium.networks import Parts, Stages
 from concilium.networks._fusion import FRONTS, Fronts, own_part, tail_of
 from concilium.protocols import WEIGHTS, Round, copy_traffic, traffic_since
 from concilium.protocols._body import Body
-from concilium.transport import Transport, decode, encode
+from concilium.transport import Transport
 from concilium.wire import part
 
 MOMENTS = "body/"
@@ -122,7 +122,9 @@ def vertical(
                 )
             weights |= middle.weights()
             moments, numbers = middle.state()
-        tensors = {WEIGHTS + n: t for n, t in weights.items()} | {f"{MOMENTS}{SERVER}/{n}": t for n, t in moments.items()}
+        tensors = {WEIGHTS + n: t for n, t in weights.items()} | {
+            f"{MOMENTS}{SERVER}/{n}": t for n, t in moments.items()
+        }
         traffic = traffic_since(engine, steps, before)
         yield Round(number, tensors, {SERVER: numbers}, answers, failures, traffic, n_tensors=len(made))
 
@@ -130,7 +132,7 @@ def vertical(
 class _Steps:
     """The steps of one round."""
 
-    def __init__(  # noqa: PLR0913  (what a step needs)
+    def __init__(
         self,
         engine: Engine,
         body: Body | None,
@@ -192,9 +194,7 @@ class _Steps:
                 self.failures[site] = as_failure(reply)
         return found
 
-    def _step(
-        self, step: int, came: Mapping[str, Maps], absent: Sequence[str]
-    ) -> dict[str, tuple[Tensor, ...]]:
+    def _step(self, step: int, came: Mapping[str, Maps], absent: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
         """From the maps of the parties to the gradients of each."""
         there = [party for party in self.fronts.parties if party not in absent]
         number = len(came[there[0]].maps)
@@ -213,7 +213,9 @@ class _Steps:
                 return self._broken(there, "FloatingPointError", "not_finite")
             except Exception:  # whatever layers raise for maps from outside
                 return self._broken(there, "ContractError", "wrong_maps")
-        tail = Tail(self.request.model, self.request.round, step, sent, order, tuple(absent) if self.body is None else ())
+        tail = Tail(
+            self.request.model, self.request.round, step, sent, order, tuple(absent) if self.body is None else ()
+        )
         replies = self._all({self.labels: tail}, Gradients)
         if self.failures:
             return {}
@@ -226,9 +228,7 @@ class _Steps:
                 return self._broken([self.labels], type(e).__name__, "wrong_gradients")
         share = len(back) // len(self.fronts.parties)
         return {
-            party: back[i * share : (i + 1) * share]
-            for i, party in enumerate(self.fronts.parties)
-            if party in there
+            party: back[i * share : (i + 1) * share] for i, party in enumerate(self.fronts.parties) if party in there
         }
 
     def _broken(self, sites: Sequence[str], exception: str, code: str) -> dict[str, tuple[Tensor, ...]]:

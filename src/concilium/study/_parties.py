@@ -99,7 +99,9 @@ def _misheld(p: Any, sites: Mapping[str, Any]) -> list[str]:
     known = ", ".join(sites)
     problems = []
     if labels not in sites:
-        problems.append(f"[protocol] labels = {labels!r} is no site. Allowed: {known}. Name the one that has the labels.")
+        problems.append(
+            f"[protocol] labels = {labels!r} is no site. Allowed: {known}. Name the one that has the labels."
+        )
     if unknown := [name for name in parties if name not in sites or not sites[name].holds]:
         problems.append(
             f"[protocol] parties = {list(parties)} is not allowed: {', '.join(unknown)} holds no channel. Allowed: sites that "
@@ -111,7 +113,9 @@ def _misheld(p: Any, sites: Mapping[str, Any]) -> list[str]:
             "give it a name of its own there (channels)."
         )
     if not held:
-        problems.append(f"[sites] holds is empty at all of {known}. Allowed: one channel or more at one site. Say whose.")
+        problems.append(
+            f"[sites] holds is empty at all of {known}. Allowed: one channel or more at one site. Say whose."
+        )
     if p.compare and "local" in p.compare:
         problems.append(
             "[protocol] compare = ['local'] is not allowed with 'vertical': a site without the labels cannot train alone. "
@@ -135,7 +139,9 @@ def _not_with(found: Mapping[str, Any]) -> list[str]:
         found[k] for k in ("sharing", "plan", "validation", "personalize", "training", "partition")
     )
     if s and s.keep:
-        wrong.append(f"[sharing] keep = {list(s.keep)} {given}: each part has one owner already. Allowed: none. Remove it.")
+        wrong.append(
+            f"[sharing] keep = {list(s.keep)} {given}: each part has one owner already. Allowed: none. Remove it."
+        )
     if plan and plan.fingerprint == "site":
         wrong.append(f"[plan] fingerprint = 'site' {given}: there is one network. Allowed: 'pooled'. Remove it.")
     if v and v.leave_one_site_out:
@@ -144,12 +150,16 @@ def _not_with(found: Mapping[str, Any]) -> list[str]:
             "protocol = { parties = [...] }. Use these."
         )
     if own and own.steps:
-        wrong.append(f"[personalize] steps = {own.steps} {given}: no site has the whole network. Allowed: none. Remove it.")
+        wrong.append(
+            f"[personalize] steps = {own.steps} {given}: no site has the whole network. Allowed: none. Remove it."
+        )
     if t and t.precision == "float16":
         wrong.append(
             f"[training] precision = 'float16' {given}: the scale of the loss would have to travel. Allowed: 'float32', "
             "'bfloat16'. Choose one."
         )
     if r is not None:
-        wrong.append(f"[partition] data = '{r.data}' {given}: it divides patients. Allowed: none, and holds. Remove it.")
+        wrong.append(
+            f"[partition] data = '{r.data}' {given}: it divides patients. Allowed: none, and holds. Remove it."
+        )
     return wrong

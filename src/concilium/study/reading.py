@@ -21,7 +21,7 @@ from concilium.data.shifts import Shift
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
 from concilium.study._hardware import unequal
-from concilium.study._parties import misparted, parted
+from concilium.study._parties import is_vertical, misparted, parted, sites_of
 from concilium.study._sharing import misshared, spelled_out
 from concilium.study._trainers import network_of_trainer, overruled
 from concilium.study._variants import FIXED, variant_tables
@@ -275,7 +275,8 @@ def _resolve(study: Study, folder: Path) -> Study:
     cache = None if engine.cache is None else (folder / engine.cache).resolve()
     training = dataclasses.replace(study.training, learning_rate=training_of(study).learning_rate)
     weights = None if study.start.weights is None else (folder / study.start.weights).resolve()
-    protocol = dataclasses.replace(study.protocol, min_sites=least_sites(study))
+    least = len(sites_of(study)) if is_vertical(study) else least_sites(study)
+    protocol = dataclasses.replace(study.protocol, min_sites=least)
     partition = study.partition and dataclasses.replace(
         study.partition,
         data=(folder / study.partition.data).resolve(),
