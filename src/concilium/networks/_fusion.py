@@ -164,5 +164,25 @@ def own_part(network: Stages, party: str, *, tail_after: str, labelled: bool) ->
     return Own(front, tail, held)
 
 
+def without(networks: Sequence[Stages], parties: Sequence[str], channels: Sequence[str]) -> tuple[str, ...]:
+    """Tell these networks which parties are missing; the channels that these have.
+
+    Raises:
+        StudyError: a network has no such party, or no other.
+    """
+    lacking: set[str] = set()
+    for network in networks if parties else ():
+        fronts = network[FRONTS] if FRONTS in network.names else None
+        known = fronts.parties if isinstance(fronts, Fronts) else ()
+        if not isinstance(fronts, Fronts) or not set(parties) < set(known):
+            raise StudyError(
+                f"{', '.join(parties)} cannot be missing. Allowed: some, not all, of the parties of the network, which are "
+                f"{', '.join(known) or 'none: its channels have one front'}. Name those."
+            )
+        cast(Fuse, network[FUSE]).absent = frozenset(parties)
+        lacking |= {channels[place] for party in parties for place in fronts.channels[party]}
+    return tuple(lacking)
+
+
 def _left(front: Stages) -> Kinds:
     return front.kinds_after(("image",))
