@@ -67,6 +67,8 @@ def small(name: str) -> dict[str, Any]:
     """Options that make a network as small as it gets; full sizes are counted in `tests/test_described.py`, not run."""
     few = {"base_features": 4, "refine_features": 4, "head_features": 4, "window": 3}
     options = catalog.options("networks", name)
+    if name == "fused":  # made of another network, of which it has all properties
+        return {"of": "unet", "options": {"base_features": 4}}
     blocks = {"blocks": tuple(min(n, 4) for n in options["blocks"].default)} if "blocks" in options else {}
     return {option: n for option, n in few.items() if option in options} | blocks
 

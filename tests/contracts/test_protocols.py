@@ -47,6 +47,7 @@ from concilium.messages import (
     Training,
 )  # fmt: skip
 from concilium.networks import Stage, Stages
+from concilium.networks._fusion import Fronts, Fuse
 from concilium.protocols import WEIGHTS, Round, require, start_with
 from concilium.sealing import NOTHING, as_bytes, as_tensor
 from concilium.sharing import Sharing
@@ -170,15 +171,25 @@ def scales(*, deep_supervision: bool = True) -> Stages:
     return Stages({name: Scale() for name in PARTS})
 
 
+def parties(*, deep_supervision: bool = True) -> Stages:
+    """A network of two parties, of which `down1` is the server's, and what follows the south's."""
+    fronts = {name: Stages({"down0": Scale()}) for name in ("north", "south")}
+    own: dict[str, Stage] = {"fronts": Fronts(fronts, {"north": (0,), "south": (1,)})}
+    own["fuse"] = Fuse(tuple(fronts), (1,), 2, "mean")
+    return Stages(own | {name: Scale() for name in PARTS[1:]}, {"shallow": (("fronts", "down1"),)})
+
+
 START = start_with({"conv": torch.tensor([[0.0, 8.0]]), "norm": torch.tensor([16.0])})
 SPLIT_START = start_with({f"{name}.factor": torch.tensor(0.5) for name in PARTS})
+PARTY_START = start_with({name: torch.tensor(0.5) for name in parties().state_dict()})
+STARTS = {"splitfed": SPLIT_START, "vertical": PARTY_START}
 TRAINING = Training(
     "sgd", 0.01, 0.0, 0.9, "float32", 0.33, True, "none", 1e9, True, 0, PlugIn("dice_ce"), PlugIn("plain")
 )  # fmt: skip
 
 
 def start_of(name: str) -> Round:
-    return SPLIT_START if name == "splitfed" else START
+    return STARTS.get(name, START)
 
 
 def north_and_south(failing: Mapping[tuple[Any, ...], Any] | None = None, **more: ToySite) -> ToyEngine:
@@ -198,7 +209,10 @@ def running(name: str, engine: ToyEngine, start: Round | None = None, **changes:
         "min_sites": 1, "deadline_s": 60.0, "network": scales, "training": TRAINING, "seed": 7,
         "device": torch.device("cpu"), "weigh": weigh, "cases": {n: m.n_cases for n, m in engine.members.items()},
     }  # fmt: skip
-    given = {"cut": ("down0", "down1")} if name == "splitfed" else {}
+    own: dict[str, dict[str, Any]] = {
+        "splitfed": {"cut": ("down0", "down1")}, "vertical": {"network": parties, "labels": "south"},
+    }  # fmt: skip
+    given = own.get(name, {})
     function: Callable[..., Iterator[Round]] = catalog.load("protocols", name)
     return function(engine, start or start_of(name), **supplied | given | changes)
 
@@ -233,13 +247,14 @@ def test_rounds_are_yielded_one_by_one_with_nothing_outstanding(name: str) -> No
 @every_protocol
 def test_every_site_answers_and_says_what_it_did(name: str) -> None:
     engine = pool()
-    steps = {"pooled": 2} if name == "centralized" else {"north": 2, "south": 3}
+    steps = {"pooled": 2} if name == "centralized" else {"north": 2, "south": 2 if name == "vertical" else 3}
     for done in running(name, engine, steps=steps):
         assert set(done.answers) == set(steps)
         assert done.failures == {}
         for site, answer in done.answers.items():
             assert (answer.n_cases, answer.n_steps) == (engine.members[site].n_cases, steps[site])
-            assert (answer.loss, answer.seconds) == (engine.members[site].target / done.number, 0.25)
+            target = engine.members["south" if name == "vertical" else site].target  # who has the labels knows the loss
+            assert (answer.loss, answer.seconds) == (target / done.number, 0.25)
     for site, n in steps.items():
         asked = [getattr(r, "train", r) for r in engine.requests(site)]
         begun = [r for r in asked if isinstance(r, Train) or (isinstance(r, Front) and r.step == 0)]

@@ -135,12 +135,13 @@ def fused(
     stages: dict[str, Stage] = {FRONTS: Fronts({name: c.front for name, c in cuts.items()}, parties)}
     stages[FUSE] = Fuse(tuple(parties), features, len(patch_size), how)
     stages |= {name: part[name] for part in (first.body, first.tail) for name in part.names}
-    return Stages(stages, {"default": ((FRONTS, first.body.names[-1]),)})
+    last = first.body.names[-1]
+    return Stages(stages, {"shallow": ((FRONTS, last),), "deep": ((FUSE, last),)})
 
 
 def tail_of(network: Stages) -> str:
     """The stage after which the tail of a fused network begins, by the cut that it was made with."""
-    return network.cuts["default"][0][1]
+    return network.cuts["shallow"][0][1]
 
 
 def own_part(network: Stages, party: str, *, tail_after: str, labelled: bool) -> Own:

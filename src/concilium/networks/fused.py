@@ -32,7 +32,10 @@ def build(
     """The network `of`, cut after two stages: a front for each party, `fuse`, and the rest.
 
     Args:
-        n_channels, n_labels, plan, deep_supervision: as every network's.
+        n_channels: channels of the image, of all parties together.
+        n_labels: channels of the logits, background included.
+        plan: one configuration of nnU-Net's plan.
+        deep_supervision: as of the network `of`.
         of: the network that it is made of.
         options: those of that network.
         parties: name -> places of its channels among the image's; omitted: a party `channelN` for each channel. Channels that
