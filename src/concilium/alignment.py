@@ -6,7 +6,7 @@ without the secrets of all. Powers are those of X25519 (RFC 7748); names are has
 shows its cases is that of their blinded values, which tells nothing.
 
 What is learnt: how many cases each party has, and how many all have; each party besides, which of its own those are. Whoever
-takes part can ask about names by listing them as cases of its own, as with every protocol of this kind (DECISION).
+takes part can ask about names by listing them as cases of its own, as with every protocol of this kind (decisions/0013).
 """
 
 from __future__ import annotations
