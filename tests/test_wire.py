@@ -470,6 +470,10 @@ TEXT_FIELDS = {
     "Trained.weights",  # the keys: names of tensors
     "Trained.control",  # the same
     "Handed.weights",  # the same
+    "Held.beside",  # names of tensors
+    "Dealt.shares",  # the keys: sites' names in the study
+    "Unmasked.own",  # the same
+    "Unmasked.lost",  # the same
     "Card.site",  # its name in the study
     "SiteRefused.rule",
     "SiteError.exception",
@@ -484,6 +488,11 @@ TENSOR_FIELDS = {
     "Handed.weights",
     "Handed.sealed",  # bytes, for one other site
     "Passed.sealed",
+    "Dealt.shares",  # bytes, each for one other site
+    "Dealt.commitment",  # bytes: a digest
+    "Masked.values",  # whole numbers that look drawn at random (tests/collect/test_secure_sum.py)
+    "Unmasked.own",  # bytes: shares
+    "Unmasked.lost",
     "Card.key",  # bytes: the public half
     "Card.certificate",
     "Card.signature",

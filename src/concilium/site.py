@@ -19,7 +19,7 @@ import torch
 
 from concilium import wire
 from concilium.aggregation import check_like
-from concilium.answers import Cancelled, Check, Entry, Job, Settings, built
+from concilium.answers import Cancelled, Check, Job, Settings, built
 from concilium.answers.evaluate import evaluate, subset_of
 from concilium.answers.failing import failure_of
 from concilium.answers.judge import judge
@@ -27,7 +27,8 @@ from concilium.answers.models import Models
 from concilium.answers.own import personalize, reestimate
 from concilium.answers.permission import check_names, check_policy
 from concilium.answers.relay import Carried, Relay
-from concilium.answers.statistics import Exclusions, examine, find_cases, prepare
+from concilium.answers.secure import Secret, Secure
+from concilium.answers.statistics import Exclusions, examine, numbers_of, prepare
 from concilium.errors import ContractError
 from concilium.messages import (
     REQUESTS,
@@ -41,8 +42,8 @@ from concilium.messages import (
     Finish,
     Forget,
     Front,
-    Hand,
-    Introduce,
+    Held,
+    Hold,
     Judge,
     Keep,
     Pass,
@@ -57,7 +58,6 @@ from concilium.messages import (
     SiteTimeout,
     Snapshot,
     Tail,
-    Take,
     Tensors,
     Train,
     Trained,
@@ -78,6 +78,7 @@ class Site:
         self._job: Job | None = None
         self._models = Models(settings.folder, self.device, site=settings.name)
         self._relay = Relay(settings, run=run)
+        self._secure = Secure(settings, run=run)
         self._last: tuple[int, bytes | Path] | None = None
         """The last reply, or the file it lies in, with the number of its request."""
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -136,24 +137,26 @@ class Site:
                 if not self._noted("plan.json"):  # the first is the study's own, later ones may be those of variants
                     self._note("plan.json", json.loads(request.plans))
                 return prepared
-            case Train() | Front() | Tail() | Finish() | Pass():
+            case Train() | Front() | Tail() | Finish() | Pass() | Hold():
                 return self._train(request, cancelled)
             case Evaluate():
                 return self._evaluate(request, cancelled)
             case Judge():
                 return judge(self.settings, self._prepared_job(), request, device=self.device, cancelled=cancelled)
-            case Introduce() | Hand() | Take() | Describe() | Share() | Fetch() | Personalize() | Reestimate():
-                return self._make_own(request, cancelled)
             case Keep() | Snapshot() | Restore() | Forget():
                 self._store(request)
+            case _:
+                return self._make_own(request, cancelled)
         return Done()
 
     def _make_own(
-        self, request: Carried | Describe | Share | Fetch | Personalize | Reestimate, cancelled: Check
+        self, request: Carried | Secret | Describe | Share | Fetch | Personalize | Reestimate, cancelled: Check
     ) -> Reply:
-        """What has to do with tensors that are the site's own, or sealed for it."""
+        """What has to do with tensors that are the site's own, sealed or masked."""
         if isinstance(request, Carried):
             return self._relay.answer(request, self._models, self._prepared_job)
+        if isinstance(request, Secret):
+            return self._secure.answer(request)
         job, models, site = self._prepared_job(), self._models, self.settings.name
         match request:
             case Describe():
@@ -194,6 +197,7 @@ class Site:
             case Restore(model, number):
                 models.restore(model, number)
                 self._relay.went_back(model, number)
+                self._secure.forget()
             case Forget(model, finished):
                 models.forget(model, finished=finished)
 
@@ -204,10 +208,10 @@ class Site:
         check_like(whole, built(job).state_dict())
         return whole
 
-    def _train(self, request: Train | Front | Tail | Finish | Pass, cancelled: Check) -> Reply:
+    def _train(self, request: Train | Front | Tail | Finish | Pass | Hold, cancelled: Check) -> Reply:
         models, job = self._models, self._prepared_job()
-        reply: Trained | Passed
-        if isinstance(request, Train | Front):
+        reply: Trained | Passed | Held
+        if isinstance(request, Train | Front | Hold):
             self._relay.check_open(request.model)
         try:
             match request:
@@ -223,8 +227,12 @@ class Site:
                     learner = models.learner(job, request.model)
                     reply = trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
                     models.changed()
-                case Pass():
-                    reply = self._relay.train(models.learner(job, request.model), request, cancelled)
+                case Pass() | Hold():
+                    learner = models.learner(job, request.model)
+                    if isinstance(request, Pass):
+                        reply = self._relay.train(learner, request, cancelled)
+                    else:
+                        reply = self._secure.hold(learner, request, cancelled)
                     trained = reply.trained
                     models.changed()
             if cancelled():  # in the last step: whoever asked has given it up, so it must not have happened
@@ -272,18 +280,7 @@ class Site:
 
     def _note_cases(self, excluded: Exclusions) -> None:
         """Write which number stands for which case, and what was set aside and why: for the site's own eyes."""
-        data = dict(self.settings.data) | ({"test": self.settings.test} if self.settings.test else {})
-        found: dict[str, tuple[Entry, ...]] = {
-            member: find_cases({member: folder}, self.settings.names)[0] for member, folder in data.items()
-        }
-        cases = {
-            m: [
-                {"number": e.number, "case": e.case.name, "patient": e.case.patient, "patient_number": e.patient}
-                for e in es
-            ]
-            for m, es in found.items()
-        }
-        self._note("cases.json", cases)
+        self._note("cases.json", numbers_of(self.settings))
         self._note("excluded.json", {case: list(reason) for case, reason in excluded.items()})
 
     def _note(self, name: str, value: Any) -> None:

@@ -233,6 +233,19 @@ def _builder(request: Prepare, plan: Plan, dataset: Dataset) -> Callable[..., St
     )
 
 
+def numbers_of(settings: Settings) -> dict[str, list[dict[str, str | int]]]:
+    """Which number stands for which case and patient, by member: for the site's own eyes."""
+    data = dict(settings.data) | ({"test": settings.test} if settings.test else {})
+    found = {member: find_cases({member: folder}, settings.names)[0] for member, folder in data.items()}
+    return {
+        m: [
+            {"number": e.number, "case": e.case.name, "patient": e.case.patient, "patient_number": e.patient}
+            for e in entries
+        ]
+        for m, entries in found.items()
+    }
+
+
 def count(excluded: Exclusions) -> tuple[Excluded, ...]:
     """How many cases were set aside for each reason."""
     return tuple(Excluded(code, n) for code, n in sorted(Counter(code for code, _ in excluded.values()).items()))
