@@ -415,6 +415,10 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         )
     ),
     (
+        {"collect": {"name": "secure_sum"}, "local_update": {"name": "fedadamw"}, "training": {"optimizer": "adamw"}},
+        "[local_update] name = 'fedadamw' is not allowed with [collect] bits = 32: its second moments, squares of gradients, are",
+    ),
+    (
         {"collect": {"name": "secure_sum", "threshold": 3}},
         "[collect] threshold = 3 is not allowed with 2 sites in a round. Allowed: 2 to 2.",
     ),

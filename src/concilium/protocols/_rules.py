@@ -47,7 +47,12 @@ def _unsummed(found: Mapping[str, Any], p: Any, sees: bool) -> list[str]:
             found["plan"] and found["plan"].fingerprint == "site"
         ),
     }
-    return [
+    update, bits = found["local_update"].name, found["collect"].options.get("bits")
+    small = [
+        f"[local_update] name = 'fedadamw' is not allowed with [collect] bits = {bits}: its second moments, squares of "
+        "gradients, are smaller than the steps of masked values. Allowed: bits = 64. Set it, or choose another update."
+    ]
+    return (small if update == "fedadamw" and bits != 64 else []) + [
         f"[collect] name = 'secure_sum' is not allowed with {reason}. Allowed: 'federated', with one plan, and a rule for which "
         "the sum is enough, such as 'mean'. Correct that, or take [collect] out."
         for reason, given in reasons.items()
