@@ -178,7 +178,10 @@ def mask(key: bytes, size: int, bits: int) -> Numbers:
     """Numbers that cannot be told from chance without the key (32 bytes), which makes one mask only: AES-256 in counter mode."""
     dtype = UNSIGNED[bits]
     stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-    return np.frombuffer(stream.update(bytes(size * dtype.itemsize)), dtype)
+    n = size * dtype.itemsize
+    made = bytearray(n + 15)  # as much as it may ask for
+    stream.update_into(bytes(n), made)
+    return np.frombuffer(made, dtype, size)
 
 
 def own_key_of(seed: bytes, terms: Terms, site: str) -> bytes:
@@ -205,7 +208,7 @@ def pair_mask(own: X25519PrivateKey, site: str, other: str, terms: Terms, size: 
     """What `site` adds on behalf of `other`; that one adds the same with the other sign."""
     bits = terms.masking.bits
     made = mask(pair_key(own, site, other, terms), size, bits)
-    return made if site < other else np.negative(made)
+    return made if site < other else np.negative(made, out=made)
 
 
 def commitment(seed: bytes, terms: Terms, site: str) -> bytes:

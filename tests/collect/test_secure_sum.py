@@ -38,6 +38,7 @@ from concilium.messages import (
     Request,
     SiteError,
     SiteLost,
+    SiteRefused,
     Train,
     Trained,
     Unmask,
@@ -428,6 +429,19 @@ def test_a_restarted_site_knows_nothing_of_the_round_and_makes_new_keys(at: Any)
     new = sites.answer("east", Hold(TRAIN, Masking(3, 32, 16.0, "cases"))).keys
     assert not torch.equal(old.mask.key, new.mask.key)
     assert not torch.equal(old.share.key, new.share.key)
+
+
+def test_a_round_that_is_taken_again_is_unmasked_for_the_same_sites_only(tmp_path: Path) -> None:
+    """In a new life too: the two sums would differ by one update, since training gives the same bits again."""
+    first = sites_of(tmp_path, lost={"west": Mask})
+    assert collected(first).totals[0].count == 3
+    again = sites_of(tmp_path)
+    got = collected(again)
+    assert (got.totals[0].count, got.answers) == (0, {})
+    assert {got.failures[s] for s in SITES[:3]} == {SiteRefused("unmask")}
+    assert not [reply for site, reply in again.told if isinstance(reply, Unmasked) and site != "west"]
+    same = sites_of(tmp_path, lost={"west": Deal})
+    assert collected(same).totals[0].count == 3
 
 
 @pytest.mark.parametrize("request_", [Deal("m", 5, (), 1, 1), Mask("other", 4, {}), Agree("m", 3, SITES)])

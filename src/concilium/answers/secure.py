@@ -3,8 +3,8 @@
 Bonawitz et al. 2017 (doi:10.1145/3133956.3133982, figure 4, with the consistency check). What a site does not do, whatever it is
 asked: send an update that it held back without masks, or under two sets of masks; name two lists of survivors in a round; give
 shares before `threshold` sites have signed the same list as this one; give the share of a site's own mask and that of its key
-both. Keys are made for one round of one life of a site, and are in its memory alone: a site that restarted knows nothing of the
-round, and refuses to go on with it.
+both; help to unmask two different sums of a round, in whichever life. Keys are made for one round of one life of a site, and are
+in its memory alone: a site that restarted knows nothing of the round, and refuses to go on with it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from concilium import masking
 from concilium.aggregation import weight_of
 from concilium.answers import Check, Settings
+from concilium.answers.summed import note_sum
 from concilium.answers.train import Learner
 from concilium.errors import ContractError, PrivacyError
 from concilium.masking import Terms
@@ -238,6 +239,7 @@ class Secure:
                 "Nothing leaves.",
                 rule="unmask",
             )
+        note_sum(self._settings.folder / "summed.json", request.model, request.round, attempt.survivors)
         shares, inside = attempt.shares, set(attempt.survivors)
         self.forget()
         own = {site: as_tensor(parts["seed"]) for site, parts in shares.items() if site in inside}
