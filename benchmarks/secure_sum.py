@@ -171,8 +171,9 @@ def measure(n_parameters: int, n_sites: int, *, repeats: int) -> Figures:
         sites = Sites(Path(folder), updates)
         for turn in range(repeats + 1):
             means = {}
-            for kind in ("plain", "secure", "lost"):
-                figures, got = sites.round(kind, replace(train, round=turn + 1), (one_block(start, names),))
+            for i, kind in enumerate(("plain", "secure", "lost")):
+                number = 1 + 3 * turn + i  # of one round there is one sum
+                figures, got = sites.round(kind, replace(train, round=number), (one_block(start, names),))
                 if len(got.answers) != n_sites - (kind == "lost"):
                     raise RuntimeError(f"{len(got.answers)} of {n_sites} sites answered: {dict(got.failures)}.")
                 means[kind] = got.totals[0].mean()

@@ -25,7 +25,8 @@ def note_sum(path: Path, model: str, number: int, survivors: Sequence[str]) -> N
     if before != sorted(survivors):
         raise PrivacyError(
             f"A sum of {', '.join(sorted(survivors))} was to be unmasked in round {number} of {model}. One of "
-            f"{', '.join(before)} was before: the two differ by single updates. Take the round again with these sites, or begin another run.",
+            f"{', '.join(before)} was before: the two differ by single updates. Take the round again with these sites, or begin "
+            "another run.",
             rule="unmask",
         )
     unfinished = path.with_suffix(".unfinished")
