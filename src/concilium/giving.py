@@ -25,7 +25,8 @@ from concilium.preparation import Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round
 from concilium.protocols.cyclic import HOLDER, hand_out
 from concilium.schedule import BEST, Model
-from concilium.study import training_of
+from concilium.serving import own_weights
+from concilium.study import is_vertical, training_of
 from concilium.wire import part
 
 
@@ -55,8 +56,7 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
     elif not model.stays:
         weights = work.record.best_weights(model.key) or part(last.tensors, WEIGHTS)
         work.record.save_weights(model.key, weights)
-        keepers = [name for name, site in work.engine.sites.items() if site.role in ("site", "test")]
-        requests = dict.fromkeys(keepers, Keep(model.key, weights))
+        requests = keep_everywhere(work, model, weights)
     if not model.beside and (never := [s for s in model.steps if s not in asked_of(work, model)]):
         ledger.warnings.append(f"{model.key}: {', '.join(never)} took part in no round. More rounds would reach them.")
     failures = pass_on(work, model, last) if model.stays and model.is_one else tell(work.engine, requests)
@@ -98,6 +98,20 @@ def personalize(work: Work, model: Model, ledger: Ledger) -> None:
         if not isinstance(reply, Trained):
             failure = failure_line(work.record, site, as_failure(reply))
             ledger.problems.append(f"{model.key}, fine-tuning: {failure}")
+
+
+def keep_everywhere(work: Work, model: Model, weights: Tensors) -> dict[str, Request]:
+    """Ask all sites and the test set to store a model; where sites hold channels, each its own part, and the pool all of it."""
+    whole = Keep(model.key, weights)
+    keepers = [name for name, site in work.engine.sites.items() if site.role in ("site", "test")]
+    if not is_vertical(model.setting.study):
+        return dict.fromkeys(keepers, whole)
+    if model.protocol == "centralized":
+        return {name: whole for name in work.engine.sites if name in ("pooled", "test")}
+    own = own_weights(model, work.plans, weights)
+    return {
+        name: Keep(model.key, own[name]) if name in own else whole for name in keepers if name in own or name == "test"
+    }
 
 
 def keep_at(work: Work, model: Model, site: str, weights: Tensors) -> Keep:

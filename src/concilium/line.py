@@ -44,6 +44,7 @@ from concilium.schedule import Model, Setting, ensemble_key, models, settings
 from concilium.scoring import note_rounds, score, watch_validation
 from concilium.sharing import EVERYTHING
 from concilium.study import Study, divide, of_sites, training_of
+from concilium.together import pool_of
 
 NOT_READY = SiteError("EngineError", "not_prepared", "")
 """A site of the study that failed before training began."""
@@ -92,9 +93,8 @@ def run(
         for members, plans in planned:
             finished += _train_members(Work(study, engine, record, plans, watch), members, ledger)
     except BaseException as e:
-        ledger.problems.append(
-            str(e) if isinstance(e, ConciliumError) else f"The run was stopped ({type(e).__name__})."
-        )
+        known = isinstance(e, ConciliumError)
+        ledger.problems.append(str(e) if known else f"The run was stopped ({type(e).__name__}).")
         raise
     finally:
         engine.close()
@@ -104,10 +104,10 @@ def run(
 
 
 def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> Engine:
-    e = study.engine
+    e, test = study.engine, study.test
     return connect(
         sites={name: site.data for name, site in study.sites.items()},
-        test=study.test.data if study.test else None,
+        test=test and test.data,
         folder=record.folder,
         run=record.run_id,
         workers=e.workers,
@@ -116,6 +116,7 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
         cache=e.cache,
         pictures=e.pictures,
         **of_sites(study),
+        **pool_of(study, record.folder),
     )
 
 
@@ -237,9 +238,7 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
     for done in rounds:
         # a site may have trained although its answer came late or could not be used: it goes back to where it was; not so one
         # whose update counts, and that failed afterwards
-        failed = [
-            s for s, failure in done.failures.items() if not isinstance(failure, SiteLost) and s not in done.answers
-        ]
+        failed = [s for s, f in done.failures.items() if not isinstance(f, SiteLost) and s not in done.answers]
         unsaved = tell(engine, dict.fromkeys(failed, Restore(model.key, done.number - 1)), p.round_seconds)
         there = [site for site in model.steps if site not in unsaved]
         unsaved |= tell(engine, dict.fromkeys(there, Snapshot(model.key, done.number)), p.round_seconds)

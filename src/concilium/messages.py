@@ -186,11 +186,46 @@ class Masking:
 
 
 @dataclass(frozen=True)
+class Holding:
+    """What a site contributes where channels of the same patients lie at several sites (`vertical`)."""
+
+    channels: tuple[str, ...]
+    """Of those in its files, in this order; none: its images serve for their geometry only."""
+    labelled: bool
+    """Whether its label maps are those that are trained on; those of any other site are not read."""
+
+
+@dataclass(frozen=True)
 class Examine:
     """Read the data set; answer what may be told of it."""
 
     exact_geometry: bool
     max_excluded: float
+    holding: Holding | None = None
+    """With it images are not cropped, and where there are no labels intensities are those of whole images."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Show which cases the site has, blinded with a secret of its own (`alignment.py`)."""
+
+    holding: Holding
+
+
+@dataclass(frozen=True)
+class Blind:
+    """Blind these points of other sites with the site's own secret too. uint8 (n, 32) each."""
+
+    points: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Align:
+    """Train on these of the cases that the site offered, and on no others; `apart` lie elsewhere in space at another site."""
+
+    holding: Holding
+    rows: tuple[int, ...]
+    apart: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -212,6 +247,10 @@ class Prepare:
     labels: Labels = field(default_factory=dict)
     keep: tuple[str, ...] = ()
     """Which tensors of the network stay at the site, by role or pattern (`sharing.kept_of`)."""
+    holding: Holding | None = None
+    """What the site contributes of `channels`; then its cases are those that `Align` named."""
+    patients: tuple[int, ...] = ()
+    """With `holding`: which of those cases are of one patient, as whoever has the labels says."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +317,11 @@ class Front:
     """As in `Train`."""
     transport: str = "float32"
     """As what maps and gradients travel (`transport.KINDS`)."""
+    party: bool = False
+    """Whether the network is one of several parties (`vertical`): then `cut` is the stage after which the tail begins, weights
+    are those of the site's own part, and steps in which it is not asked are left out."""
+    absent: bool = False
+    """Of a party: draw the batch, and send no maps."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +334,8 @@ class Tail:
     maps: tuple[Tensor, ...]
     order: tuple[int, ...]
     """For each map that the body left: its place among those it was sent, if it left it unchanged; or -1, the next of `maps`."""
+    absent: tuple[str, ...] = ()
+    """Parties whose maps are missing, where they meet at the site."""
 
 
 @dataclass(frozen=True)
@@ -437,6 +483,44 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Look:
+    """Run the site's front of a finished model on windows of one of its cases, and send the maps.
+
+    Windows are those of nnU-Net's sliding window with its mirrorings, in that order: `count` of them from `start` on.
+    """
+
+    model: str
+    subset: str
+    case: int
+    """Its place among the cases of the subset, the same at every party."""
+    start: int
+    count: int
+    transport: str = "float32"
+
+
+@dataclass(frozen=True)
+class Conclude:
+    """Run the tail of a finished model on the maps of these windows; after the last of a case score it, and after the last case
+    answer as to `Evaluate`."""
+
+    evaluate: Evaluate
+    case: int
+    start: int
+    maps: tuple[tuple[Tensor, ...], ...]
+    """For each window the maps that the tail takes."""
+    last: bool
+    """Whether these are the case's last windows."""
+    after: str
+    """The stage after which the tail begins."""
+    absent: tuple[str, ...] = ()
+    transport: str = "float32"
+
+    @property
+    def model(self) -> str:
+        return self.evaluate.model
+
+
+@dataclass(frozen=True)
 class Judge:
     """Say how well these weights, another site's update of `model` in this round, fit the first `cases` validation cases."""
 
@@ -518,8 +602,9 @@ class Forget:
 
 
 Request: TypeAlias = (
-    Examine | Prepare | Describe | Share | Train | Front | Tail | Finish | Introduce | Pass | Hand | Take | Hold
-    | Deal | Mask | Agree | Unmask | Evaluate | Judge | Keep | Personalize | Reestimate | Fetch | Snapshot | Restore
+    Examine | Offer | Blind | Align | Prepare | Describe | Share | Train | Front | Tail | Finish | Introduce | Pass | Hand
+    | Take | Hold | Deal | Mask | Agree | Unmask | Evaluate | Look | Conclude | Judge | Keep | Personalize | Reestimate
+    | Fetch | Snapshot | Restore
     | Forget
 )  # fmt: skip
 
@@ -537,6 +622,36 @@ class Examined:
     """The labels that were looked for in some case; `None`: all, in some case."""
     partly: bool = False
     """Whether in some case not all of its labels were looked for."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """The site's own cases, in an order that tells nothing: by name, and by name and geometry. Points, uint8 (n, 32)."""
+
+    cases: Tensor
+    geometry: Tensor
+
+
+@dataclass(frozen=True)
+class Blinded:
+    points: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """How many cases; where the labels are, a number for the patient of each, in the order that all sites share."""
+
+    n_cases: int
+    patients: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """For each window the maps that the front left; how many windows the case has; and how many cases the subset."""
+
+    maps: tuple[tuple[Tensor, ...], ...]
+    n_windows: int
+    n_cases: int
 
 
 @dataclass(frozen=True)
@@ -641,6 +756,8 @@ class Maps:
     nothing is annotated in the batch: then no part of the network takes a step."""
 
     maps: tuple[Tensor, ...]
+    known: bool = True
+    """Of a party with the labels: whether anything is annotated in the batch."""
 
 
 @dataclass(frozen=True)
@@ -714,8 +831,8 @@ class SiteError:
 
 Failure: TypeAlias = SiteTimeout | SiteLost | SiteRefused | SiteError
 Reply: TypeAlias = (
-    Examined | Prepared | Described | Trained | Introduced | Passed | Handed | Held | Dealt | Masked | Agreed
-    | Unmasked | Maps | Gradients | Evaluated | Judged | Fetched | Done
+    Examined | Offered | Blinded | Aligned | Prepared | Described | Trained | Introduced | Passed | Handed | Held | Dealt
+    | Masked | Agreed | Unmasked | Maps | Gradients | Evaluated | Looked | Judged | Fetched | Done
 )  # fmt: skip
 
 REQUESTS: tuple[type, ...] = get_args(Request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,21 +107,16 @@ class Run:
         )
 
     def predict(
-        self,
-        images: str | Path,
-        out: str | Path,
-        *,
-        model: str | None = None,
-        device: str = "auto",
-        precision: str | None = None,
-        watch: Callable[[str, int, int], None] = lambda *_: None,
-    ) -> list[tuple[str, str]]:
+        self, images: str | Path, out: str | Path, *, model: str | None = None, device: str = "auto",
+        precision: str | None = None, missing: Sequence[str] = (), watch: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> list[tuple[str, str]]:  # fmt: skip
         """Write a label map for every image of a folder; the cases that could not be segmented, with the reason."""
         from concilium.predict import predict
 
         return predict(
-            self.folder, Path(images), Path(out), model=model, device=device, precision=precision, watch=watch
-        )
+            self.folder, Path(images), Path(out), model=model, device=device, precision=precision, missing=missing,
+            watch=watch,
+        )  # fmt: skip
 
     @property
     def report_file(self) -> Path:

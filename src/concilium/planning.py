@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from concilium import catalog
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, looked_for, n_heads
+from concilium.data.parties import uncropped
 from concilium.data.plan import make_plans, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Fingerprint, Tensors
@@ -21,7 +22,7 @@ from concilium.networks import Stages, make_network, names_elsewhere
 from concilium.schedule import Model
 from concilium.sharing import EVERYTHING, ROLES, Sharing, Table, kept_of, match
 from concilium.start_from import Start
-from concilium.study import Study
+from concilium.study import Study, is_vertical
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Told:
     """Whether a site annotates some labels only, or does in some cases."""
     annotated: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
     """Of the study's sites: what was looked for in some case; `None`: all."""
+    patients: tuple[int, ...] = ()
+    """Where sites hold channels of the same patients: a number for the patient of each case that all have."""
 
     def looked_for(self, sites: Collection[str]) -> dict[str, frozenset[str]]:
         """The labels that each of these sites looked for in some case."""
@@ -56,6 +59,10 @@ class Plans:
     """What models start from in place of drawn weights."""
     by_site: Mapping[str, str] = field(default_factory=dict)
     """Site -> its own plan, where each has one; then `text` is that of all their cases together, for baselines."""
+    held: Mapping[str, str] = field(default_factory=dict)
+    """Site -> the plan of the channels that it holds, where each holds some."""
+    patients: tuple[int, ...] = ()
+    """As in `Told`."""
     sharing: Sharing = EVERYTHING
     """What of the setting's own model travels."""
     unknown: tuple[str, ...] = ()
@@ -63,13 +70,14 @@ class Plans:
 
     def of(self, site: str) -> str:
         """The plan by which a site prepares and trains."""
-        return self.by_site.get(site, self.text)
+        return self.by_site.get(site) or self.held.get(site) or self.text
 
 
 def plan_text(study: Study, told: Told, fingerprint: Fingerprint) -> str:
     """nnU-Net's plan of these cases, by the study's settings."""
     p, t, r = study.plan, study.training, study.preprocessing
-    return make_plans(
+    options = study.network.options
+    plans = make_plans(
         fingerprint,
         channels=told.channels,
         labels=told.labels,
@@ -77,11 +85,18 @@ def plan_text(study: Study, told: Told, fingerprint: Fingerprint) -> str:
         configuration=p.configuration,
         planner=p.planner,
         memory_gb=p.memory_gb,
-        base_features=cast("int | None", study.network.options.get("base_features")),
+        base_features=cast("int | None", options.get("base_features", _inner(options).get("base_features"))),
         batch_size=t.batch_size,
         patch_size=t.patch_size,
         resize=None if r.name == "nnunet" else {"size": r.size, "intensity": r.intensity},
     )
+    return uncropped(plans) if is_vertical(study) else plans
+
+
+def _inner(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of the network that a network of several parties is made of."""
+    inner = options.get("options")
+    return inner if isinstance(inner, Mapping) else {}
 
 
 def batch_size_of(study: Study, plans: Plans, site: str) -> int:

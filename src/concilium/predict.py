@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from concilium.data.dataset import reader
 from concilium.data.images import images_as
 from concilium.errors import DataError, StudyError
 from concilium.finished import open_finished
+from concilium.networks._fusion import without
 from concilium.optimization import device_named
 
 
@@ -24,6 +25,7 @@ def predict(
     model: str | None = None,
     device: str = "auto",
     precision: str | None = None,
+    missing: Sequence[str] = (),
     watch: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[tuple[str, str]]:
     """Write a label map for every image of a folder; the cases that could not be segmented, with the reason.
@@ -34,6 +36,7 @@ def predict(
             a dataset.json in the folder or above it says another: then they are matched by name.
         model: as in results.json, such as `federated` or `local:north`; omitted: the study's own protocol.
         precision: to compute in, `float32`, `bfloat16` or `float16`; omitted: that of training, in which the model was scored.
+        missing: of a network of several parties, those whose channels these images lack; their files need not be there.
         watch: is told each case, its number and how many there are.
 
     Raises:
@@ -49,7 +52,8 @@ def predict(
     where = device_named(device)
     torch.set_num_threads(study.engine.threads)
     ending = finished.file_ending
-    dataset = images_as(images, finished.channels, finished.labels, ending)
+    lacking = without(networks, missing, finished.channels)
+    dataset = images_as(images, finished.channels, finished.labels, ending, missing=lacking)
     cases = dataset.cases
     t = study.training
     cut = partial(

@@ -12,6 +12,7 @@ from concilium._set_aside import told as set_aside
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.labels import looked_for, n_heads, to_nnunet, unknown_labels
 from concilium.data.matching import Space, agree, annotation_notes, reorder
+from concilium.data.parties import of_channels
 from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
 from concilium.engines import Engine, ask
@@ -37,7 +38,8 @@ from concilium.rehearsal import try_loss, try_network, try_rule, try_tensors
 from concilium.schedule import Setting
 from concilium.sharing import Sharing, table_of
 from concilium.start_from import Start, check_start, start_of
-from concilium.study import SiteTable, Study, training_of
+from concilium.study import SiteTable, Study, holdings, is_vertical, places, training_of
+from concilium.together import align_parties, as_one, held_requests
 
 
 @dataclass
@@ -98,10 +100,14 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     for one in (study, *study.variants.values()):
         check_start(one, record)
     request = Examine(study.plan.exact_geometry, study.study.max_excluded)
-    asked = {name: request for name, site in engine.sites.items() if site.role in ("site", "test")}
+    held = holdings(study) if is_vertical(study) else {}
+    asking = [name for name, site in engine.sites.items() if site.role in ("site", "test")]
+    asked = {name: replace(request, holding=held.get(name)) for name in asking}
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
     told = {name: told[name] for name in (*study.sites, *told) if name in told}  # the first site's order and ids count
     ledger.excluded += [x for name, r in told.items() if record.is_elsewhere(name) for x in set_aside(name, r.excluded)]
+    if held:
+        told = as_one(study, told)
     space, how = agree({name: Space(reply.channels, reply.labels, reply.annotated) for name, reply in told.items()})
     first = next(iter(told.values()))
     about = {
@@ -121,7 +127,13 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     ledger.warnings += unknown
     fingerprints = {name: reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites}
     about_labels = {name: told[name].annotated for name in fingerprints}
-    return Told(space.channels, dict(space.labels), first.file_ending, fingerprints, bool(unknown), about_labels)
+    found = Told(space.channels, dict(space.labels), first.file_ending, fingerprints, bool(unknown), about_labels)
+    if not held:
+        return found
+    agreed = align_parties(study, engine, record)
+    ledger.warnings += agreed.warnings
+    ledger.problems += agreed.problems
+    return replace(found, patients=agreed.patients)
 
 
 def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Plans:
@@ -132,7 +144,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
         StudyError: the study's network or protocol cannot be had with it.
     """
     study = setting.study
-    fingerprints = {name: f for name, f in told.fingerprints.items() if name in setting.sites}
+    fingerprints = {name: f for name, f in told.fingerprints.items() if name in setting.sites or is_vertical(study)}
     merged = merge(list(fingerprints.values()))
     text = plan_text(study, told, merged)
     if setting.is_base:
@@ -142,6 +154,9 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     plans = Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size)
     if study.plan.fingerprint == "site":
         plans = replace(plans, by_site={name: plan_text(study, told, f) for name, f in fingerprints.items()})
+    if is_vertical(study):
+        held = {name: of_channels(text, mine or (0,)) for name, mine in places(study).items()}
+        plans = replace(plans, held=held, patients=told.patients)
     for name, own in plans.by_site.items():
         _keep(record, f"plans/{setting.title}/{name}.json", own)
     for name in plans.by_site or ("",):
@@ -215,11 +230,10 @@ def prepare_sites(
     )  # fmt: skip
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())
-    asked = {
-        name: replace(request, plans=plans.of(name)) if name in plans.by_site else request
-        for name, site in engine.sites.items()
-        if site.role in roles
-    }
+    there = [name for name, site in engine.sites.items() if site.role in roles]
+    asked = {name: replace(request, plans=plans.of(name)) if name in plans.by_site else request for name in there}
+    if is_vertical(study):
+        asked = held_requests(setting, plans, asked)
     ready: dict[str, Prepared] = {}
     for name, reply in _must(engine, record, asked, study, ledger):
         if isinstance(reply, Prepared):

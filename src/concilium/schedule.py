@@ -9,7 +9,7 @@ from typing import cast
 
 from concilium.local_updates import has_personal
 from concilium.statistics import WITHOUT
-from concilium.study import Study
+from concilium.study import Study, is_vertical, sites_of
 
 PERSONAL = "-personal"
 """Ends the name of the networks that sites train of their own beside a model."""
@@ -44,7 +44,8 @@ class Setting:
     @property
     def sites(self) -> tuple[str, ...]:
         """Who trains."""
-        return tuple(name for name in self.study.sites if name != self.unseen)
+        taking = sites_of(self.study)
+        return tuple(name for name in taking if name != self.unseen)
 
     @property
     def title(self) -> str:
@@ -188,7 +189,9 @@ def names(setting: Setting) -> dict[str, tuple[str, bool]]:
         if "local" in p.compare:
             found.setdefault("local", ("local", True))
         if "centralized" in p.compare:
-            found |= {"centralized": ("centralized", False), "centralized_long": ("centralized", False)}
+            found["centralized"] = ("centralized", False)
+            if not is_vertical(study):  # where all sites have the same patients, a site's steps are those of all
+                found["centralized_long"] = ("centralized", False)
     return found
 
 

@@ -11,19 +11,14 @@ from concilium._set_aside import DATA, UNSEEN
 from concilium._set_aside import told as set_aside
 from concilium.engines import ask
 from concilium.giving import asked_of, keep_at, pass_on, tell
-from concilium.messages import (
-    Evaluate,
-    Evaluated,
-    Keep,
-    PlugIn,
-    Tensors,
-    as_failure,
-)
+from concilium.messages import Evaluate, Evaluated, Failure, Keep, PlugIn, Reply, Tensors, as_failure
 from concilium.preparation import Event, Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round, begun_at
 from concilium.results import METRICS, score_rows, short_of_steps
 from concilium.schedule import BEST, POOL, Model, ensemble_key
-from concilium.wire import part
+from concilium.serving import own_weights, serve
+from concilium.study import is_vertical
+from concilium.wire import part, read_tensors
 
 Names: TypeAlias = Mapping[int, Mapping[str, str]]
 
@@ -67,7 +62,7 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
     where: list[tuple[str, str, list[str]]] = []
     own = model.each_own
     if not together:
-        seen = list(model.steps) if own else list(model.setting.sites)
+        seen = list(model.steps) if own else _validates(model)
         where.append(("validation", "validation", seen))
         where += [("unseen", "all", [site]) for site in (model.setting.unseen,) if site and not own]
     if study.test is not None and (together or not model.member):
@@ -77,7 +72,7 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
     for subset, of_site, sites in where:
         work.watch(Event("stage", f"{key}: scoring the {subset} cases", model=key))
         request = Evaluate(key, of_site, metrics, tuple(m.key for m in members), unknown=work.plans.unknown)
-        for site, reply in ask(work.engine, _to_each(work, model, request, sites)):
+        for site, reply in _asked(work, model, request, sites, None):
             label = f"{key}, {subset} at {site}"
             if isinstance(reply, Evaluated):
                 _add(scored, work, model, site, subset, reply, together=together)
@@ -86,6 +81,30 @@ def score(work: Work, members: Sequence[Model], ledger: Ledger) -> Scored:
                 ledger.problems.append(f"{label}: {failure_line(work.record, site, as_failure(reply))}")
     work.watch(Event("scored", model=key))
     return scored
+
+
+def _validates(model: Model) -> list[str]:
+    """Who has validation cases: all sites; where sites hold channels whoever has the labels, or the pool, which has the same."""
+    study = model.setting.study
+    if not is_vertical(study):
+        return list(model.setting.sites)
+    return ["pooled" if model.protocol == "centralized" else str(study.protocol.options["labels"])]
+
+
+def _asked(
+    work: Work, model: Model, request: Evaluate, sites: Sequence[str], weights: Tensors | None
+) -> Iterable[tuple[str, Reply | Failure]]:
+    """What sites answer to the request; of a vertical model its label holder, when all parties have done their share.
+
+    `weights`: of the server's part of it; omitted: those of the finished model.
+    """
+    if model.protocol != "vertical" or request.subset == "test":
+        return ask(work.engine, _to_each(work, model, request, sites))
+    weights = (
+        read_tensors(work.record.folder / "weights" / f"{model.key}.safetensors")[0] if weights is None else weights
+    )
+    device = work.study.engine.device
+    return [(site, serve(work.engine, model, work.plans, weights, request, device=device)) for site in sites]
 
 
 def _to_each(work: Work, model: Model, request: Evaluate, sites: Iterable[str]) -> dict[str, Evaluate]:
@@ -98,6 +117,8 @@ def _add(
     scored: Scored, work: Work, model: Model, site: str, subset: str, reply: Evaluated, *, together: bool = False
 ) -> None:
     names = work.record.case_names("test" if subset == "test" else site)
+    if site == "pooled":  # the same cases, which whoever has the labels knows by the same names
+        site = str(work.study.protocol.options["labels"])
     about = {
         "model": f"{model.name}:{site}" if model.each_own else model.name,
         "seed": model.seed,
@@ -135,15 +156,19 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
         keep = {site: keep_at(work, model, site, weights) for site in sites}
     else:
         own = model.each_own
-        sites = list(model.steps) if own or pooled else [*model.setting.sites, *_unseen(model)]
+        vertical = is_vertical(model.setting.study)
+        sites = list(model.steps) if own or pooled else [*_validates(model), *_unseen(model)]
         if model.beside:  # a site that did not take part yet has no network of its own
             sites = [site for site in sites if site in asked_of(work, model)]
         same = Keep(model.key, {} if model.stays or pooled else weights, personal=model.beside)
         keep = dict.fromkeys(sites, same)
+        if vertical and not pooled:
+            parts = own_weights(model, work.plans, weights)
+            keep = {site: replace(same, weights=own) for site, own in parts.items()}
     failures = pass_on(work, model, done) if model.is_one else tell(work.engine, keep)
     request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False, unknown=work.plans.unknown)
-    asked = _to_each(work, model, request, (site for site in sites if site not in failures))
-    replies = dict(ask(work.engine, asked))
+    there = [site for site in sites if site not in failures]
+    replies = dict(_asked(work, model, request, there, weights))
     failures |= {site: as_failure(r) for site, r in replies.items() if not isinstance(r, Evaluated)}
     for site, failure in failures.items():
         ledger.problems.append(

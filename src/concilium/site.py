@@ -20,18 +20,24 @@ import torch
 from concilium import wire
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job, Settings, built
+from concilium.answers.align import align, blind, offer
 from concilium.answers.evaluate import evaluate, subset_of
 from concilium.answers.failing import failure_of
 from concilium.answers.judge import judge
 from concilium.answers.models import Models
+from concilium.answers.notes import note_cases, note_excluded, note_plan
 from concilium.answers.own import personalize, reestimate
 from concilium.answers.permission import check_names, check_policy
 from concilium.answers.relay import Carried, Relay
 from concilium.answers.secure import Secret, Secure
-from concilium.answers.statistics import Exclusions, examine, numbers_of, prepare
+from concilium.answers.service import Service
+from concilium.answers.statistics import Exclusions, examine, prepare
 from concilium.errors import ContractError
 from concilium.messages import (
     REQUESTS,
+    Align,
+    Blind,
+    Conclude,
     Describe,
     Done,
     Evaluate,
@@ -46,6 +52,8 @@ from concilium.messages import (
     Hold,
     Judge,
     Keep,
+    Look,
+    Offer,
     Pass,
     Passed,
     Personalize,
@@ -79,6 +87,7 @@ class Site:
         self._models = Models(settings.folder, self.device, site=settings.name)
         self._relay = Relay(settings, run=run)
         self._secure = Secure(settings, run=run)
+        self._service = Service(settings, self.device)
         self._last: tuple[int, bytes | Path] | None = None
         """The last reply, or the file it lies in, with the number of its request."""
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -127,31 +136,47 @@ class Site:
             self._models.give_up()
         match request:
             case Examine():
-                examined, excluded = examine(self.settings, request, cancelled)
-                self._note_cases(excluded)
-                return examined
+                reply, excluded = examine(self.settings, request, cancelled)
+                note_cases(self.settings, excluded, request.holding)
+                return reply
+            case Offer() | Blind() | Align() | Look() | Conclude():
+                return self._take_part(request, cancelled)
             case Prepare():
                 self._models.park()
                 prepared, self._job, excluded = prepare(self.settings, request, cancelled)
-                self._note_cases(excluded)
-                if not self._noted("plan.json"):  # the first is the study's own, later ones may be those of variants
-                    self._note("plan.json", json.loads(request.plans))
+                note_cases(self.settings, excluded, request.holding)
+                note_plan(self.settings, request)
                 return prepared
             case Train() | Front() | Tail() | Finish() | Pass() | Hold():
                 return self._train(request, cancelled)
-            case Evaluate():
+            case Evaluate() | Judge():
                 return self._evaluate(request, cancelled)
-            case Judge():
-                return judge(self.settings, self._prepared_job(), request, device=self.device, cancelled=cancelled)
             case Keep() | Snapshot() | Restore() | Forget():
                 self._store(request)
             case _:
                 return self._make_own(request, cancelled)
         return Done()
 
-    def _make_own(
-        self, request: Carried | Secret | Describe | Share | Fetch | Personalize | Reestimate, cancelled: Check
-    ) -> Reply:
+    def _take_part(self, request: Offer | Blind | Align | Look | Conclude, cancelled: Check) -> Reply:
+        """What a site does that holds channels of the same patients as others do."""
+        settings, models, reply = self.settings, self._models, cast(Reply, Done())
+        excluded: Exclusions = {}
+        match request:
+            case Offer():
+                reply, excluded = offer(settings, request, cancelled)
+            case Blind():
+                reply = blind(settings, request)
+            case Align():
+                reply, excluded = align(settings, request)
+            case Look():
+                reply = self._service.look(self._prepared_job(), models.finished(request.model), request)
+            case Conclude():
+                weights = models.finished(request.model)
+                reply, excluded = self._service.conclude(self._prepared_job(), weights, request, cancelled)
+        note_excluded(self.settings, excluded)
+        return reply
+
+    def _make_own(self, request: Request, cancelled: Check) -> Reply:
         """What has to do with tensors that are the site's own, sealed or masked."""
         if isinstance(request, Carried):
             return self._relay.answer(request, self._models, self._prepared_job)
@@ -197,7 +222,6 @@ class Site:
             case Restore(model, number):
                 models.restore(model, number)
                 self._relay.went_back(model, number)
-                self._secure.forget()
             case Forget(model, finished):
                 models.forget(model, finished=finished)
 
@@ -221,30 +245,27 @@ class Site:
                 case Tail():
                     return models.session.tail(request)
                 case Finish():
-                    reply = trained = models.session.finish(request)
+                    reply = models.session.finish(request)
                     models.end()
                 case Train():
-                    learner = models.learner(job, request.model)
-                    reply = trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
-                    models.changed()
-                case Pass() | Hold():
-                    learner = models.learner(job, request.model)
-                    if isinstance(request, Pass):
-                        reply = self._relay.train(learner, request, cancelled)
-                    else:
-                        reply = self._secure.hold(learner, request, cancelled)
-                    trained = reply.trained
-                    models.changed()
+                    reply = models.learner(job, request.model).train(request, site=models.site, cancelled=cancelled)
+                case Pass():
+                    reply = self._relay.train(models.learner(job, request.model), request, cancelled)
+                case Hold():
+                    reply = self._secure.hold(models.learner(job, request.model), request, cancelled)
+            models.changed()
             if cancelled():  # in the last step: whoever asked has given it up, so it must not have happened
                 raise Cancelled
         except BaseException:
             models.drop(request.model)  # the state on disk is the one before this request
             raise
-        took = {"steps": trained.n_steps, "loss": trained.loss, "seconds": trained.seconds}
-        self.log("trained", model=request.model, round=request.round, **took)
+        t = reply if isinstance(reply, Trained) else reply.trained
+        self.log("trained", model=request.model, round=request.round, steps=t.n_steps, loss=t.loss, seconds=t.seconds)
         return reply
 
-    def _evaluate(self, request: Evaluate, cancelled: Check) -> Reply:
+    def _evaluate(self, request: Evaluate | Judge, cancelled: Check) -> Reply:
+        if isinstance(request, Judge):
+            return judge(self.settings, self._prepared_job(), request, device=self.device, cancelled=cancelled)
         evaluated, excluded = evaluate(
             self.settings,
             self._prepared_job(),
@@ -253,7 +274,7 @@ class Site:
             device=self.device,
             cancelled=cancelled,
         )
-        self._note("excluded.json", {**self._noted("excluded.json"), **{c: list(r) for c, r in excluded.items()}})
+        note_excluded(self.settings, excluded)
         return evaluated
 
     def _prepared_job(self) -> Job:
@@ -277,18 +298,3 @@ class Site:
         """Add a line to the site's own log, which never leaves it."""
         with (self.settings.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), "epoch": self.epoch, "event": event, **values}) + "\n")
-
-    def _note_cases(self, excluded: Exclusions) -> None:
-        """Write which number stands for which case, and what was set aside and why: for the site's own eyes."""
-        self._note("cases.json", numbers_of(self.settings))
-        self._note("excluded.json", {case: list(reason) for case, reason in excluded.items()})
-
-    def _note(self, name: str, value: Any) -> None:
-        path = self.settings.folder / name
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        unfinished.replace(path)
-
-    def _noted(self, name: str) -> Any:
-        path = self.settings.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -90,7 +90,8 @@ def plan_of(dims: int) -> dict[str, Any]:
     }
     name = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
     requires = ["conv_op", "norm_op", "dropout_op", "nonlin"]
-    return {"architecture": {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": requires}}
+    architecture = {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": requires}
+    return {"patch_size": [*PATCH[dims]], "architecture": architecture}
 
 
 def network(name: str, dims: int, deep_supervision: bool) -> Stages:
@@ -220,13 +221,13 @@ def trained_apart(job: Job, cut: Sequence[str], folder: Path, **changes: Any) ->
     return part(last.tensors, WEIGHTS), engine
 
 
-def trained_whole(job: Job, *, rounds: int = 1, steps: int = STEPS) -> Tensors:
+def trained_whole(job: Job, *, rounds: int = 1, steps: int = STEPS, site: str = "a") -> Tensors:
     """The weights after the site's own training of the whole network on the same batches."""
     learner = Learner(job, CPU)
     weights: Tensors = first_weights(job)
     for number in range(1, rounds + 1):
         request = Train("m", number, (number - 1) * steps, steps, rounds * steps, weights, True)
-        weights = learner.train(request, site="a", cancelled=lambda: False).weights
+        weights = learner.train(request, site=site, cancelled=lambda: False).weights
     return weights
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from PIL import Image
 
 from concilium.data.phantom import DEFAULT_SITES, write_phantom
+from concilium.data.phantom_sequences import SEQUENCES, write_sequences
 
 Tables = dict[str, Any]
 PARTIAL = {"marginal", "own_labels"}
@@ -48,6 +49,8 @@ def shrunk(tables: Mapping[str, Any]) -> Tables:
 def on_phantoms(tables: Mapping[str, Any], folder: Path) -> Tables:
     """The shrunk study on phantoms in this folder: of its sites, of its test set, or of the data set that it divides."""
     raw = shrunk(tables)
+    if raw["protocol"]["name"] == "vertical":
+        return _on_sequences(raw, folder)
     flat = raw.get("plan", {}).get("configuration") == "2d"
     names = ["all"] if "partition" in raw else list(raw["sites"])
     scanners = [
@@ -71,6 +74,25 @@ def on_phantoms(tables: Mapping[str, Any], folder: Path) -> Tables:
     if "test" in raw:
         raw["test"]["data"] = str(folder / "test")
     return raw
+
+
+def _on_sequences(raw: Tables, folder: Path) -> Tables:
+    """Each site has one sequence of the same patients; label maps lie with the first."""
+    write_sequences(folder, n_cases=6, n_test=2, size=32)
+    channels = {site: table["holds"][0] for site, table in raw["sites"].items()}
+    for called, (site, table) in zip(SEQUENCES, raw["sites"].items(), strict=True):
+        table["data"] = str(folder / called)
+        _call(folder / called, [channels[site]])
+    _call(folder / "test", list(channels.values()))
+    raw["test"]["data"] = str(folder / "test")
+    return raw
+
+
+def _call(folder: Path, channels: Sequence[str]) -> None:
+    """Call the channels otherwise."""
+    about = json.loads((folder / "dataset.json").read_text())
+    about["channel_names"] = {str(i): name for i, name in enumerate(channels)}
+    (folder / "dataset.json").write_text(json.dumps(about))
 
 
 def changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> set[str]:

@@ -170,7 +170,7 @@ def test_an_image_that_is_sent_is_found(
     data: Path, tmp_path: Path, seen: tuple[list[Batch], list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were it not refused before: else patterns that never match would pass for a wall that holds."""
-    monkeypatch.setattr(split, "_shows", lambda image, m: False)
+    monkeypatch.setattr(split, "shows", lambda image, m: False)
     study = study_of(data, "test_canary:leaky", "shallow", protocol={
         "name": "splitfed", "cut": ["down0", "middle"], "rounds": 1, "steps": 2
     })  # fmt: skip

@@ -117,6 +117,18 @@ class Job:
     """Labels that nobody looked for here."""
     micro_batch: int | None = None
     """How many patches the site's network sees at once; `None`: all of a batch."""
+    labelled: bool = True
+    """Whether its label maps are trained on: not at a party that holds other channels only."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a network is split, and whether heads may act on maps that the server made."""
+
+    after: tuple[str, ...]
+    reveal_labels: bool
+    party: str = ""
+    """Whose part it is, of a network of several parties: then `after` is the stage after which the tail begins."""
 
 
 def built(job: Job) -> Stages:

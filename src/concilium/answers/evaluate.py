@@ -51,29 +51,54 @@ def evaluate(
         network = job.network().to(device)
         network.load_state_dict(dict(weights))
         networks.append(network.eval())
-    unknown = (*request.unknown, *(job.unknown if request.own else ()))
     found, excluded = subset_of(settings, job, request.subset)
-    scores: list[Score] = []
-    kept: list[pictures.Row] = []  # for the site's own eyes
+    scorer = Scorer(settings, job, request, device, excluded)
     for entry in found:
         if cancelled():
             raise Cancelled
+        scorer.add(entry, networks)
+    return scorer.reply(time.monotonic() - started), scorer.excluded
+
+
+class Scorer:
+    """Scores of one case after the other, and the reply that they make."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        job: Job,
+        request: Evaluate,
+        device: torch.device,
+        excluded: Exclusions | None = None,
+    ) -> None:
+        self.excluded: Exclusions = {} if excluded is None else excluded
+        self._settings, self._job, self._request, self._device = settings, job, request, device
+        self._unknown = (*request.unknown, *(job.unknown if request.own else ()))
+        self._scores: list[Score] = []
+        self._kept: list[pictures.Row] = []  # for the site's own eyes
+
+    def add(self, entry: Entry, networks: Sequence[nn.Module]) -> None:
+        """Segment a case and score it; one that cannot be is set aside."""
+        settings, request, job = self._settings, self._request, self._job
         try:
-            scored, arrays, spacing = _score_case(entry, job, networks, request.metrics, device, unknown)
+            scored, arrays, spacing = _score_case(entry, job, networks, request.metrics, self._device, self._unknown)
         except DataError as e:
-            excluded[entry.key] = (e.code, str(e))
-            continue
-        scores += scored
+            self.excluded[entry.key] = (e.code, str(e))
+            return
+        self._scores += scored
         if request.final:
-            kept += pictures.save_case(
+            self._kept += pictures.save_case(
                 settings.folder, request, entry, arrays, spacing, scored, labels=job.labels, pictures=settings.pictures
             )
-    if request.final:
-        pictures.save_scores(settings.folder, settings.name, request, kept, job.labels)
-    seconds = time.monotonic() - started
-    if not settings.policy.case_scores:
-        return Evaluated((), count(excluded), seconds, average(scores)), excluded
-    return Evaluated(tuple(scores), count(excluded), seconds), excluded
+
+    def reply(self, seconds: float) -> Evaluated:
+        """The scores; or where the site keeps them back, what they are on average."""
+        settings, request = self._settings, self._request
+        if request.final:
+            pictures.save_scores(settings.folder, settings.name, request, self._kept, self._job.labels)
+        if not settings.policy.case_scores:
+            return Evaluated((), count(self.excluded), seconds, average(self._scores))
+        return Evaluated(tuple(self._scores), count(self.excluded), seconds)
 
 
 def _not_annotated(label: str, unit: str, metrics: Sequence[PlugIn], case: int, patient: int) -> Score:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from concilium.answers import Job
+from concilium.answers import Cut, Job
 from concilium.answers.split import Session
-from concilium.answers.train import Cut, Learner
+from concilium.answers.train import Learner
+from concilium.answers.vertical import Party
 from concilium.errors import ContractError
 from concilium.messages import Front, Tensors
 from concilium.wire import part, read_tensors, write_tensors
@@ -30,7 +31,7 @@ class Models:
         self._resident: tuple[str, Learner] | None = None
         self._dirty = False
         """Whether the model in memory differs from its state on disk."""
-        self._session: Session | None = None
+        self._session: Session | Party | None = None
         """The round of split training at hand; its model stays in memory until it is over."""
 
     def learner(self, job: Job, model: str, cut: Cut | None = None) -> Learner:
@@ -49,16 +50,16 @@ class Models:
         """The model in memory has trained: its state on disk is no longer the last one."""
         self._dirty = True
 
-    def begin(self, job: Job, request: Front) -> Session:
-        """Begin a round of split training."""
+    def begin(self, job: Job, request: Front) -> Session | Party:
+        """Begin a round of split or vertical training."""
         self.give_up()
-        self._session = Session(
-            self.learner(job, request.model, Cut(request.cut, request.reveal_labels)), request, site=self.site
-        )
+        cut = Cut(request.cut, request.reveal_labels, self.site if request.party else "")
+        kind = Party if request.party else Session
+        self._session = kind(self.learner(job, request.model, cut), request, site=self.site)
         return self._session
 
     @property
-    def session(self) -> Session:
+    def session(self) -> Session | Party:
         """The round of split training at hand.
 
         Raises:

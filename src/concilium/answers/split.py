@@ -94,7 +94,7 @@ class Session:
         with autocast(device, training.precision):
             self._stack = self.parts.front.run((image,))
         sent = self._stack[self._home :]
-        if not self._losses and any(_shows(image, m) for m in sent):
+        if not self._losses and any(shows(image, m) for m in sent):
             raise PrivacyError(
                 f"After {self.parts.front.names[-1]} the image itself would leave the site. Cut where no map is the image.",
                 rule="image",
@@ -121,8 +121,8 @@ class Session:
                 f"{len(maps)} maps came in the order {request.order}. Expected a -1 for each, and else places of the "
                 f"{self._reach} that were sent. Start the round again."
             )
-        own = {i: _leaf(self._stack[i]) for i in (*range(home), *(home + j for j in request.order if j >= 0))}
-        came = [_leaf(m.to(device)) for m in maps]
+        own = {i: leaf(self._stack[i]) for i in (*range(home), *(home + j for j in request.order if j >= 0))}
+        came = [leaf(m.to(device)) for m in maps]
         new = iter(came)
         left = [own[home + j] if j >= 0 else next(new) for j in request.order]
         if not are_of_kinds(left, self.parts.left):
@@ -199,12 +199,12 @@ class Session:
         self._stack, self._own = (), {}
 
 
-def _leaf(m: Tensor) -> Tensor:
+def leaf(m: Tensor) -> Tensor:
     """The map cut off from what made it; a float one collects its gradient."""
     return m.detach().requires_grad_(m.is_floating_point())
 
 
-def _shows(image: Tensor, m: Tensor) -> bool:
+def shows(image: Tensor, m: Tensor) -> bool:
     """Whether a channel of the map is a channel of the image, or of the image made smaller: by means, maxima or single voxels."""
     dims = image.ndim - 2
     size = m.shape[2:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -11,8 +12,9 @@ from typing import TypeVar
 import torch
 
 from concilium.answers import Cancelled, Check, Entry, Job, Settings
+from concilium.answers._aligned import aligned, divided
 from concilium.answers.micro_batch import must_be_divisible
-from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
+from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
 from concilium.data.labels import annotation_mask, flaw, foreground, n_heads, unknown_labels
@@ -23,7 +25,7 @@ from concilium.data.preprocess import Prepared as PreparedCase
 from concilium.data.preprocess import prepare as prepare_case
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import brought_by
-from concilium.messages import Examine, Examined, Excluded, Fingerprint, Prepare, Prepared, Training
+from concilium.messages import Examine, Examined, Excluded, Fingerprint, Holding, Prepare, Prepared
 from concilium.networks import Stages, make_network
 from concilium.sharing import kept_of
 
@@ -33,13 +35,17 @@ Exclusions = dict[str, tuple[str, str]]
 
 
 def find_cases(
-    data: Mapping[str, Path], names: Mapping[str, Names] | None = None, space: Space | None = None
+    data: Mapping[str, Path],
+    names: Mapping[str, Names] | None = None,
+    space: Space | None = None,
+    holding: Holding | None = None,
 ) -> tuple[tuple[Entry, ...], Exclusions]:
     """All cases of all members, numbered, and those of which a file is missing.
 
     Args:
         names: what members call otherwise than the study.
         space: the study's channels and labels, which all get; omitted: the first member's.
+        holding: what of its channels a site contributes, where others have the others.
 
     Raises:
         DataError: a data set cannot be used, or the names of its channels or labels are others.
@@ -47,9 +53,12 @@ def find_cases(
     found: list[Entry] = []
     excluded: Exclusions = {}
     for member, folder in data.items():
-        dataset = open_dataset(folder, (names or {}).get(member))
+        dataset = open_dataset(folder, (names or {}).get(member), labelled=holding is None or holding.labelled)
         space = space or dataset.space
-        dataset = translated(dataset, space)
+        if holding is None:
+            dataset = translated(dataset, space)
+        else:
+            dataset = restricted(dataset, holding.channels, labels=None if holding.labelled else space.labels)
         before = len(found)  # numbers go on from member to member: in a pool no two cases have the same
         patients = {p: i for i, p in enumerate(sorted({c.patient for c in dataset.cases}), before)}
         found += [Entry(member, dataset, c, i, patients[c.patient]) for i, c in enumerate(dataset.cases, before)]
@@ -66,22 +75,27 @@ def examine(settings: Settings, request: Examine, cancelled: Check) -> tuple[Exa
     Raises:
         DataError: the data set cannot be used, too many cases were set aside, or a site that trains annotates nothing at all.
     """
-    found, excluded = find_cases(settings.data, settings.names)
-    read = partial(_fingerprint, exact_geometry=request.exact_geometry)
+    held = request.holding
+    found, excluded = find_cases(settings.data, settings.names, holding=held)
+    labelled = held is None or held.labelled
+    read = partial(_fingerprint, exact_geometry=request.exact_geometry, crop=held is None, labelled=labelled)
     made = _each(found, read, excluded, cancelled)
     _limit(excluded, len(made), request.max_excluded)
     dataset = found[0].dataset
     usable = [e.case.annotated for e in found if e.key in made]
-    if settings.role != "test" and not any(names is None or names for names in usable):
+    if settings.role != "test" and labelled and not any(names is None or names for names in usable):
         raise DataError(
             f"{dataset.folder}: of no case any label is annotated ({len(usable)} cases, annotated is []). Allowed in single "
             f"cases, but a site that trains must have looked for one of {', '.join(foreground(dataset.labels))} in one. List "
             "what was looked for (annotated, in dataset.json or the site's table of the study), or take the site out."
         )
     every = set(foreground(dataset.labels))
+    merged, channels = merge(list(made.values())), dataset.channels
+    if held is not None and not held.channels:  # its images serve for their geometry
+        merged, channels = replace(merged, channels=()), ()
     reply = Examined(
-        merge(list(made.values())),
-        dataset.channels,
+        merged,
+        channels,
         dict(dataset.labels),
         dataset.file_ending,
         count(excluded),
@@ -97,29 +111,25 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     Raises:
         DataError: the data set cannot be used, or too many cases were set aside.
     """
-    found, excluded = find_cases(settings.data, settings.names, _agreed(request))
+    found, excluded = find_cases(settings.data, settings.names, _agreed(request), request.holding)
+    if request.holding is not None:
+        found, excluded = aligned(settings, found), {}
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
     network = _builder(request, plan, found[0].dataset)
     if trains and settings.micro_batch is not None:  # before an hour of preprocessing
         with drawn_from("micro_batch"):
             must_be_divisible(settings.micro_batch, plan.batch_size, request.training.local_update.name, network())
-    read = partial(_prepare_case, plan=plan, cache=settings.cache)
+    read = partial(_prepare_case, plan=plan, cache=settings.cache, labelled=_has_labels(request))
     files = _each(found, read, excluded, cancelled) if trains else {}
     if trains:
-        _limit(excluded, len(files), request.max_excluded)
+        _limit(excluded, len(files), 0.0 if request.holding else request.max_excluded)
     usable = [e for e in found if e.key in files]
-    held_out = {
-        (m, p)
-        for m in settings.data
-        for p in folds(sorted({e.case.patient for e in usable if e.member == m}), request.folds, request.fold)
-    }
-    parts = {
-        "training": tuple(e for e in usable if (e.member, e.case.patient) not in held_out),
-        "validation": tuple(e for e in usable if (e.member, e.case.patient) in held_out),
-    }
+    parts = divided(settings, request, usable)
     dataset = found[0].dataset
     own = {e.key: files[e.key] for e in parts["training"]}
+    if request.holding is not None:  # by their places, which are the same at all parties
+        own = {f"{i:06d}": files[e.key] for i, e in enumerate(parts["training"])}
     job = Job(
         plan,
         dataset.labels,
@@ -128,16 +138,21 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         request.training,
         request.seed,
         parts,
-        _batches(own, request.training, plan, dataset, _partly(parts["training"])) if own else None,
+        _batches(own, request, plan, dataset, _partly(parts["training"]), settings.name) if own else None,
         dataset.channels,
         _kept(request, network),
         unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
         settings.micro_batch,
+        _has_labels(request),
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
     reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
     return reply, job, excluded
+
+
+def _has_labels(request: Prepare) -> bool:
+    return request.holding is None or request.holding.labelled
 
 
 def _kept(request: Prepare, network: Callable[..., Stages]) -> frozenset[str]:
@@ -150,12 +165,14 @@ def _kept(request: Prepare, network: Callable[..., Stages]) -> frozenset[str]:
 
 def _batches(
     files: Mapping[str, PreparedCase],
-    training: Training,
+    request: Prepare,
     plan: Plan,
     dataset: Dataset,
     annotated: Mapping[str, tuple[str, ...]],
+    site: str,
 ) -> Batches:
     """Where the batches of these cases come from. `annotated`: what was looked for, in cases where that is not all."""
+    training = request.training
     brought = brought_by(
         training.local_update, plan=plan, labels=dataset.labels, channels=dataset.channels, device=torch.device("cpu")
     )
@@ -176,6 +193,7 @@ def _batches(
         augmentation=training.augmentation,
         deep_supervision=training.deep_supervision,
         annotated={case: annotation_mask(dataset.labels, names) for case, names in annotated.items()},
+        party=None if request.holding is None else site,
     )
 
 
@@ -226,24 +244,11 @@ def _builder(request: Prepare, plan: Plan, dataset: Dataset) -> Callable[..., St
     return partial(
         make_network,
         request.network,
-        n_channels=len(dataset.channels),
+        n_channels=len(dataset.channels if request.holding is None else request.channels),
         n_labels=n_heads(dataset.labels),
         plan=plan.architecture,
         deep_supervision=request.training.deep_supervision,
     )
-
-
-def numbers_of(settings: Settings) -> dict[str, list[dict[str, str | int]]]:
-    """Which number stands for which case and patient, by member: for the site's own eyes."""
-    data = dict(settings.data) | ({"test": settings.test} if settings.test else {})
-    found = {member: find_cases({member: folder}, settings.names)[0] for member, folder in data.items()}
-    return {
-        m: [
-            {"number": e.number, "case": e.case.name, "patient": e.case.patient, "patient_number": e.patient}
-            for e in entries
-        ]
-        for m, entries in found.items()
-    }
 
 
 def count(excluded: Exclusions) -> tuple[Excluded, ...]:
@@ -264,15 +269,15 @@ def _each(found: Sequence[Entry], do: Callable[[Entry], T], excluded: Exclusions
     return made
 
 
-def _fingerprint(entry: Entry, *, exact_geometry: bool) -> Fingerprint:
+def _fingerprint(entry: Entry, *, exact_geometry: bool, crop: bool, labelled: bool) -> Fingerprint:
     image, label, properties = read_case(entry.case, entry.dataset)
-    if label is None:
+    if label is None and labelled:
         raise DataError(f"{entry.key} has no label map. Training needs one. Add it.", code="missing_label")
-    return fingerprint_of_case(image, label, properties["spacing"], exact_geometry=exact_geometry)
+    return fingerprint_of_case(image, label, properties["spacing"], exact_geometry=exact_geometry, crop=crop)
 
 
-def _prepare_case(entry: Entry, *, plan: Plan, cache: Path) -> PreparedCase:
-    return prepare_case(entry.case, entry.dataset, plan, cache / entry.member)
+def _prepare_case(entry: Entry, *, plan: Plan, cache: Path, labelled: bool) -> PreparedCase:
+    return prepare_case(entry.case, entry.dataset, plan, cache / entry.member, labelled=labelled)
 
 
 def _limit(excluded: Exclusions, n_usable: int, max_excluded: float) -> None:

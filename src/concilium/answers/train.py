@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from concilium import catalog
 from concilium.aggregation import check_like
-from concilium.answers import Cancelled, Check, Job
+from concilium.answers import Cancelled, Check, Cut, Job
 from concilium.answers.objective import Teacher, make_objective
 from concilium.answers.time_box import while_it_fits
 from concilium.data.draws import drawn_from, seed_all
@@ -24,16 +23,9 @@ from concilium.errors import ContractError, DataError
 from concilium.local_updates import Brought, Local, brought_by, finish_of, has_personal, when_alone
 from concilium.messages import PlugIn, Tensors, Train, Trained
 from concilium.networks import Parts, cut_apart
+from concilium.networks._fusion import FRONTS, Own, own_part
 from concilium.optimization import autocast, make_optimizer, memory_of, restore_state, set_rate, state_of
 from concilium.wire import part, read_tensors, write_tensors
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where a network is split, and whether heads may act on maps that the server made."""
-
-    after: tuple[str, ...]
-    reveal_labels: bool
 
 
 class Learner:
@@ -47,6 +39,7 @@ class Learner:
         self.device = device
         self.cut = cut
         self.parts: Parts | None = None
+        self.own: Own | None = None
         self.brought: Brought | None = None
         with drawn_from(job.seed, "weights"):  # what a site keeps begins as all sites' does
             self.network = self._built().to(device)
@@ -64,6 +57,10 @@ class Learner:
 
     def _built(self) -> nn.Module:
         job, cut = self.job, self.cut
+        if cut is not None and cut.party:
+            whole = job.network(deep_supervision=job.training.deep_supervision and cut.after[-1] == FRONTS)
+            self.own = own_part(whole, cut.party, tail_after=cut.after[-1], labelled=job.labelled)
+            return self.own.held
         if cut is not None:
             whole = job.network(deep_supervision=job.training.deep_supervision and cut.reveal_labels)
             self.parts = cut_apart(whole, cut.after, reveal_labels=cut.reveal_labels)

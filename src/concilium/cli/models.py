@@ -23,6 +23,12 @@ def predict(
     precision: Annotated[
         str | None, typer.Option("--precision", help="float32, bfloat16 or float16. Default: that of training.")
     ] = None,
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--missing", help="Of a vertical model: a site whose channels these images lack. Repeat for more."
+        ),
+    ] = None,
 ) -> None:
     """Segment new images with a model of a run."""
     from concilium.api import Run
@@ -30,7 +36,7 @@ def predict(
     with progress_bar() as progress:
         task = progress.add_task("Segmenting", total=None, note="")
         skipped = Run(run).predict(
-            images, out, model=model, device=device, precision=precision,
+            images, out, model=model, device=device, precision=precision, missing=missing or (),
             watch=lambda case, n, total: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
     for case, reason in skipped:

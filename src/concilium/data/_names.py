@@ -20,8 +20,10 @@ def stem(path: Path, ending: str) -> str:
     return path.name[: -len(ending)]
 
 
-def images_in(folder: Path, channels: Sequence[str], ending: str) -> dict[str, tuple[Path, ...] | None]:
-    """The files of each case in the order of the channels; None where one is missing."""
+def images_in(
+    folder: Path, channels: Sequence[str], ending: str, *, missing: Sequence[str] = ()
+) -> dict[str, tuple[Path, ...] | None]:
+    """The files of each case in the order of the channels; None where one lacks. For `missing` channels stands another."""
     found: dict[str, dict[int, Path]] = {}
     for path in files_in(folder, ending):
         match = re.fullmatch(r"(.+)_(\d{4})", stem(path, ending))
@@ -31,6 +33,8 @@ def images_in(folder: Path, channels: Sequence[str], ending: str) -> dict[str, t
                 f"{', '.join(channels)}. Rename the file, or correct channel_names."
             )
         found.setdefault(match[1], {})[int(match[2])] = path
+    for files in found.values():
+        files |= {i: next(iter(files.values())) for i, name in enumerate(channels) if name in missing}
     # nnU-Net's reader of natural images takes a colour file apart; if no case has a second file, that is what is meant.
     coloured = (
         READERS[ending] == "NaturalImage2DIO" and len(channels) in (3, 4) and all(set(f) == {0} for f in found.values())

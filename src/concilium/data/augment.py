@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, foreground, has_regions, ignored
 from concilium.data.plan import Plan
 from concilium.errors import ContractError
@@ -62,6 +65,31 @@ def repeatable(transforms: Transforms) -> Transforms:
         if isinstance(part, GaussianBlurTransform):
             part.benchmark = False
     return transforms
+
+
+GEOMETRIC = ("Spatial", "Mirror", "Transpose", "Rot90", "Convert2D", "Convert3D")
+"""How the names of transforms begin that move voxels."""
+
+
+class in_step:
+    """The same transforms for a party of several that have other channels of the same patches.
+
+    Every transform draws from a generator of its own: one that moves voxels from what all parties share, any other from what is
+    the party's. So no party's number of channels changes what another draws.
+    """
+
+    def __init__(self, transforms: Transforms, party: str) -> None:
+        self._parts = list(getattr(transforms, "transforms", [transforms]))
+        self._party = party
+
+    def __call__(self, **arrays: Any) -> dict[str, Any]:
+        number = int(np.random.randint(2**31))
+        for i, part in enumerate(self._parts):
+            inner = getattr(part, "transform", part)
+            shared = type(inner).__name__.startswith(GEOMETRIC)
+            with drawn_from(number, i, "" if shared else self._party):
+                arrays = part(**arrays)
+        return arrays
 
 
 def deep_supervision_scales(plan: Plan) -> tuple[tuple[float, ...], ...]:

@@ -35,6 +35,7 @@ __all__ = [
     "pixel_size",
     "read_case",
     "reader",
+    "restricted",
     "translated",
 ]
 
@@ -76,10 +77,10 @@ class Dataset:
         return Space(self.channels, self.labels, known)
 
 
-def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
+def open_dataset(folder: str | Path, names: Names | None = None, *, labelled: bool = True) -> Dataset:
     """The cases of an nnU-Net raw folder, its labels and channels called as `names` says; no image is read.
 
-    `numTraining` is not looked at: the files decide.
+    `numTraining` is not looked at: the files decide. Where the data set is not `labelled`, nor are its label maps.
 
     Raises:
         DataError: no such folder, a `dataset.json` that cannot be used, a file whose name says no channel, no complete case, or
@@ -88,20 +89,20 @@ def open_dataset(folder: str | Path, names: Names | None = None) -> Dataset:
     folder = Path(folder)
     about = read_description(folder)
     channels, ending = about.channels, about.file_ending
-    for name in ("imagesTr", "labelsTr"):
+    for name in ("imagesTr", "labelsTr") if labelled else ("imagesTr",):
         if not (folder / name).is_dir():
             raise DataError(
                 f"{folder} has no folder {name}. An nnU-Net raw folder holds imagesTr and labelsTr. Add it."
             )
     images = images_in(folder / "imagesTr", channels, ending)
-    segmented = {stem(path, ending): path for path in files_in(folder / "labelsTr", ending)}
+    segmented = {stem(path, ending): path for path in files_in(folder / "labelsTr", ending)} if labelled else {}
     require_cases(about, {*images, *segmented}, folder)
     cases, missing = [], []
     for name in sorted({*images, *segmented}):
         files, label = images.get(name), segmented.get(name)
         if files is None:
             missing.append((name, "missing_channel"))
-        elif label is None:
+        elif label is None and labelled:
             missing.append((name, "missing_label"))
         else:
             cases.append(Case(name, files, label, about.patients.get(name, name), about.annotated_in(name)))
@@ -142,6 +143,30 @@ def translated(dataset: Dataset, study: Space) -> Dataset:
             c if c.annotated is None or every - set(c.annotated) else replace(c, annotated=None) for c in cases
         )
     return replace(dataset, channels=study.channels, labels=study.labels, translation=translation, cases=cases)
+
+
+def restricted(dataset: Dataset, channels: Sequence[str], *, labels: Labels | None = None) -> Dataset:
+    """The data set with these of its channels only; with none the first, for its geometry. `labels`: in place of its own.
+
+    Raises:
+        DataError: it has no such channel (`sites_differ`), or all channels lie in one file (`channel_mismatch`).
+    """
+    if lacking := [name for name in channels if name not in dataset.channels]:
+        raise DataError(
+            f"{dataset.folder} has channels {', '.join(dataset.channels)}, not {', '.join(lacking)}. Allowed to hold: those it "
+            "has. Correct holds in the site's table of the study, or channel_names in dataset.json.",
+            code="sites_differ",
+        )
+    if any(len(case.images) != len(dataset.channels) for case in dataset.cases):
+        raise DataError(
+            f"{dataset.folder} has its {len(dataset.channels)} channels in one file a case. Expected one file a channel "
+            "(CASE_0000, CASE_0001, ...), since sites hold single ones. Save them so.",
+            code="channel_mismatch",
+        )
+    places = [dataset.channels.index(name) for name in channels] or [0]
+    cases = tuple(replace(c, images=tuple(c.images[i] for i in places)) for c in dataset.cases)
+    known = dataset.labels if labels is None else labels
+    return replace(dataset, channels=tuple(dataset.channels[i] for i in places), labels=known, cases=cases)
 
 
 def read_case(case: Case, dataset: Dataset) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, dict[str, Any]]:

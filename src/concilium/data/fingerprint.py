@@ -8,8 +8,8 @@ Deviations from nnU-Net: it draws equally many foreground voxels from each case,
 with its exact distribution and equal mass. Percentiles come from a histogram with bins 2**-10 of the value wide or finer,
 without interpolation. Relative sizes are rounded down to 1/1024, so that "below 3/4", all that is asked of them, stays so.
 
-No name is held, and no voxel's place. But the statistics of a single case (a site that has one) are that case's own
-distribution of intensities, and the extremes are always some voxel's.
+No name is held, and no voxel's place. But the statistics of a single case are its own distribution of intensities, and the
+extremes are always some voxel's.
 """
 
 from __future__ import annotations
@@ -45,26 +45,31 @@ _TOGETHER = 64  # fingerprints that `merge` holds at a time
 
 
 def fingerprint_of_case(
-    image: NDArray[Any], label: NDArray[Any], spacing: Sequence[float], *, exact_geometry: bool
+    image: NDArray[Any],
+    label: NDArray[Any] | None,
+    spacing: Sequence[float],
+    *,
+    exact_geometry: bool,
+    crop: bool = True,
 ) -> Fingerprint:
-    """The fingerprint of one case, after nnU-Net's cropping to the non-zero region.
+    """The fingerprint of one case, after nnU-Net's cropping to the non-zero region, unless `crop` is off.
 
     Args:
         image: (C, X, Y, Z), finite.
-        label: (1, X, Y, Z); foreground is what is above 0.
-        spacing: [mm] along X, Y, Z.
-        exact_geometry: tell shape and spacing as they are, not binned.
+        label: (1, X, Y, Z); foreground is what is above 0. Without one intensities are those of all voxels.
+        spacing: [mm] along X, Y, Z; with `exact_geometry` told as it is, like the shape, and else binned.
 
     Raises:
         ContractError: the arrays do not belong together.
     """
+    label = np.ones((1, *image.shape[1:]), bool) if label is None else label
     if image.ndim != 4 or label.shape != (1, *image.shape[1:]) or len(spacing) != 3:
         given = f"Image {image.shape}, label map {label.shape} and spacing {tuple(spacing)} do not belong together"
         raise ContractError(f"{given}. Expected (C, X, Y, Z), (1, X, Y, Z) and three numbers. Use read_case.")
-    cropped, _, box = crop_to_nonzero(image)
+    cropped, _, box = crop_to_nonzero(image) if crop else (image, None, [(0, n) for n in image.shape[1:]])
     foreground = label[0][tuple(slice(a, b) for a, b in box)] > 0
-    after, before = math.prod(cropped.shape[1:]), math.prod(image.shape[1:])
     shape, mm = tuple(cropped.shape[1:]), tuple(float(s) for s in spacing)
+    relative = RelativeSize(1024 * math.prod(shape) // math.prod(image.shape[1:]), 1)
     if not exact_geometry:
         shape, mm = tuple(_significant(n) for n in shape), tuple(_rounded(s) for s in mm)
     return Fingerprint(
@@ -72,7 +77,7 @@ def fingerprint_of_case(
         n_foreground=int(foreground.any()),
         channels=tuple(_channel(channel[foreground]) for channel in cropped),
         geometry=(Geometry(shape, mm, 1),),
-        relative_sizes=(RelativeSize(1024 * after // before, 1),),
+        relative_sizes=(relative,),
         exact_geometry=exact_geometry,
     )
 
@@ -180,9 +185,7 @@ def from_json(text: str) -> Fingerprint:
         sizes = tuple(RelativeSize(**r) for r in table.pop("relative_sizes"))
         return Fingerprint(channels=channels, geometry=geometry, relative_sizes=sizes, **table)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise ContractError(
-            f"A fingerprint cannot be read ({e!r}). Expected what this version wrote. Make it again."
-        ) from e
+        raise ContractError(f"No fingerprint ({e!r}). Expected what this version wrote. Make it again.") from e
 
 
 # ------------------------------------------------------------------------------------------------------------ one case

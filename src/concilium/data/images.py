@@ -14,8 +14,12 @@ from concilium.data.matching import Translation
 from concilium.errors import DataError
 
 
-def list_images(folder: str | Path, channels: Sequence[str], file_ending: str) -> tuple[Case, ...]:
+def list_images(
+    folder: str | Path, channels: Sequence[str], file_ending: str, *, missing: Sequence[str] = ()
+) -> tuple[Case, ...]:
     """The images of a folder as cases without label, sorted by name, for prediction.
+
+    Files of `missing` channels need not be there: another channel's stands in their place, which the network then does not see.
 
     Raises:
         DataError: no such folder, no image in it, or a case that lacks a channel.
@@ -24,7 +28,7 @@ def list_images(folder: str | Path, channels: Sequence[str], file_ending: str) -
     reader(file_ending)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Expected one with <case>_0000{file_ending}. Check the path.")
-    found = images_in(folder, channels, file_ending)
+    found = images_in(folder, channels, file_ending, missing=missing)
     short = [name for name, files in found.items() if files is None]
     if short:
         raise DataError(
@@ -39,11 +43,14 @@ def list_images(folder: str | Path, channels: Sequence[str], file_ending: str) -
     return tuple(Case(name, files, None, name) for name, files in sorted(found.items()) if files is not None)
 
 
-def images_as(folder: Path, channels: tuple[str, ...], labels: Labels, file_ending: str) -> Dataset:
+def images_as(
+    folder: Path, channels: tuple[str, ...], labels: Labels, file_ending: str, *, missing: Sequence[str] = ()
+) -> Dataset:
     """The images of a folder as a data set with these channels: re-ordered by name where a `dataset.json` tells their order.
 
     Args:
         folder: its `dataset.json` lies in it or in the folder above, as in nnU-Net; without one the order is taken to be this.
+        missing: as in `list_images`.
 
     Raises:
         DataError: `list_images` raises it, or the file cannot be used, or names other channels.
@@ -62,7 +69,7 @@ def images_as(folder: Path, channels: tuple[str, ...], labels: Labels, file_endi
         channels,
         labels,
         file_ending,
-        list_images(folder, own, file_ending),
+        list_images(folder, own, file_ending, missing=missing),
         (),
         translation=Translation(order, {}, {}),
     )

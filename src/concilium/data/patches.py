@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from concilium.data.augment import Transforms, mirror_axes, training_transforms
+from concilium.data.augment import Transforms, in_step, mirror_axes, training_transforms
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, to_nnunet
 from concilium.data.plan import Plan
@@ -67,6 +67,8 @@ class Batches:
         augment: in place of these three.
         probabilistic: `foreground` is the chance of every patch, in place of a share of the batch.
         annotated: by channel of the logits what was looked for, of cases where that is not everything.
+        party: who draws, where several parties draw the same patches of the same cases, each of its own channels: then places,
+            rotations and mirrorings depend on the key alone, and noise on the party too.
     """
 
     def __init__(  # noqa: PLR0913  (options of the study)
@@ -83,6 +85,7 @@ class Batches:
         augment: Augment | None = None,
         probabilistic: bool = False,
         annotated: Mapping[str, tuple[bool, ...]] | None = None,
+        party: str | None = None,
     ) -> None:
         if not prepared:
             raise DataError("There are 0 cases to train on. At least one is needed. Add cases, or use fewer folds.")
@@ -92,6 +95,8 @@ class Batches:
                 plan, mirror=mirror, augmentation=augmentation, deep_supervision=deep_supervision, labels=labels
             )[:2]
         )
+        if party is not None:
+            transforms = in_step(transforms, party)
         self._annotated = dict(annotated or {})
         files = {name: p.path if isinstance(p, Prepared) else p for name, p in prepared.items()}
         self._loader = nnUNetDataLoader(

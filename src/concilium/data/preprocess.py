@@ -28,6 +28,7 @@ from torch import Tensor
 from concilium.data._resize import resize_case, resizes, restore_label, settings_of
 from concilium.data.dataset import Case, Dataset, content_key, read_case
 from concilium.data.labels import Labels, to_nnunet
+from concilium.data.parties import crops, with_channel
 from concilium.data.plan import Plan
 from concilium.errors import ContractError, DataError
 from concilium.nnunet_parts import DefaultPreprocessor, convert_predicted_logits_to_segmentation_with_correct_shape
@@ -69,8 +70,10 @@ def label_rules(plan: Plan, labels: Labels) -> Any:
     return plan.manager.get_label_manager(to_nnunet(labels))
 
 
-def prepare(case: Case, dataset: Dataset, plan: Plan, folder: Path) -> Prepared:
+def prepare(case: Case, dataset: Dataset, plan: Plan, folder: Path, *, labelled: bool = True) -> Prepared:
     """The preprocessed case, from `folder` where it is there and intact; otherwise it is made and written there.
+
+    Of a case that need not be `labelled` the label map is 0 everywhere.
 
     Raises:
         DataError: the case has no label map, or cannot be read.
@@ -82,6 +85,8 @@ def prepare(case: Case, dataset: Dataset, plan: Plan, folder: Path) -> Prepared:
         except ContractError:
             pass  # a damaged file is no reason to stop: it is made again
     image, label, properties = read_case(case, dataset)
+    if label is None and not labelled:
+        label = np.zeros((1, *image.shape[1:]), np.float32)
     if label is None:
         raise DataError(
             f"Case {case.name} has no label map. Training needs one. Add it, or leave the case out.",
@@ -131,6 +136,7 @@ def prepared_key(case: Case, dataset: Dataset, plan: Plan) -> str:
         "intensities": plan.manager.foreground_intensity_properties_per_channel,
         **{name: plan.configuration.configuration[name] for name in _DECIDING},
         **settings_of(plan),
+        **({} if crops(plan) else {"crop": False}),
     }
     return blake2b(json.dumps(_as_json(deciding), sort_keys=True).encode(), digest_size=20).hexdigest()
 
@@ -171,10 +177,15 @@ def _run(image: Array, label: Array | None, properties: Mapping[str, Any], plan:
         )
     # nnU-Net's readers give label maps as float32; so does this, to take the same way through its arithmetic.
     label = None if label is None else label.astype(np.float32)
+    manager, configuration = plan.manager, plan.configuration
+    if not crops(plan):  # a channel of ones more: every voxel then is one that nnU-Net keeps
+        image = np.concatenate((image, np.ones((1, *image.shape[1:]), np.float32)))
+        manager, configuration = with_channel(plan)
     with redirect_stdout(io.StringIO()):
-        return DefaultPreprocessor(verbose=False).run_case_npy(
-            image, label, dict(properties), plan.manager, plan.configuration, to_nnunet(labels)
+        made = DefaultPreprocessor(verbose=False).run_case_npy(
+            image, label, dict(properties), manager, configuration, to_nnunet(labels)
         )
+    return made if crops(plan) else (made[0][:-1], *made[1:])
 
 
 # ----------------------------------------------------------------------------------------------------------- the file

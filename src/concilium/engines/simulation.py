@@ -46,12 +46,15 @@ def connect(
     names: Mapping[str, Names] | None = None,
     pictures: bool = True,
     micro_batch: Mapping[str, int] | None = None,
+    pooled: Path | None = None,
 ) -> Engine:
     """A simulation of these sites (name -> data); `folder` gets a folder for each of them. Whoever connects closes it.
 
     `names`: what a site, or the test set, calls otherwise than the study. `micro_batch`: how many patches a site holds at once.
+    `pooled`: the data of all together, where these are not simply the cases of all.
     """
-    data: dict[str, Mapping[str, Path]] = {name: {name: path} for name, path in sites.items()} | {"pooled": sites}
+    data: dict[str, Mapping[str, Path]] = {name: {name: path} for name, path in sites.items()}
+    data |= {"pooled": sites if pooled is None else {"pooled": pooled}}
     if test is not None:
         data["test"] = {"test": test}
     cache = cache or folder / "cache"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concilium.study._forecast import forecast_by
+from concilium.study._parties import holdings, is_vertical, places, sites_of
 from concilium.study.data_sets import DataSets, data_sets, divide, names_of, of_sites
 from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
 from concilium.study.tables import ForecastTable, SiteTable, StartTable, Study, training_of, with_seeds
@@ -17,10 +18,14 @@ __all__ = [
     "data_sets",
     "divide",
     "forecast_by",
+    "holdings",
+    "is_vertical",
     "names_of",
     "of_sites",
     "parse_study",
+    "places",
     "read_study",
+    "sites_of",
     "to_toml",
     "training_of",
     "with_seeds",

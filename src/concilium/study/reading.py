@@ -21,6 +21,7 @@ from concilium.data.shifts import Shift
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
 from concilium.study._hardware import unequal
+from concilium.study._parties import is_vertical, misparted, parted, sites_of
 from concilium.study._sharing import misshared, spelled_out
 from concilium.study._trainers import network_of_trainer, overruled
 from concilium.study._variants import FIXED, variant_tables
@@ -108,7 +109,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
     for key, cls in (("partition", Partition), ("forecast", ForecastTable)):
         found[key] = _table(cls, tables[key], f"[{key}]", problems) if key in tables else None
     problems += _lost_data(found, "partition" in tables, folder if check_data else None)
-    problems += [*undivided(found, "partition" in tables), *unequal(found)]
+    problems += [*undivided(found, "partition" in tables), *unequal(found), *misparted(found)]
     problems += [*contradictions(found, n_sites=len(tables.get("sites", {}))), *overruled(found), *misshared(found)]
     problems += confusions(found["sites"], found["test"], folder)
     return _resolve(Study(**found), folder) if len(problems) == before else None
@@ -274,9 +275,8 @@ def _resolve(study: Study, folder: Path) -> Study:
     cache = None if engine.cache is None else (folder / engine.cache).resolve()
     training = dataclasses.replace(study.training, learning_rate=training_of(study).learning_rate)
     weights = None if study.start.weights is None else (folder / study.start.weights).resolve()
-    sites = {name: _resolved(site, folder) for name, site in study.sites.items()}
-    test = None if study.test is None else _resolved(study.test, folder)
-    protocol = dataclasses.replace(study.protocol, min_sites=least_sites(study))
+    least = len(sites_of(study)) if is_vertical(study) else least_sites(study)
+    protocol = dataclasses.replace(study.protocol, min_sites=least)
     partition = study.partition and dataclasses.replace(
         study.partition,
         data=(folder / study.partition.data).resolve(),
@@ -285,13 +285,14 @@ def _resolve(study: Study, folder: Path) -> Study:
     )
     return dataclasses.replace(
         study,
-        sites=sites,
-        test=test,
+        sites={name: _resolved(site, folder) for name, site in study.sites.items()},
+        test=study.test and _resolved(study.test, folder),
         partition=partition,
         engine=dataclasses.replace(engine, threads=threads, cache=cache),
         start=dataclasses.replace(study.start, weights=weights),
         training=training,
         protocol=protocol,
+        network=parted(study),
     )
 
 

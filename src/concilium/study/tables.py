@@ -43,6 +43,8 @@ class SiteTable:
     """Its own names of labels, where they differ -> the study's. Between hospitals: `label_names` in the site's `site.toml`."""
     channels: Mapping[str, str] | None = None
     """The same of channels (`channel_names`)."""
+    holds: tuple[str, ...] | None = None
+    """In `vertical`: the channels that it contributes, in the study's words; [] of one whose images serve for its labels only."""
     micro_batch: int | None = None
     """How many patches fit into its memory at once: a larger batch is trained in so large parts, to the same step. Omitted: a
     batch fits. Between hospitals `micro_batch` in the site's `site.toml`."""

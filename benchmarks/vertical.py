@@ -1,0 +1,98 @@
+"""Sequences of the same patients at three institutes: what each is worth, and what it costs when they do not match.
+
+    python benchmarks/vertical.py data/glioma --out data/glioma-parties
+    concilium run studies/glioma-vertical.toml --out runs/glioma-vertical
+    python benchmarks/vertical.py data/glioma --out data/glioma-mixed --mix FLAIR
+
+The first command lays `glioma` out as three folders, one for each sequence, of the patients of all its institutions (links, no
+copies); the institute with the T1 images has the label maps. `--leave` holds an institution out: its patients go to the test set in
+place of those there. `--mix` gives one sequence's images to other patients, at the institute only: what happens where identifiers
+do not mean the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SEQUENCES = ("T1", "FLAIR", "T1ce")
+INSTITUTIONS = ("du", "ht", "cs", "fg")
+LABELS_AT = "T1"
+ENDING = ".png"
+
+
+def lay_out(data: Path, out: Path, *, leave: str | None, mix: str | None, seed: int = 0) -> None:
+    """Write the three folders, and `test` with all sequences."""
+    shutil.rmtree(out, ignore_errors=True)
+    training = {name: _cases(data / name) for name in INSTITUTIONS if name != leave}
+    patients = {case: patient for of in training.values() for case, patient in of.items()}
+    at = {case: name for name, of in training.items() for case in of}
+    for sequence in SEQUENCES:
+        shown = dict(zip(patients, _mixed(patients, seed) if sequence == mix else patients, strict=True))
+        for case, other in shown.items():
+            place = SEQUENCES.index(sequence)
+            source = data / at[other] / "imagesTr" / f"{other}_{place:04d}{ENDING}"
+            _link(source, out / sequence / "imagesTr" / f"{case}_0000{ENDING}")
+            if sequence == LABELS_AT:
+                _link(data / at[case] / "labelsTr" / f"{case}{ENDING}", out / sequence / "labelsTr" / f"{case}{ENDING}")
+        _describe(out / sequence, [sequence], patients)
+    held_out = data / (leave or "test")
+    for folder in ("imagesTr", "labelsTr"):
+        for path in sorted((held_out / folder).iterdir()):
+            _link(path, out / "test" / folder / path.name)
+    _describe(out / "test", SEQUENCES, _cases(held_out))
+
+
+def _cases(folder: Path) -> dict[str, str]:
+    """Case -> patient."""
+    found: dict[str, str] = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["patient"]
+    return found
+
+
+def _mixed(patients: Mapping[str, str], seed: int) -> list[str]:
+    """The cases in another order, none where a case of the same patient was."""
+    rng, order = random.Random(seed), list(patients)
+    while any(patients[a] == patients[b] for a, b in zip(patients, order, strict=True)):
+        rng.shuffle(order)
+        for i, (a, b) in enumerate(zip(patients, order, strict=True)):
+            if patients[a] == patients[b]:
+                j = rng.randrange(len(order))
+                order[i], order[j] = order[j], order[i]
+    return order
+
+
+def _describe(folder: Path, channels: Sequence[str], patients: Mapping[str, str]) -> None:
+    about: dict[str, Any] = {
+        "channel_names": {str(i): name for i, name in enumerate(channels)},
+        "labels": {"background": 0, "tumour": 1},
+        "numTraining": len(patients),
+        "file_ending": ENDING,
+        "patient": dict(patients),
+    }
+    (folder / "dataset.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.symlink(source.resolve(), target)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Lay the data out."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("data", type=Path, help="the federation glioma")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the institutes; replaced")
+    parser.add_argument("--leave", choices=INSTITUTIONS, help="institution whose patients become the test set")
+    parser.add_argument("--mix", choices=SEQUENCES, help="sequence whose images go to other patients")
+    given = parser.parse_args(arguments)
+    lay_out(given.data, given.out, leave=given.leave, mix=given.mix)
+
+
+if __name__ == "__main__":
+    main()

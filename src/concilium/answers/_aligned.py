@@ -1,0 +1,64 @@
+"""Which cases of a site train and which validate; at a party of a vertical federation, of those that all parties have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from concilium.answers import Entry, Settings
+from concilium.data.dataset import folds
+from concilium.errors import ContractError
+from concilium.messages import Prepare
+
+FILE = "aligned.json"
+
+
+def note_aligned(settings: Settings, names: Sequence[str]) -> None:
+    """Write which cases all parties have."""
+    file = _file(settings)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(sorted(names)), encoding="utf-8")
+    unfinished.replace(file)
+
+
+def aligned(settings: Settings, found: Sequence[Entry]) -> tuple[Entry, ...]:
+    """Of these cases those that all parties have, sorted by name: in the order of every party.
+
+    Raises:
+        ContractError: they were never aligned, or one is gone.
+    """
+    file = _file(settings)
+    if not file.is_file():
+        raise ContractError(
+            f"{settings.name} was asked to prepare before its cases were aligned with those of the other parties. Expected Align "
+            "first. Start the run again."
+        )
+    names = json.loads(file.read_text(encoding="utf-8"))
+    there = {entry.case.name: entry for entry in found}
+    if lacking := [name for name in names if name not in there]:
+        raise ContractError(
+            f"{len(lacking)} cases that were aligned are not at {settings.name} any more ({', '.join(lacking[:3])}). Expected "
+            "all of them, unchanged, while a run goes on. Put them back, or start the run again."
+        )
+    return tuple(there[name] for name in names)
+
+
+def divided(settings: Settings, request: Prepare, usable: Sequence[Entry]) -> dict[str, tuple[Entry, ...]]:
+    """The cases that train and those that validate, by patient; of a party as whoever has the labels numbers patients."""
+    of = {e.key: (e.member, e.case.patient) for e in usable}
+    if request.holding is not None:
+        of = {e.key: (e.member, f"{p:06d}") for e, p in zip(usable, request.patients, strict=True)}
+    held_out = {
+        (m, p)
+        for m in settings.data
+        for p in folds(sorted({p for member, p in of.values() if member == m}), request.folds, request.fold)
+    }
+    return {
+        "training": tuple(e for e in usable if of[e.key] not in held_out),
+        "validation": tuple(e for e in usable if of[e.key] in held_out),
+    }
+
+
+def _file(settings: Settings) -> Path:
+    return settings.folder / FILE

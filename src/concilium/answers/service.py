@@ -1,0 +1,147 @@
+"""Answers to `Look` and `Conclude`: a party's share in segmenting a case with a vertical model.
+
+Windows are those that nnU-Net's predictor asks a network for, in its order, mirrored ones included: every party's predictor asks
+for the same, since images have one size. At a party it is given zeros for logits; at the labels, in the end, those computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from concilium.answers import Check, Entry, Job, Settings
+from concilium.answers.evaluate import Scorer, subset_of
+from concilium.answers.statistics import Exclusions
+from concilium.answers.vertical import set_absent
+from concilium.data.labels import n_heads
+from concilium.data.patches import predict_logits
+from concilium.data.preprocess import preprocess
+from concilium.errors import ContractError
+from concilium.messages import Conclude, Done, Evaluated, Look, Looked, Tensors
+from concilium.networks import Stack
+from concilium.networks._fusion import FRONTS, own_part
+from concilium.optimization import autocast, floats_of
+from concilium.transport import decode, encode
+
+
+class Service:
+    """What a party must know between the messages about one case, and about the cases of one evaluation."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self._settings, self._device = settings, device
+        self._image: tuple[str, NDArray[Any]] | None = None
+        self._logits: list[Tensor] = []
+        self._scorer: Scorer | None = None
+        self._began = 0.0
+
+    def look(self, job: Job, weights: Tensors, request: Look) -> Looked:
+        """The maps of these windows.
+
+        Raises:
+            ContractError: there is no such case, or the weights are not those of this party.
+            DataError: the case cannot be read.
+        """
+        entries, _ = subset_of(self._settings, job, request.subset)
+        if not entries:
+            return Looked((), 0, 0)
+        entry = _chosen(entries, request.case, self._settings.name)
+        own = own_part(job.network(), self._settings.name, tail_after=FRONTS, labelled=False)
+        own.held.load_state_dict({n: t for n, t in weights.items() if n.startswith(f"{FRONTS}.")})
+        if self._image is None or self._image[0] != entry.key:
+            self._image = (entry.key, preprocess(entry.case, entry.dataset, job.plan)[0])
+        window = _Windows(own.front, request.start, request.count, n_heads(job.labels))
+        _predict(window.to(self._device), self._image[1], job, self._device)
+        return Looked(tuple(encode(maps, request.transport) for maps in window.maps), window.seen, len(entries))
+
+    def conclude(
+        self, job: Job, weights: Tensors, request: Conclude, cancelled: Check
+    ) -> tuple[Done | Evaluated, Exclusions]:
+        """Take in the maps of these windows; with the last of a case score it, and with the last case answer.
+
+        Raises:
+            ContractError: the labels are not here, or the maps are not what the tail needs.
+            DataError: the case cannot be read.
+        """
+        if not job.labelled:
+            raise ContractError(
+                f"{self._settings.name} was asked to conclude. Only who has the labels can. Report this."
+            )
+        if request.case == 0 and request.start == 0:
+            self._scorer, self._began = Scorer(self._settings, job, request.evaluate, self._device), time.monotonic()
+        if request.start == 0:
+            self._logits = []
+        if self._scorer is None:
+            raise ContractError(
+                f"Case {request.case} came to {self._settings.name} before the first. Start the evaluation again."
+            )
+        entries, _ = subset_of(self._settings, job, request.evaluate.subset)
+        entry = _chosen(entries, request.case, self._settings.name)
+        self._logits += self._run_tail(job, weights, request)
+        if request.last:
+            self._scorer.add(entry, [_Replay(self._logits)])
+            self._logits = []
+        if not (request.last and request.case == len(entries) - 1):
+            return Done(), {}
+        scorer, self._scorer = self._scorer, None
+        return scorer.reply(time.monotonic() - self._began), scorer.excluded
+
+    def _run_tail(self, job: Job, weights: Tensors, request: Conclude) -> list[Tensor]:
+        """The finest logits of each window."""
+        whole = job.network(deep_supervision=job.training.deep_supervision and request.after == FRONTS)
+        own = own_part(whole, self._settings.name, tail_after=request.after, labelled=True)
+        own.held.load_state_dict(dict(weights))
+        tail = own.tail
+        if tail is None:
+            raise ContractError(f"{self._settings.name} has no tail of {request.model}. Keep it first.")
+        tail.to(self._device).eval()
+        set_absent(tail, request.absent)
+        made = []
+        with torch.no_grad(), autocast(self._device, job.training.precision):
+            for window in request.maps:
+                maps = decode(window, request.transport, dtype=floats_of(tail))
+                made.append(tail.run(tuple(m.to(self._device) for m in maps))[-1].float().cpu())
+        return made
+
+
+class _Windows(nn.Module):
+    """A front in place of a network: keeps what it leaves of some of the windows that it is asked about."""
+
+    def __init__(self, front: nn.Module, start: int, count: int, n_heads: int) -> None:
+        super().__init__()
+        self.front = front
+        self.start, self.count, self.n_heads = start, count, n_heads
+        self.seen = 0
+        self.maps: list[Stack] = []
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.start <= self.seen < self.start + self.count:
+            self.maps.append(cast(Any, self.front).run((image,)))
+        self.seen += 1
+        return image.new_zeros(image.shape[0], self.n_heads, *image.shape[2:])
+
+
+class _Replay(nn.Module):
+    """Logits that were computed already, in place of a network."""
+
+    def __init__(self, logits: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.logits = iter(logits)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return next(self.logits).to(image.device)
+
+
+def _predict(network: nn.Module, image: NDArray[Any], job: Job, device: torch.device) -> None:
+    t = job.training
+    predict_logits(network, image, job.plan, labels=job.labels, device=device, mirror=t.mirror, precision=t.precision)
+
+
+def _chosen(entries: Sequence[Entry], place: int, site: str) -> Entry:
+    if not 0 <= place < len(entries):
+        raise ContractError(f"Case {place} was asked for at {site}, which has {len(entries)}. Ask for one of these.")
+    return entries[place]

@@ -1,0 +1,145 @@
+"""A finished vertical model at work: every party runs its front on the same windows of a case, and the label holder concludes.
+
+No party sends an image, and none gets another's front. The server has the part in between, where the study gives it one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from concilium.engines import Engine, ask
+from concilium.messages import (
+    Conclude,
+    Evaluate,
+    Evaluated,
+    Failure,
+    Look,
+    Looked,
+    Reply,
+    SiteError,
+    Tensors,
+    as_failure,
+)
+from concilium.networks import Stages
+from concilium.networks._fusion import FRONTS, Fronts, own_part, tail_of
+from concilium.optimization import autocast, device_named
+from concilium.planning import Plans, network_of
+from concilium.schedule import Model
+from concilium.transport import decode, encode
+
+WINDOWS = {2: 16, 3: 2}
+"""Axes of a patch -> how many windows travel in a message."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A vertical model as the server has it: the network, where its tail begins, and who has what."""
+
+    network: Stages
+    after: str
+    fronts: Fronts
+    labels: str
+    owned: Mapping[str, frozenset[str]]
+    """Site -> the names of its tensors."""
+
+
+def served(model: Model, plans: Plans) -> Served:
+    """What is needed to serve a model of this setting."""
+    study = model.setting.study
+    p = study.protocol.options
+    at_labels = p["body"] == "labels"
+    network = network_of(study, plans)(deep_supervision=study.training.deep_supervision and at_labels)
+    after = FRONTS if at_labels else tail_of(network)
+    fronts = cast(Fronts, network[FRONTS])
+    owned = {
+        site: frozenset(own_part(network, site, tail_after=after, labelled=site == p["labels"]).held.state_dict())
+        for site in model.setting.sites
+    }
+    return Served(network, after, fronts, str(p["labels"]), owned)
+
+
+def own_weights(model: Model, plans: Plans, weights: Tensors) -> dict[str, Tensors]:
+    """Site -> those of these weights that are its own."""
+    owned = served(model, plans).owned
+    return {site: {n: weights[n] for n in sorted(names)} for site, names in owned.items()}
+
+
+def serve(
+    engine: Engine, model: Model, plans: Plans, weights: Tensors, request: Evaluate, *, device: str
+) -> Reply | Failure:
+    """Have the cases of a subset segmented and scored; what the label holder answers at the end, or how a site failed."""
+    made = served(model, plans)
+    study = model.setting.study
+    chosen = device_named(device)
+    body = made.network.split(FRONTS, made.after)[1] if made.after != FRONTS else None
+    if body is not None:
+        body.load_state_dict({n: weights[n] for n in body.state_dict()})
+        body.to(chosen).eval()
+    between = _Between(body, chosen, study.training.precision, study.protocol.options["transport"])
+    n_windows = WINDOWS[len(plans.patch_size)]
+    case, n_cases = 0, 1
+    reply: Reply | Failure = SiteError("EngineError", "no_cases", "")
+    while case < n_cases:
+        start, last = 0, False
+        while not last:
+            look = Look(request.model, request.subset, case, start, n_windows, between.transport)
+            looked = _look(engine, made.fronts.parties, look)
+            if not isinstance(looked, _Windows):
+                return looked
+            n_cases, last = looked.n_cases, start + len(looked.maps) >= looked.n_windows
+            if not n_cases:
+                return reply
+            maps = tuple(between(window) for window in looked.maps)
+            conclude = Conclude(request, case, start, maps, last, made.after, (), between.transport)
+            (reply,) = dict(ask(engine, {made.labels: conclude})).values()
+            if isinstance(reply, Failure):
+                return reply
+            start += len(looked.maps)
+        case += 1
+    return reply if isinstance(reply, Evaluated) else as_failure(reply)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """For each window the maps of all parties, one after the other; how many windows the case has, and cases the subset."""
+
+    maps: tuple[tuple[Tensor, ...], ...]
+    n_windows: int
+    n_cases: int
+
+
+def _look(engine: Engine, parties: Sequence[str], request: Look) -> _Windows | Failure:
+    """What all parties see of these windows; or how one failed."""
+    looked: dict[str, Looked] = {}
+    for site, answer in ask(engine, dict.fromkeys(parties, request)):
+        if not isinstance(answer, Looked):
+            return as_failure(answer)
+        looked[site] = answer
+    told = {(len(reply.maps), reply.n_windows, reply.n_cases) for reply in looked.values()}
+    (n, n_windows, n_cases), *others = told
+    if others or (n_cases and not 0 < n <= request.count):
+        return SiteError("ContractError", "wrong_maps", "")
+    each = zip(*(looked[party].maps for party in parties), strict=True)
+    return _Windows(tuple(tuple(m for maps in window for m in maps) for window in each), n_windows, n_cases)
+
+
+@dataclass(frozen=True)
+class _Between:
+    """What the server does to the maps of a window."""
+
+    body: Stages | None
+    device: torch.device
+    precision: str
+    transport: str
+
+    def __call__(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.body is None:
+            return maps
+        came = [m.to(self.device) for m in decode(maps, self.transport, dtype=torch.float32)]
+        with torch.no_grad(), autocast(self.device, self.precision):
+            return encode(self.body.run(tuple(came)), self.transport)

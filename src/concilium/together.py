@@ -1,0 +1,157 @@
+"""Sites that hold channels of the same patients: whose cases all have, and what each is asked to prepare (`vertical`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from concilium.alignment import intersect
+from concilium.data.dataset import open_dataset, restricted
+from concilium.data.joined import write_joined
+from concilium.data.parties import joined
+from concilium.engines import Engine, ask
+from concilium.errors import DataError, EngineError
+from concilium.messages import (
+    Align,
+    Aligned,
+    Blind,
+    Blinded,
+    Examined,
+    Offer,
+    Offered,
+    Prepare,
+    Request,
+    as_failure,
+    describe,
+)
+from concilium.planning import Plans
+from concilium.record import Record
+from concilium.schedule import Setting
+from concilium.study import Study, holdings, is_vertical, names_of, sites_of
+
+T = TypeVar("T")
+POOLED = "joined"
+"""Folder of the run in which a simulation joins the channels of all sites, for the baseline in one place."""
+
+
+def pool_of(study: Study, folder: Path) -> dict[str, Path]:
+    """What a simulation is told of the data of all together, where these are not simply the cases of all."""
+    joins = is_vertical(study) and study.engine.name == "simulation"
+    return {"pooled": folder / POOLED} if joins else {}
+
+
+def as_one(study: Study, told: Mapping[str, Examined]) -> dict[str, Examined]:
+    """What the sites told, as if each had the channels of all: they have one set of cases, and one set of labels.
+
+    Raises:
+        DataError: a site has other channels than it is said to hold.
+        EngineError: a site did not answer.
+    """
+    labels = study.protocol.options["labels"]
+    if lost := [name for name in study.sites if name not in told]:
+        raise EngineError(
+            f"{', '.join(lost)} did not tell of its cases. All sites must, since each holds channels that nobody else has. Mend "
+            "it and start again."
+        )
+    channels = tuple(channel for name in study.sites for channel in told[name].channels)
+    whole = joined({name: told[name].fingerprint for name in study.sites}, labels)
+    one = replace(told[labels], channels=channels, fingerprint=whole)
+    return {name: one if name in study.sites else reply for name, reply in told.items()}
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """A number for the patient of each case that all sites have, and what a report must say of it."""
+
+    patients: tuple[int, ...]
+    warnings: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
+    """Have the sites find which cases all of them have.
+
+    Raises:
+        EngineError: a site failed.
+        DataError: too few cases are everywhere.
+    """
+    held, labels = holdings(study), str(study.protocol.options["labels"])
+    offered = _all(engine, {name: Offer(own) for name, own in held.items()}, Offered)
+
+    def blind(site: str, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _all(engine, {site: Blind(points)}, Blinded)[site].points
+
+    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, blind)
+    replies = _all(engine, {n: Align(held[n], f.rows, f.apart) for n, f in found.items()}, Aligned)
+    patients = replies[labels].patients
+    counts = {name: len(o.cases) for name, o in offered.items()}
+    if len(set(patients)) < 2:
+        raise DataError(
+            f"{len(patients)} cases of {len(set(patients))} patients are at all sites ({_told(counts)}). At least two patients "
+            "are needed, of whom one validates. Cases must be called the same at all sites: rename the files."
+        )
+    if "centralized" in study.protocol.compare and study.engine.name == "simulation":
+        _join(study, record)
+    n, apart = len(patients), len(found[labels].apart)
+    warnings: list[str] = []
+    problems: list[str] = []
+    if any(count != n for count in counts.values()):
+        warnings.append(f"{n} cases are at all sites, and trained on ({_told(counts)} are there).")
+    if apart:
+        text = f"{apart} cases that all sites have lie elsewhere in space at one of them, and are set aside (geometry_differs)."
+        (problems if apart > study.study.max_excluded * (n + apart) else warnings).append(text)
+    return Agreed(patients, tuple(warnings), tuple(problems))
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def held_requests(setting: Setting, plans: Plans, asked: Mapping[str, Prepare]) -> dict[str, Prepare]:
+    """What each site is asked to prepare: the channels that it holds; sites that take no part nothing."""
+    study = setting.study
+    held, taking = holdings(study), sites_of(study)
+    found = {}
+    for name, request in asked.items():
+        # patches that follow the labels would tell where these are
+        request = replace(request, training=replace(request.training, foreground=0.0))
+        if name in held and name in taking:
+            request = replace(request, plans=plans.of(name), holding=held[name], patients=plans.patients)
+        if name not in held or name in taking:
+            found[name] = request
+    return found
+
+
+def _all(engine: Engine, requests: Mapping[str, Request], expected: type[T]) -> dict[str, T]:
+    """The replies of all.
+
+    Raises:
+        EngineError: one failed.
+    """
+    found: dict[str, T] = {}
+    for name, reply in ask(engine, requests):
+        if not isinstance(reply, expected):
+            raise EngineError(
+                f"{name} failed while cases were aligned: {describe(as_failure(reply))}. All sites must answer. Mend it and "
+                "start again."
+            )
+        found[name] = reply
+    return {name: found[name] for name in requests}
+
+
+def _join(study: Study, record: Record) -> None:
+    """Join the channels of all sites in a folder of the run, for a baseline that one hospital with all of them would have."""
+    held, named = holdings(study), names_of(study)
+    labels = study.protocol.options["labels"]
+    names = json.loads((record.folder / "sites" / labels / "aligned.json").read_text(encoding="utf-8"))
+    sets = {}
+    for name, site in study.sites.items():
+        dataset = open_dataset(site.data or Path(), named.get(name), labelled=held[name].labelled)
+        if held[name].channels or held[name].labelled:
+            sets[name] = (restricted(dataset, held[name].channels), bool(held[name].channels))
+    write_joined(record.folder / POOLED, sets, labels=labels, cases=names)
