@@ -5,8 +5,8 @@
     python benchmarks/vertical.py data/glioma --out data/glioma-mixed --mix FLAIR
 
 The first command lays `glioma` out as three folders, one for each sequence, of the patients of all its institutions (links, no
-copies); the institute with the T1 images has the label maps. `--leave` holds an institution out: its patients go to the test set in
-place of those there. `--mix` gives one sequence's images to other patients, at the institute only: what happens where identifiers
+copies); the institute with the T1 images has the label maps. `--leave` holds an institution out: its patients are the test set.
+`--mix` gives one sequence's images to other patients, at the institute only: what happens where identifiers
 do not mean the same.
 """
 

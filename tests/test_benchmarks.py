@@ -485,3 +485,18 @@ def test_a_simulation_and_a_loopback_train_the_same(
     assert found["same_bits"]
     assert found["loopback"]["up"] == pytest.approx(found["simulation"]["up"], rel=0.01)
     assert found["loopback"]["step_s"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ secure sum
+
+
+def test_a_secure_sum_costs_the_bytes_of_a_plain_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In tensors so small that headers and shares count, more; the means are the same."""
+    small = ["--parameters", "100000", "--sites", "3", "--repeats", "1", "--out", str(tmp_path / "figures.json")]
+    (figures,) = load("secure_sum").main(small)
+    assert 0.9 < figures.bytes_up < 1.1
+    assert 0.99 < figures.bytes_down < 1.1
+    assert figures.error < 2e-6
+    assert set(figures.rounds) == {"plain", "secure", "lost"}
+    assert json.loads((tmp_path / "figures.json").read_text())[0]["sites"] == 3
+    assert "Targets" in capsys.readouterr().out

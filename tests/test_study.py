@@ -404,6 +404,24 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
         {"collect": {"name": "judged"}},
         "[aggregation] name = 'mean' is not allowed with [collect] name = 'judged': it does not look at single updates",
     ),
+    *(
+        ({"collect": {"name": "secure_sum"}} | tables, f"[collect] name = 'secure_sum' is not allowed with {reason}")
+        for tables, reason in (
+            ({"aggregation": {"name": "fednova"}}, "[aggregation] name = 'fednova': it must see each site's update"),
+            ({"protocol": {"name": "splitfed"}}, "splitfed: its server has each site's body"),
+            ({"protocol": {"name": "local"}}, "local: no updates are added up there"),
+            ({"plan": {"fingerprint": "site"}}, "[plan] fingerprint = 'site': of tensors that few sites have"),
+            ({"protocol": {"participation": 0.5, "min_sites": 1}}, "one site in a round"),
+        )
+    ),
+    (
+        {"collect": {"name": "secure_sum"}, "local_update": {"name": "fedadamw"}, "training": {"optimizer": "adamw"}},
+        "[local_update] name = 'fedadamw' is not allowed with [collect] bits = 32: its second moments, squares of gradients, are",
+    ),
+    (
+        {"collect": {"name": "secure_sum", "threshold": 3}},
+        "[collect] threshold = 3 is not allowed with 2 sites in a round. Allowed: 2 to 2.",
+    ),
     (
         {"aggregation": {"name": "krum", "faulty": 1}},
         "[aggregation] faulty = 1 is not allowed with 2 sites in a round. Allowed: 0 to 0, since krum needs 2 · faulty + 3",
@@ -495,7 +513,7 @@ RULE_WITH = {
     "learning_rate": "adam", "momentum": "momentum", "beta1": "adam", "beta2": "yogi", "tau": "adam", "share": "trimmed_mean",
     "faulty": "krum", "keep": "krum", "lag": "agreement", "turn": "agreement", "memory": "agreement", "sharpness": "quality",
     "cutoff": "quality", "cases": "judged", "mu": "proximal", "weight": "ditto", "temperature": "distill",
-    "first_weight": "condistfl",
+    "first_weight": "condistfl", "threshold": "secure_sum", "range": "secure_sum",
 }  # fmt: skip
 """Option -> a plug-in that has it."""
 
@@ -507,7 +525,7 @@ def test_every_range_of_an_option_is_checked(full: str) -> None:
     other |= {"collect": {"name": "judged"}} if RULE_WITH[key] == "quality" else {}
     sites = {"west": {"data": "w"}}
     (line,) = errors(raw(sites=sites, **{table: {"name": RULE_WITH[key], key: -1}} | other))
-    given = -1 if key in ("faulty", "keep", "cases") else -1.0
+    given = -1 if key in ("faulty", "keep", "cases", "threshold") else -1.0
     assert line == f"{full} = {given} is not allowed. Allowed: {OPTION_RANGES[full][1]}."
     study = parse(sites=sites, **{table: {"name": RULE_WITH[key]}} | other)
     assert key in getattr(study, table).options, "its own default is in the range"

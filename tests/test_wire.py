@@ -27,6 +27,7 @@ from concilium.messages import (
     FAILURES,
     REPLIES,
     REQUESTS,
+    Blinded,
     ChannelStatistics,
     Done,
     Evaluate,
@@ -36,6 +37,7 @@ from concilium.messages import (
     Judge,
     Judged,
     Keep,
+    Looked,
     Maps,
     PlugIn,
     Score,
@@ -470,6 +472,10 @@ TEXT_FIELDS = {
     "Trained.weights",  # the keys: names of tensors
     "Trained.control",  # the same
     "Handed.weights",  # the same
+    "Held.beside",  # names of tensors
+    "Dealt.shares",  # the keys: sites' names in the study
+    "Unmasked.own",  # the same
+    "Unmasked.lost",  # the same
     "Card.site",  # its name in the study
     "SiteRefused.rule",
     "SiteError.exception",
@@ -484,10 +490,19 @@ TENSOR_FIELDS = {
     "Handed.weights",
     "Handed.sealed",  # bytes, for one other site
     "Passed.sealed",
+    "Dealt.shares",  # bytes, each for one other site
+    "Dealt.commitment",  # bytes: a digest
+    "Masked.values",  # whole numbers that look drawn at random (tests/collect/test_secure_sum.py)
+    "Unmasked.own",  # bytes: shares
+    "Unmasked.lost",
     "Card.key",  # bytes: the public half
     "Card.certificate",
     "Card.signature",
+    "Offered.cases",  # blinded names (tests/test_alignment.py)
+    "Offered.geometry",
+    "Blinded.points",
     "Maps.maps",
+    "Looked.maps",
     "Gradients.gradients",
     "ChannelStatistics.keys",
     "ChannelStatistics.masses",
@@ -526,7 +541,11 @@ def test_replies_tell_only_what_is_listed() -> None:
 def test_maps_and_gradients_hold_tensors_and_nothing_else() -> None:
     for cls in PER_VOXEL:
         assert set(typing.get_type_hints(cls).values()) == {tuple[Tensor, ...]}
-    assert {cls for cls in REPLIES if any(h == tuple[Tensor, ...] for _, h in fields_of(cls))} == set(PER_VOXEL)
+    several = {cls for cls in REPLIES if any(h == tuple[Tensor, ...] for _, h in fields_of(cls))}
+    assert several == {*PER_VOXEL, Blinded}
+    assert {n: h for n, h in typing.get_type_hints(Looked).items() if h is not int} == {
+        "maps": tuple[tuple[Tensor, ...], ...]
+    }
 
 
 def test_no_reply_has_a_field_for_a_name_or_a_path() -> None:

@@ -72,6 +72,8 @@ OPTION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[aggregation] cutoff": (lambda x: 0 <= x < 1, "0 to below 1"),
     "[aggregation] memory": (lambda x: 0 <= x < 1, "0 to below 1"),
     "[collect] cases": (lambda x: x >= 1, "1 or more"),
+    "[collect] threshold": (lambda x: x is None or x >= 2, "2 or more"),
+    "[collect] range": (lambda x: x > 0, "more than 0"),
     "[local_update] mu": (lambda x: x >= 0, "0 or more"),
     "[local_update] weight": (lambda x: x >= 0, "0 or more"),
     "[local_update] first_weight": (lambda x: x >= 0, "0 or more"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 from torch import Tensor
 
@@ -164,6 +164,28 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """A site's public keys for one round of masked updates: on one card that of shares, on the other that of its masks."""
+
+    share: Card
+    mask: Card
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How the updates of a round are masked, so that the server sees their sum alone (`masking.py`)."""
+
+    threshold: int
+    """So many sites must be in the sum, and help to unmask it."""
+    bits: int
+    """Of one masked value: 16, 32 or 64."""
+    range: float
+    """Largest change of a value in a round that can be said."""
+    counts: str
+    """What an update counts: `cases`, times the share of the steps; or `equal`, that share alone."""
+
+
+@dataclass(frozen=True)
 class Holding:
     """What a site contributes where channels of the same patients lie at several sites (`vertical`)."""
 
@@ -299,7 +321,7 @@ class Front:
     """Whether the network is one of several parties (`vertical`): then `cut` is the stage after which the tail begins, weights
     are those of the site's own part, and steps in which it is not asked are left out."""
     absent: bool = False
-    """Of a party: draw the batch, and send no maps."""
+    """Of a party: draw the batch, and send no maps. Where nothing is annotated in it, whoever has the labels answers `Done`."""
 
 
 @dataclass(frozen=True)
@@ -381,6 +403,64 @@ class Take:
     sender: Card
     sealed: Tensor
     reveal: bool
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Train as `train` says, hold the update back, and show keys for this round. `threshold` and the rest hold for all of it."""
+
+    train: Train
+    masking: Masking
+
+    @property
+    def model(self) -> str:
+        return self.train.model
+
+    @property
+    def round(self) -> int:
+        return self.train.round
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Divide the secrets behind this site's masks among the sites of this round, each share sealed for its holder.
+
+    `weight` and `cases` are what all these sites' updates count together, and how many training cases they have.
+    """
+
+    model: str
+    round: int
+    keys: tuple[Keys, ...]
+    weight: int
+    cases: int
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Send the update that was held back, masked towards the sites whose shares (sender -> sealed for this site) these are."""
+
+    model: str
+    round: int
+    shares: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Agree:
+    """Sign that these sites' masked updates, and no others, are in the sum."""
+
+    model: str
+    round: int
+    survivors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Unmask:
+    """Send what this site holds of the survivors' own masks, and of the keys of those that were lost: never both of one site."""
+
+    model: str
+    round: int
+    agreed: tuple[Card, ...]
+    """What other survivors answered to `Agree`."""
 
 
 @dataclass(frozen=True)
@@ -522,33 +602,11 @@ class Forget:
 
 
 Request: TypeAlias = (
-    Examine
-    | Offer
-    | Blind
-    | Align
-    | Prepare
-    | Describe
-    | Share
-    | Train
-    | Front
-    | Tail
-    | Finish
-    | Introduce
-    | Pass
-    | Hand
-    | Take
-    | Evaluate
-    | Look
-    | Conclude
-    | Judge
-    | Keep
-    | Personalize
-    | Reestimate
-    | Fetch
-    | Snapshot
-    | Restore
+    Examine | Offer | Blind | Align | Prepare | Describe | Share | Train | Front | Tail | Finish | Introduce | Pass | Hand
+    | Take | Hold | Deal | Mask | Agree | Unmask | Evaluate | Look | Conclude | Judge | Keep | Personalize | Reestimate
+    | Fetch | Snapshot | Restore
     | Forget
-)
+)  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------- replies
 
@@ -655,13 +713,49 @@ class Handed:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What `Train` answers, without weights; the tensors that were held back beside them, and keys for this round."""
+
+    trained: Trained
+    beside: tuple[str, ...]
+    keys: Keys
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Sealed shares by the site that can open them, and a digest by which a mask put together again is known."""
+
+    shares: Mapping[str, Tensor]
+    commitment: Tensor
+
+
+@dataclass(frozen=True)
+class Masked:
+    """An update under masks: whole numbers (n,) that look drawn at random."""
+
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Agreed:
+    card: Card
+    """Its signature is of who is in the sum."""
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """Shares by site: of the survivors' own masks, and of the mask keys of those that were lost."""
+
+    own: Mapping[str, Tensor]
+    lost: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Maps:
     """Activations of the front: float maps, whose gradients come back, or whole numbers, which have none. No map at all where
     nothing is annotated in the batch: then no part of the network takes a step."""
 
     maps: tuple[Tensor, ...]
-    known: bool = True
-    """Of a party with the labels: whether anything is annotated in the batch."""
 
 
 @dataclass(frozen=True)
@@ -735,73 +829,20 @@ class SiteError:
 
 Failure: TypeAlias = SiteTimeout | SiteLost | SiteRefused | SiteError
 Reply: TypeAlias = (
-    Examined
-    | Offered
-    | Blinded
-    | Aligned
-    | Prepared
-    | Described
-    | Trained
-    | Introduced
-    | Passed
-    | Handed
-    | Maps
-    | Gradients
-    | Evaluated
-    | Looked
-    | Judged
-    | Fetched
-    | Done
-)
+    Examined | Offered | Blinded | Aligned | Prepared | Described | Trained | Introduced | Passed | Handed | Held | Dealt
+    | Masked | Agreed | Unmasked | Maps | Gradients | Evaluated | Looked | Judged | Fetched | Done
+)  # fmt: skip
 
-REQUESTS: tuple[type, ...] = (
-    Examine,
-    Offer,
-    Blind,
-    Align,
-    Prepare,
-    Describe,
-    Share,
-    Train,
-    Front,
-    Tail,
-    Finish,
-    Introduce,
-    Pass,
-    Hand,
-    Take,
-    Evaluate,
-    Look,
-    Conclude,
-    Judge,
-    Keep,
-    Personalize,
-    Reestimate,
-    Fetch,
-    Snapshot,
-    Restore,
-    Forget,
-)
-REPLIES: tuple[type, ...] = (
-    Examined,
-    Offered,
-    Blinded,
-    Aligned,
-    Prepared,
-    Described,
-    Trained,
-    Introduced,
-    Passed,
-    Handed,
-    Maps,
-    Gradients,
-    Evaluated,
-    Looked,
-    Judged,
-    Fetched,
-    Done,
-)
-FAILURES: tuple[type, ...] = (SiteTimeout, SiteLost, SiteRefused, SiteError)
+REQUESTS: tuple[type, ...] = get_args(Request)
+REPLIES: tuple[type, ...] = get_args(Reply)
+FAILURES: tuple[type, ...] = get_args(Failure)
+
+
+HINTS = {
+    "out_of_memory": "; in training, a smaller micro_batch at the site may help",
+    "out_of_range": "; a value changed by more than [collect] range: raise it, and with it bits",
+    "below_threshold": "; fewer sites than [collect] threshold were left, and nothing was unmasked",
+}
 
 
 def as_failure(reply: Reply | Failure) -> Failure:
@@ -820,5 +861,4 @@ def describe(failure: Failure) -> str:
             return f"refused by its policy ({rule})"
         case SiteError(exception, code, reference):
             where = f"; reference {reference} in the site's own log" if reference else ""
-            help = "; in training, a smaller micro_batch at the site may help" if code == "out_of_memory" else ""
-            return f"{code} ({exception}{where}){help}"
+            return f"{code} ({exception}{where}){HINTS.get(code, '')}"

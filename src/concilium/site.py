@@ -29,6 +29,7 @@ from concilium.answers.notes import note_cases, note_excluded, note_plan
 from concilium.answers.own import personalize, reestimate
 from concilium.answers.permission import check_names, check_policy
 from concilium.answers.relay import Carried, Relay
+from concilium.answers.secure import Secret, Secure
 from concilium.answers.service import Service
 from concilium.answers.statistics import Exclusions, examine, prepare
 from concilium.errors import ContractError
@@ -47,8 +48,8 @@ from concilium.messages import (
     Finish,
     Forget,
     Front,
-    Hand,
-    Introduce,
+    Held,
+    Hold,
     Judge,
     Keep,
     Look,
@@ -65,7 +66,6 @@ from concilium.messages import (
     SiteTimeout,
     Snapshot,
     Tail,
-    Take,
     Tensors,
     Train,
     Trained,
@@ -86,6 +86,7 @@ class Site:
         self._job: Job | None = None
         self._models = Models(settings.folder, self.device, site=settings.name)
         self._relay = Relay(settings, run=run)
+        self._secure = Secure(settings, run=run)
         self._service = Service(settings, self.device)
         self._last: tuple[int, bytes | Path] | None = None
         """The last reply, or the file it lies in, with the number of its request."""
@@ -146,14 +147,14 @@ class Site:
                 note_cases(self.settings, excluded, request.holding)
                 note_plan(self.settings, request)
                 return prepared
-            case Train() | Front() | Tail() | Finish() | Pass():
+            case Train() | Front() | Tail() | Finish() | Pass() | Hold():
                 return self._train(request, cancelled)
             case Evaluate() | Judge():
                 return self._evaluate(request, cancelled)
-            case Introduce() | Hand() | Take() | Describe() | Share() | Fetch() | Personalize() | Reestimate():
-                return self._make_own(request, cancelled)
             case Keep() | Snapshot() | Restore() | Forget():
                 self._store(request)
+            case _:
+                return self._make_own(request, cancelled)
         return Done()
 
     def _take_part(self, request: Offer | Blind | Align | Look | Conclude, cancelled: Check) -> Reply:
@@ -175,12 +176,12 @@ class Site:
         note_excluded(self.settings, excluded)
         return reply
 
-    def _make_own(
-        self, request: Carried | Describe | Share | Fetch | Personalize | Reestimate, cancelled: Check
-    ) -> Reply:
-        """What has to do with tensors that are the site's own, or sealed for it."""
+    def _make_own(self, request: Request, cancelled: Check) -> Reply:
+        """What has to do with tensors that are the site's own, sealed or masked."""
         if isinstance(request, Carried):
             return self._relay.answer(request, self._models, self._prepared_job)
+        if isinstance(request, Secret):
+            return self._secure.answer(request)
         job, models, site = self._prepared_job(), self._models, self.settings.name
         match request:
             case Describe():
@@ -231,10 +232,10 @@ class Site:
         check_like(whole, built(job).state_dict())
         return whole
 
-    def _train(self, request: Train | Front | Tail | Finish | Pass, cancelled: Check) -> Reply:
+    def _train(self, request: Train | Front | Tail | Finish | Pass | Hold, cancelled: Check) -> Reply:
         models, job = self._models, self._prepared_job()
-        reply: Trained | Passed
-        if isinstance(request, Train | Front):
+        reply: Trained | Passed | Held
+        if isinstance(request, Train | Front | Hold):
             self._relay.check_open(request.model)
         try:
             match request:
@@ -244,23 +245,22 @@ class Site:
                 case Tail():
                     return models.session.tail(request)
                 case Finish():
-                    reply = trained = models.session.finish(request)
+                    reply = models.session.finish(request)
                     models.end()
                 case Train():
-                    learner = models.learner(job, request.model)
-                    reply = trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
-                    models.changed()
+                    reply = models.learner(job, request.model).train(request, site=models.site, cancelled=cancelled)
                 case Pass():
                     reply = self._relay.train(models.learner(job, request.model), request, cancelled)
-                    trained = reply.trained
-                    models.changed()
+                case Hold():
+                    reply = self._secure.hold(models.learner(job, request.model), request, cancelled)
+            models.changed()
             if cancelled():  # in the last step: whoever asked has given it up, so it must not have happened
                 raise Cancelled
         except BaseException:
             models.drop(request.model)  # the state on disk is the one before this request
             raise
-        took = {"steps": trained.n_steps, "loss": trained.loss, "seconds": trained.seconds}
-        self.log("trained", model=request.model, round=request.round, **took)
+        t = reply if isinstance(reply, Trained) else reply.trained
+        self.log("trained", model=request.model, round=request.round, steps=t.n_steps, loss=t.loss, seconds=t.seconds)
         return reply
 
     def _evaluate(self, request: Evaluate | Judge, cancelled: Check) -> Reply:

@@ -9,7 +9,7 @@ import pytest
 from concilium.answers import Policy
 from concilium.answers.permission import check_policy
 from concilium.errors import PrivacyError
-from concilium.messages import Fetch, Request, Train
+from concilium.messages import Fetch, Hold, Masking, Request, Train
 
 TRAIN = Train("federated", 1, 0, 5, 10, {}, True)
 
@@ -27,6 +27,21 @@ def test_what_the_settings_do_not_allow_is_refused_by_its_rule(policy: str, requ
     with pytest.raises(PrivacyError, match=says) as refused:
         check_policy(request_, replace(Policy(), **{policy: False}))
     assert refused.value.rule == policy
+
+
+def held(threshold: int) -> Hold:
+    return Hold(replace(TRAIN, send_weights=False), Masking(threshold, 32, 16.0, "cases"))
+
+
+def test_masked_updates_are_allowed_where_open_ones_are_not_in_sums_of_enough() -> None:
+    closed = Policy(open_weights=False, least_summed=3)
+    check_policy(held(3), closed)
+    with pytest.raises(PrivacyError, match=r"in a sum of 2 sites\. This site's policy asks for 3 or more") as refused:
+        check_policy(held(2), closed)
+    assert refused.value.rule == "least_summed"
+    check_policy(held(2), Policy())
+    with pytest.raises(PrivacyError, match="in a sum of 1 sites"):
+        check_policy(held(1), Policy())
 
 
 def test_an_update_that_nobody_else_sees_needs_no_leave() -> None:

@@ -219,7 +219,7 @@ def test_by_default_nothing_beyond_updates_leaves_a_site(kit: Path, phantom: Pat
     write_settings(kit, read_settings(kit, {"data": phantom / "north"}))
     settings = settings_of_run(kit, read_about(kit), "0a1b")
     shut = dict.fromkeys(("split", "labels", "reveal", "case_scores", "shown", "kept"), False)
-    assert settings.policy == Policy(plug_ins=(), **shut)
+    assert settings.policy == Policy(plug_ins=(), least_summed=3, **shut)
     assert settings.identity is not None
     assert set(settings.identity.sites) >= {"north"}
     assert settings.sealing_key == kit / "startup" / "sealing.key"
@@ -252,6 +252,7 @@ def test_a_site_says_how_much_it_holds(kit: Path, phantom: Path) -> None:
         ("data = '{phantom}/north'\nthreads = 0", r"threads = 0"),
         ("data = '{phantom}/north'\nmicro_batch = 0", r"micro_batch = 0 is not allowed. Allowed: 1 or more"),
         ("data = '{phantom}/north'\nmicro_batch = true", r"micro_batch = True is not allowed"),
+        ("data = '{phantom}/north'\nleast_summed = 1", r"least_summed = 1 is not allowed: a sum of one update"),
         ("data = '{phantom}/north'\nsplit = 'yes'", r"split = 'yes' is not allowed"),
         ("data = '{phantom}/north'\ndevice = 'tpu'", r"device = 'tpu'"),
         ("data = '{phantom}/north'\nplug_ins = 'a:b'", r"plug_ins = 'a:b' is not allowed"),

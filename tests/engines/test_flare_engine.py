@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from concilium import wire
-from concilium.answers import Settings
+from concilium.answers import Policy, Settings
 from concilium.engines import ask, flare
 from concilium.engines.flare import Flare, Place
 from concilium.errors import ContractError, EngineError, StudyError
@@ -452,9 +452,12 @@ def test_this_engine_is_not_started_without_a_place(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ real sites
 
 
-@pytest.mark.parametrize("protocol", ["federated", "splitfed", "cyclic"])
+@pytest.mark.parametrize(
+    ("protocol", "collect"),
+    [("federated", "plain"), ("federated", "secure_sum"), ("splitfed", "plain"), ("cyclic", "plain")],
+)
 def test_a_study_gives_the_bits_of_the_simulation(
-    protocol: str, phantom: Path, tmp_path: Path, authority: Any, join: Any
+    protocol: str, collect: str, phantom: Path, tmp_path: Path, authority: Any, join: Any
 ) -> None:
     # in one process, server and sites share the libraries' generators: where both draw, they must take turns
     names = ("north",) if protocol == "splitfed" else ("north", "west")
@@ -462,6 +465,7 @@ def test_a_study_gives_the_bits_of_the_simulation(
         "study": {"name": "small", "seed": 3},
         "sites": {name: {"data": str(phantom / name)} for name in names},
         "protocol": {"name": protocol, "rounds": 2, "steps": 2},
+        "collect": {"name": collect},
         "network": {"name": "unet", "levels": 3, "base_features": 4},
         "training": {"optimizer": "adamw", "batch_size": 2, "patch_size": [16, 16, 8], "mirror": False},
         "engine": {"threads": 1, "device": "cpu"},
@@ -483,6 +487,7 @@ def test_a_study_gives_the_bits_of_the_simulation(
                     files = authority.issue(name)
                     s = Settings(
                         name, "site", {name: phantom / name}, None, tmp_path / name, tmp_path / "cache", 1, "cpu",
+                        Policy(open_weights=collect == "plain"),
                         identity=Identity(files.authority, files.certificate, files.key, names),
                     )  # fmt: skip
                     sites[name] = Site(s, run=envelope.run, epoch=envelope.epoch)

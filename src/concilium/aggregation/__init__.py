@@ -24,7 +24,7 @@ So many sites must be asked in every round; omitted: 1. Where fewer answer, or h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -152,6 +152,21 @@ class Sum:
                 _add(high[start : start + CHUNK], low[start : start + CHUNK], flat[start : start + CHUNK], weight)
         self.weight += weight
         self.count += 1
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensors], like: Tensors, *, weight: int, count: int) -> Sum:
+        """A sum that was formed elsewhere, of `count` updates whose weights add up to `weight`.
+
+        Args:
+            parts: two sets of tensors whose sum, element by element, is the weighted mean.
+            like: tensors of the shapes and types that were added.
+        """
+        made = cls()
+        made.weight, made.count = weight, count
+        high, low = parts
+        made._pairs = {name: (high[name].double() * weight, low[name].double() * weight) for name in like}
+        made._dtypes = {name: tensor.dtype for name, tensor in like.items()}
+        return made
 
     def join(self, other: Sum) -> None:
         """Take in a sum of further tensors, of the same sites with the same weights.

@@ -36,7 +36,9 @@ class Policy:
     labels: bool = True
     """Whether in split training heads may act on maps that the server made, whose gradients tell it the labels."""
     open_weights: bool = True
-    """Whether weights may leave as they are; otherwise only sealed for another site (`cyclic`)."""
+    """Whether weights may leave as they are; otherwise only sealed for another site (`cyclic`), or masked (`secure_sum`)."""
+    least_summed: int = 2
+    """Masked updates leave only where so many sites' or more are added up before anything can be unmasked."""
     reveal: bool = True
     """Whether a server may have a finished model that is passed on sealed, where a study with `reveal` asks for it."""
     case_scores: bool = True

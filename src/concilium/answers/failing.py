@@ -21,6 +21,8 @@ def failure_of(e: BaseException, reference: str) -> Failure:
             return SiteError("ContractError", "contract", reference)
         case FloatingPointError():
             return SiteError("FloatingPointError", "not_finite", reference)
+        case OverflowError():
+            return SiteError(name, "out_of_range", reference)
         case MemoryError() | torch.OutOfMemoryError():
             return SiteError(name, "out_of_memory", reference)
         case RuntimeError() if "can't allocate memory" in str(e) or "out of memory" in str(e):

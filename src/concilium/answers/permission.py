@@ -7,7 +7,20 @@ import re
 from concilium import catalog
 from concilium.answers import Policy
 from concilium.errors import ContractError, PrivacyError
-from concilium.messages import Evaluate, Fetch, Front, Hand, Keep, Pass, Personalize, Prepare, Request, Take, Train
+from concilium.messages import (
+    Evaluate,
+    Fetch,
+    Front,
+    Hand,
+    Hold,
+    Keep,
+    Pass,
+    Personalize,
+    Prepare,
+    Request,
+    Take,
+    Train,
+)
 
 
 def check_names(request: Request) -> None:
@@ -47,6 +60,15 @@ def _check_split(request: Front, policy: Policy) -> None:
         )
 
 
+def _check_sum(request: Request, policy: Policy) -> None:
+    if isinstance(request, Hold) and request.masking.threshold < policy.least_summed:
+        raise PrivacyError(
+            f"An update of {request.model} would be unmasked in a sum of {request.masking.threshold} sites. This site's policy "
+            f"asks for {policy.least_summed} or more. Raise [collect] threshold, or lower least_summed in its settings.",
+            rule="least_summed",
+        )
+
+
 def check_policy(request: Request, policy: Policy) -> None:
     """Check that this site allows what is asked.
 
@@ -57,10 +79,11 @@ def check_policy(request: Request, policy: Policy) -> None:
         _check_split(request, policy)
     if _opens(request) and not policy.open_weights:
         raise PrivacyError(
-            f"{type(request).__name__} asks for weights in the open. This site's policy lets them leave sealed only. Run "
-            "cyclic, or allow it in the site's own settings.",
+            f"{type(request).__name__} asks for weights in the open. This site's policy lets them leave sealed or masked "
+            "only. Run cyclic, or [collect] name = 'secure_sum', or allow it in the site's own settings.",
             rule="open_weights",
         )
+    _check_sum(request, policy)
     if isinstance(request, Train) and request.shown and not policy.shown:
         raise PrivacyError(
             f"Other sites would be sent this site's update of {request.model} as it is, to judge it. This site's policy does not "

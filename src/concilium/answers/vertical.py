@@ -21,7 +21,7 @@ from concilium.answers.train import Learner
 from concilium.data.draws import seed_all
 from concilium.data.patches import Batch, stream
 from concilium.errors import ContractError, PrivacyError
-from concilium.messages import Finish, Front, Gradients, Maps, Tail, Trained
+from concilium.messages import Done, Finish, Front, Gradients, Maps, Tail, Trained
 from concilium.networks import Stack, Stages
 from concilium.networks._fusion import FUSE, Fuse, Own
 from concilium.optimization import are_of, autocast, clip_and_step, floats_of, gradient_of, set_rate
@@ -58,8 +58,8 @@ class Party:
         self._sent: Stack = ()
         self._batch: Batch | None = None
 
-    def front(self, request: Front, cancelled: Check) -> Maps:
-        """Finish the step before, if there is one, draw the batch, and run the front on it.
+    def front(self, request: Front, cancelled: Check) -> Maps | Done:
+        """Finish the step before, if there is one, draw the batch, and run the front on it; `Done` where nothing is annotated.
 
         Raises:
             ContractError: another step was to come, or the gradients are not those of the maps that were sent.
@@ -89,7 +89,7 @@ class Party:
         labelled = self.own.tail is not None
         if batch is None or request.absent or not self.own.front.names or (labelled and not known):
             self._awaits = "tail" if labelled and known else ""
-            return Maps((), known=known)
+            return Done() if labelled and not known else Maps(())
         seed_all(self.learner.job.seed, self.site, request.round, request.step, "step")
         with autocast(device, training.precision):
             self._sent = self.own.front.run((batch.image,))
@@ -101,7 +101,7 @@ class Party:
         self._awaits = "tail" if labelled else ""
         self._taken += not labelled
         self._seconds += time.monotonic() - began
-        return Maps(encode(self._sent, self.transport), known=known)
+        return Maps(encode(self._sent, self.transport))
 
     def tail(self, request: Tail) -> Gradients:
         """Run the tail and the loss, and send the gradients of the maps that came.

@@ -79,15 +79,22 @@ def _problem(
             _check_control(reply.control, like, control)
     except ContractError:
         return SiteError("ContractError", "wrong_tensors", "")
-    if not 1 <= reply.n_cases <= LARGEST_WEIGHT // UNITS:
-        return SiteError("ContractError", "no_cases" if reply.n_cases < 1 else "too_many_cases", "")
-    if not 0 <= reply.n_steps <= asked[site] or (reply.n_steps == 0 and reply.loss != 0):
-        return SiteError("ContractError", "wrong_steps", "")
-    if not math.isfinite(reply.loss) or not math.isfinite(reply.seconds):
-        return SiteError("FloatingPointError", "not_finite", "")
+    if (wrong := untrue(reply, asked[site])) is not None:
+        return wrong
     # a sum is not finite exactly if an element is not, or if it overflows: one pass, no temporary of the tensor's size
     every = (*reply.weights.values(), *reply.control.values())
     if not all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in every):
+        return SiteError("FloatingPointError", "not_finite", "")
+    return None
+
+
+def untrue(reply: Trained, asked: int) -> Failure | None:
+    """What is wrong with the numbers that a site told of its training."""
+    if not 1 <= reply.n_cases <= LARGEST_WEIGHT // UNITS:
+        return SiteError("ContractError", "no_cases" if reply.n_cases < 1 else "too_many_cases", "")
+    if not 0 <= reply.n_steps <= asked or (reply.n_steps == 0 and reply.loss != 0):
+        return SiteError("ContractError", "wrong_steps", "")
+    if not math.isfinite(reply.loss) or not math.isfinite(reply.seconds):
         return SiteError("FloatingPointError", "not_finite", "")
     return None
 

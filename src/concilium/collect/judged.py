@@ -22,6 +22,7 @@ from pathlib import Path
 from concilium.aggregation import Block
 from concilium.collect import Ask, Collected
 from concilium.collect._receive import receive
+from concilium.collect._same import same_names
 from concilium.errors import StudyError
 from concilium.messages import Failure, Finish, Judge, Judged, Reply, SiteError, Train, as_failure
 
@@ -48,7 +49,7 @@ def collect(
     Raises:
         StudyError: sites do not all have the same tensors, or none of them can judge.
     """
-    names = _names(blocks, requests)
+    names = same_names(blocks, requests, way="judged", why="a site cannot use another's network")
     if see_updates:
         requests = _shown(requests)
     got = receive(ask, requests, blocks=blocks, weigh=weigh, asked=asked, see_updates=see_updates, spool=spool)
@@ -81,24 +82,6 @@ def _shown(requests: Mapping[str, Train | Finish]) -> dict[str, Train | Finish]:
     """The requests, which say that other sites will see the update; sites that share one still do."""
     said = {id(r): replace(r, shown=True) for r in requests.values() if isinstance(r, Train)}
     return {site: said.get(id(r), r) for site, r in requests.items()}
-
-
-def _names(blocks: Sequence[Block], sites: Mapping[str, object]) -> Mapping[str, str]:
-    """What all sites call the tensors of the network.
-
-    Raises:
-        StudyError: they do not all have the same.
-    """
-    if (
-        len(blocks) != 1
-        or blocks[0].sites != set(sites)
-        or len({tuple(sorted(n.items())) for n in blocks[0].names.values()}) > 1
-    ):
-        raise StudyError(
-            f"[collect] name = 'judged' is not allowed where sites have tensors of their own (here {len(blocks)} groups of sites "
-            "share some): a site cannot use another's network. Allowed there: 'plain', with another [aggregation] than 'quality'."
-        )
-    return next(iter(blocks[0].names.values()))
 
 
 def _problem(reply: Reply | Failure, cases: int) -> Failure | None:

@@ -72,7 +72,10 @@ class SiteSettings:
     annotated: tuple[str, ...] | None = None
     """The labels that were looked for at this site, in the study's words; omitted: as its dataset.json says, or all."""
     open_weights: bool = True
-    """Whether weights may leave as they are, as `federated` needs it; otherwise only sealed for another site (`cyclic`)."""
+    """Whether weights may leave as they are, as `federated` needs it; otherwise only sealed for another site (`cyclic`) or masked
+    (`secure_sum`)."""
+    least_summed: int = 3
+    """Masked updates (`secure_sum`) leave only where those of so many sites or more are added up."""
     reveal: bool = False
     """Whether the server may have the finished model of a study with `cyclic` and `reveal`; otherwise the sites alone have it."""
     case_scores: bool = False
@@ -151,6 +154,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         "folder": Path | None,
         "threads": int,
         "micro_batch": int,
+        "least_summed": int,
         "device": str,
         "split": bool,
     }
@@ -176,11 +180,20 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
             f"threads = {settings.threads}, device = {settings.device!r} is not allowed. Allowed: 1 or more threads; auto, cpu "
             "or cuda. Correct them."
         )
+    _check_numbers(settings, path)
+    return settings
+
+
+def _check_numbers(settings: SiteSettings, path: Path) -> None:
     if settings.micro_batch is not None and settings.micro_batch < 1:
         raise StudyError(
             f"micro_batch = {settings.micro_batch} is not allowed. Allowed: 1 or more. Correct it in {path}."
         )
-    return settings
+    if settings.least_summed < 2:
+        raise StudyError(
+            f"least_summed = {settings.least_summed} is not allowed: a sum of one update is that update. Allowed: 2 or more. "
+            f"Correct it in {path}."
+        )
 
 
 def write_settings(kit: Path, settings: SiteSettings) -> None:
@@ -216,6 +229,7 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
             split=s.split,
             labels=s.labels,
             open_weights=s.open_weights,
+            least_summed=s.least_summed,
             reveal=s.reveal,
             case_scores=s.case_scores,
             shown=s.shown,

@@ -16,6 +16,8 @@ from concilium.messages import (
     Finish,
     Forget,
     Front,
+    Held,
+    Hold,
     Maps,
     Pass,
     Passed,
@@ -64,7 +66,7 @@ class Recovery:
                 self._kept[site].pop(model, None)
             case ((Train(model) | Front(model) | Finish(model)), (Trained() | Maps())):
                 self._ahead.add((site, model))
-            case Pass(), Passed():
+            case ((Pass() | Hold()), (Passed() | Held())):
                 self._ahead.add((site, request.model))
         if site in self._lapsed:
             self._lapsed.discard(site)

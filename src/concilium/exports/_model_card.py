@@ -171,6 +171,10 @@ def _privacy(finished: Finished) -> str:
         ]
     if study.collect.name == "plain":
         lines.append("The server saw what each site sent (`plain`): no secure sum.")
+    if study.collect.name == "secure_sum":
+        lines.append(
+            "The server saw sums of the sites' updates, and no single one (`secure_sum`), of sites that kept to it."
+        )
     lines.append(
         "The record shows no measurement of what this model tells about its training data, so no privacy is claimed: weights are "
         "functions of patients' data. Ask the sites before you publish it."

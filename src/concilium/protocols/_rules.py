@@ -31,8 +31,55 @@ def rule_problems(found: Mapping[str, Any], n_sites: int) -> list[str]:
             f"{where} [collect] name = 'judged': it does not look at single updates, which would be judged for nothing. Allowed: "
             "'quality'. Choose it, or take [collect] out."
         )
+    if collect.name == "secure_sum" and p:
+        problems += _unsummed(found, p, sees)
     n_sites = fewest(tuple(found["sites"]), p.options, p.min_sites or 1) if p and found["sites"] else n_sites
-    return problems or _too_few(rule, n_sites)
+    return problems or _too_few(rule, n_sites) or _too_few_summed(found, n_sites)
+
+
+def _unsummed(found: Mapping[str, Any], p: Any, sees: bool) -> list[str]:
+    """Why no secure sum is formed in a study that asks for one."""
+    reasons = {
+        f"[aggregation] name = {found['aggregation'].name!r}: it must see each site's update": sees,
+        "splitfed: its server has each site's body, and the activations that it came of": p.name == "splitfed",
+        f"{p.name}: no updates are added up there": p.name in ("local", "centralized"),
+        "[plan] fingerprint = 'site': of tensors that few sites have, the sum tells too much of each": (
+            found["plan"] and found["plan"].fingerprint == "site"
+        ),
+    }
+    update, bits = found["local_update"].name, found["collect"].options.get("bits")
+    small = [
+        f"[local_update] name = 'fedadamw' is not allowed with [collect] bits = {bits}: its second moments, squares of "
+        "gradients, are smaller than the steps of masked values. Allowed: bits = 64. Set it, or choose another update."
+    ]
+    return (small if update == "fedadamw" and bits != 64 else []) + [
+        f"[collect] name = 'secure_sum' is not allowed with {reason}. Allowed: 'federated', with one plan, and a rule for which "
+        "the sum is enough, such as 'mean'. Correct that, or take [collect] out."
+        for reason, given in reasons.items()
+        if given
+    ]
+
+
+def _too_few_summed(found: Mapping[str, Any], n_sites: int) -> list[str]:
+    """What is wrong with how many sites must be in a secure sum, in the smallest round and in the largest."""
+    p, collect = found["protocol"], found["collect"]
+    if collect.name != "secure_sum" or not p or not found["sites"]:
+        return []
+    threshold = cast(Any, collect.options.get("threshold"))
+    most = max((len(set(names)) for names in p.options.get("cohorts") or ()), default=n_sites)
+    if n_sites < 2:
+        return [
+            "[collect] name = 'secure_sum' is not allowed with one site in a round: a sum of one update is that update. Allowed: "
+            "2 sites or more in every round ([protocol] participation, cohorts)."
+        ]
+    if (threshold or 0) >= 2 and not most / 2 < threshold <= n_sites:
+        rounds = f"{n_sites}" if most == n_sites else f"{n_sites} to {most}"
+        allowed = f"{most // 2 + 1} to {n_sites}" if most // 2 < n_sites else "none; leave it out"
+        return [
+            f"[collect] threshold = {threshold} is not allowed with {rounds} sites in a round. Allowed: {allowed}. It must be "
+            "more than half of the sites of each round, and no more than there are."
+        ]
+    return []
 
 
 def _too_few(rule: PlugIn, n_sites: int) -> list[str]:

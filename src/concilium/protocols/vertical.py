@@ -25,6 +25,7 @@ from concilium.data.draws import digest
 from concilium.engines import Engine, ask
 from concilium.errors import ConciliumError, EngineError, StudyError
 from concilium.messages import (
+    Done,
     Failure,
     Finish,
     Front,
@@ -165,12 +166,9 @@ class _Steps:
                 )
             due |= dict.fromkeys(asked, ())
             started |= asked.keys()
-            maps = self._all(asked, Maps)
-            if self.failures or not maps[self.labels].known:
-                if self.failures:
-                    return {}, self.failures, {}
-                continue
-            due |= self._step(step, maps, absent)
+            maps = self._all(asked, Maps, Done)
+            if not self.failures and isinstance(maps[self.labels], Maps):  # else nothing is annotated, and nobody steps
+                due |= self._step(step, maps, absent)
             if self.failures:
                 return {}, self.failures, {}
         finish = {site: Finish(self.request.model, self.request.round, due[site]) for site in weights}
@@ -184,8 +182,8 @@ class _Steps:
             out.remove(draw.choice(out))
         return tuple(out)
 
-    def _all(self, requests: Mapping[str, Any], expected: type) -> dict[str, Any]:
-        """The replies of all; those that are none are failures."""
+    def _all(self, requests: Mapping[str, Any], *expected: type) -> dict[str, Any]:
+        """The replies of all; those of other types are failures."""
         found = {}
         for site, reply in self.ask(requests):
             if isinstance(reply, expected):

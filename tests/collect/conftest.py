@@ -1,0 +1,8 @@
+"""Sites that mask what they send, for the ways of collecting."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import `masked`
