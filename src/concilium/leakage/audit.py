@@ -17,6 +17,8 @@ from concilium.leakage.scene import Scene
 
 ALL_MAPS = "all"
 ALL_CHANNELS = "all"
+SHUFFLES = 20
+"""How often maps meet the images of others, for the distance correlation of what has nothing to do with each other."""
 Row: TypeAlias = dict[str, Any]
 Show: TypeAlias = Callable[[str, Tensor, Tensor, Tensor], None]
 """Called with a name, and images: original, found, naive (N, C, *spatial)."""
@@ -177,5 +179,6 @@ def _correlations(scene: Scene, name: str, seen: Scene) -> Iterator[Row]:
         return
     maps = np.concatenate([m.float().flatten(1).numpy() for m in stacked(seen.transcript)], axis=1)
     value = scores.distance_correlation(maps, images)
-    shuffled = [scores.distance_correlation(maps, np.roll(images, k, axis=0)) for k in range(1, min(9, len(images)))]
+    orders = [np.random.default_rng(k).permutation(len(images)) for k in range(SHUFFLES)]
+    shuffled = [scores.distance_correlation(maps, images[order]) for order in orders]
     yield _placed(scene, name, "") | _row("distance_correlation", value, float(np.mean(shuffled)), len(images))
