@@ -136,6 +136,29 @@ def test_an_attack_that_does_not_say_what_it_does_is_refused() -> None:
         about({"GUESSES": "images"})
 
 
+def test_gradient_inversion_finds_a_small_image_behind_the_gradient_of_a_small_network() -> None:
+    """One patch of 12 x 12 and one step of SGD; of a U-Net and a batch it finds nothing (docs/explanation/leakage.md)."""
+    generator = torch.Generator().manual_seed(0)
+    image = functional.interpolate(torch.randn(1, 1, 5, 5, generator=generator), 12, mode="bicubic")
+    labels = (image[:, 0] > 0.3).long()
+    torch.manual_seed(1)
+    whole = Stages({"down0": Convolved(1, 16, 2), "down1": Convolved(16, 16, 2), "head0": Convolved(16, 2, 2)})
+
+    def loss(logits: Any, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(logits[0], labels)
+
+    gradients = torch.autograd.grad(loss(whole(image), labels), list(whole.parameters()))
+    update = {name: 0.01 * g for (name, _), g in zip(whole.named_parameters(), gradients, strict=True)}
+    other = {n: torch.randn(u.shape, generator=generator) for n, u in update.items()}
+    own = Cases(torch.randn(8, 1, 12, 12, generator=generator), torch.zeros(8, 12, 12, dtype=torch.long))
+    attack = catalog.load("attacks", "gradient_inversion")
+    for aim, low, high in ((update, 0.85, 1.0), (other, -1.0, 0.5)):
+        sent = (Release("a", 1, 0, update=aim),)
+        guess = attack(sent, Known(whole=whole, loss=loss), Auxiliary(own, labels=labels), seed=0, steps=200)
+        both = torch.stack([guess.images.flatten(), image.flatten()])
+        assert low <= float(torch.corrcoef(both)[0, 1]) <= high
+
+
 # ---------------------------------------------------------------------------------------------------------- what arrived
 
 

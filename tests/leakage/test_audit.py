@@ -168,13 +168,15 @@ def test_rounds_and_cuts_each_have_their_figures(split_run: Path, tmp_path: Path
 
 def test_the_other_attacks_run_on_what_they_see(split_run: Path, tmp_path: Path) -> None:
     told = found(
-        split_run, tmp_path, "inversion_white", "label_inference", "membership", "gradient_inversion",
-        options={"inversion_white": {"steps": 60}, "label_inference": {"steps": 20, "width": 8}},
+        split_run, tmp_path, "inversion", "inversion_white", "label_inference", "membership", "gradient_inversion",
+        options={
+            "inversion": {"steps": 1, "width": 4}, "inversion_white": {"steps": 60}, "label_inference": {"steps": 20, "width": 8},
+        },
     )  # fmt: skip
     got, naive = figure(told, "ssim", attack="inversion_white")
     assert got > naive + 0.2
     assert {r["attack"]: r["metric"] for r in told["rows"]} | {"": ""} == {
-        "": "", "inversion_white": "psnr", "label_inference": "dice", "membership": "tpr_at_1_fpr",
+        "": "", "inversion": "psnr", "inversion_white": "psnr", "label_inference": "dice", "membership": "tpr_at_1_fpr",
     }  # fmt: skip
     assert any(note.startswith("gradient_inversion was not run") for note in told["notes"])
 

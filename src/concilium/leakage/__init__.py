@@ -17,7 +17,7 @@ import torch
 
 from concilium import catalog
 from concilium.errors import StudyError
-from concilium.leakage.audit import Attack, Row, audit, holds, place
+from concilium.leakage.audit import Attack, Row, figures_of, holds, place
 from concilium.leakage.pictures import shower
 from concilium.leakage.scene import Amount, Scene, every_cut, model_scene, split_scene, update_scene
 from concilium.leakage.subject import Subject, subject_of
@@ -70,7 +70,7 @@ def leakage(
             for scene in _scenes(subject, own, asked, last=number is None, notes=notes, watch=watch):
                 seen |= set(holds(scene))
                 channels = subject.plans.channels
-                rows += audit(scene, own, channels, show=shower(folder / "pictures"), watch=watch)
+                rows += figures_of(scene, own, channels, show=shower(folder / "pictures"), watch=watch)
     finally:
         for left in ("sites", "spool"):
             shutil.rmtree(work / left, ignore_errors=True)

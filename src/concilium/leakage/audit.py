@@ -43,7 +43,7 @@ class Attack:
         return guess
 
 
-def audit(
+def figures_of(
     scene: Scene, attacks: Iterable[Attack], channels: Sequence[str], *, show: Show, watch: Callable[[str], None]
 ) -> list[Row]:
     """A row for each figure of each attack on this scene; attacks that do not see what it holds are left out."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from concilium import catalog
+from concilium import catalog, wire
 from concilium.aggregation import must_see_updates, weight_of
 from concilium.answers import Job
 from concilium.answers.split import Session
@@ -176,7 +176,7 @@ class Sender:
             back, order = self._body.forward(maps.maps, (ATTACKER, number))
             said.append((ATTACKER, session.tail(Tail("leakage", number, 0, back, order))))
             self._body.give_up()
-        (release,) = releases(said)
+        (release,) = releases((site, wire.unpack(wire.pack(message))) for site, message in said)  # as it travels
         return release
 
     def known_front(self) -> tuple[Stages, tuple[int, ...], tuple[str, ...]]:
