@@ -124,7 +124,7 @@ def _scored(scene: Scene, guess: Guess, kind: str, channels: Sequence[str], name
             assert guess.members is not None
             assert scene.members is not None
             members = scene.members.numpy()
-            area, found = scores.separation(guess.members.numpy().astype(float), members)
+            area, found = scores.auc_of(guess.members.numpy().astype(float), members)
             yield _row("auc", area, 0.5, len(members))
             yield _row("tpr_at_1_fpr", found, scores.FALSE_POSITIVES, len(members))
         case "patients":

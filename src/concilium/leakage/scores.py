@@ -118,7 +118,7 @@ def _centred(x: Array) -> Array:
     return centred
 
 
-def separation(scores: Array, members: Array) -> tuple[float, float]:
+def auc_of(scores: Array, members: Array) -> tuple[float, float]:
     """Area under the ROC curve, and the share of members found where a hundredth of the others is taken for members.
 
     Of the second, ties at the threshold count as not found.
