@@ -223,11 +223,7 @@ def prepare_sites(
 ) -> dict[str, Prepared]:
     """Have the sites preprocess; what each told that is ready."""
     study = setting.study
-    v = study.validation
-    request = Prepare(
-        plans.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
-        study.study.max_excluded, plans.channels, plans.labels, study.sharing.keep,
-    )  # fmt: skip
+    request = prepare_request(study, plans)
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())
     there = [name for name, site in engine.sites.items() if site.role in roles]
@@ -245,6 +241,15 @@ def prepare_sites(
                 ]
                 ledger.excluded += set_aside(name, reply.excluded)
     return ready
+
+
+def prepare_request(study: Study, plans: Plans) -> Prepare:
+    """What a site is asked to prepare by the plan of all; the study's fold is one."""
+    v = study.validation
+    return Prepare(
+        plans.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
+        study.study.max_excluded, plans.channels, plans.labels, study.sharing.keep,
+    )  # fmt: skip
 
 
 def agree_on_tensors(

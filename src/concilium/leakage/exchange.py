@@ -9,14 +9,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from concilium import catalog, wire
-from concilium.aggregation import must_see_updates, weight_of
 from concilium.answers import Job
 from concilium.answers.split import Session
 from concilium.answers.train import Cut, Learner
@@ -26,13 +25,18 @@ from concilium.engines import ask
 from concilium.engines._transcript import Keeping, read_transcript
 from concilium.errors import EngineError
 from concilium.leakage.subject import ATTACKER, Subject
+from concilium.line import rounds_of
 from concilium.messages import Failure, Front, Prepared, Tail, describe
 from concilium.networks import Stages
 from concilium.optimization import device_named
-from concilium.planning import network_of
+from concilium.preparation import Work
 from concilium.protocols import start_with
 from concilium.protocols._body import Body
+from concilium.schedule import Model, Setting
 from concilium.study import of_sites, training_of
+
+MODEL = "leakage"
+"""What the model is called in an audit's messages."""
 
 
 @dataclass(frozen=True)
@@ -94,32 +98,16 @@ def exchange(subject: Subject, way: Way, where: str) -> Transcript:
 
 def _one_round(subject: Subject, way: Way, engine: Keeping, cases: Mapping[str, int], number: int) -> None:
     study = subject.study
-    weigh = weight_of(study.aggregation.name)
+    protocol = replace(
+        study.protocol, name=way.protocol, rounds=number + 1, min_sites=len(subject.sites), round_seconds=None,
+        time_box=False, options=way.options,
+    )  # fmt: skip
+    setting = Setting(way.protocol, replace(study, protocol=protocol), "", is_base=True, is_member=False)
+    steps = dict.fromkeys(subject.sites, way.steps)
+    model = Model(MODEL, MODEL, setting, way.protocol, steps, cases=cases)
+    record: Any = SimpleNamespace(folder=subject.work)  # all that the protocol's loop asks of it
     begin = replace(start_with(subject.weights), number=number)
-    rounds = catalog.load("protocols", way.protocol)(
-        engine,
-        begin,
-        model="leakage",
-        collect=partial(
-            catalog.load("collect", "plain"),
-            weigh=weigh,
-            see_updates=must_see_updates(study.aggregation.name),
-            spool=subject.work / "spool",
-        ),
-        weigh=weigh,
-        rule=partial(catalog.load("aggregation", "mean")),
-        rounds=number + 1,
-        steps=dict.fromkeys(subject.sites, way.steps),
-        min_sites=len(subject.sites),
-        deadline_s=None,
-        network=network_of(study, subject.plans),
-        training=training_of(study),
-        seed=study.study.seed,
-        device=device_named(study.engine.device),
-        cases=cases,
-        **way.options,
-    )
-    for _ in rounds:
+    for _ in rounds_of(Work(setting.study, engine, record, subject.plans, lambda event: None), model, begin):
         pass
 
 

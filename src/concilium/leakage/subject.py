@@ -21,9 +21,9 @@ from concilium.errors import DataError, StudyError
 from concilium.finished import open_finished
 from concilium.messages import Prepare, Tensors
 from concilium.planning import Plans, initial_weights
-from concilium.preparation import on_folders
+from concilium.preparation import on_folders, prepare_request
 from concilium.schedule import is_partly_shared
-from concilium.study import Study, divide, of_sites, training_of
+from concilium.study import Study, divide, of_sites
 from concilium.wire import read_tensors
 
 ATTACKER = "attacker"
@@ -55,12 +55,7 @@ class Subject:
     @property
     def request(self) -> Prepare:
         """What sites are asked to prepare by, as in the run."""
-        s, v = self.study, self.study.validation
-        fold = v.fold if isinstance(v.fold, int) else 0
-        return Prepare(
-            self.plans.text, s.plan.configuration, s.network, replace(training_of(s), loader_workers=0), v.folds, fold,
-            s.study.seed, s.study.max_excluded, self.plans.channels, self.plans.labels,
-        )  # fmt: skip
+        return prepare_request(self.study, self.plans)
 
     def settings(self, name: str, data: Path) -> Settings:
         """Of a site that answers for these data, on this machine."""
@@ -150,6 +145,10 @@ def subject_of(
         )
     layout = divide(study, run)
     study = on_folders(study, layout, run) if layout.parts else study
+    v = study.validation
+    fold = v.fold if isinstance(v.fold, int) else int(finished.name.rpartition(".f")[2])
+    one = replace(study.validation, fold=fold)
+    study = replace(study, validation=one, training=replace(study.training, loader_workers=0), variants={})
     sites = {name: cast(Path, site.data) for name, site in study.sites.items()}
     own, names = _own(study, sites, auxiliary)
     weights = finished.weights()[0]
