@@ -121,6 +121,19 @@ class Guess:
     patients: Tensor | None = None
     """float32 (N, candidates): the larger, the more alike."""
 
+    def of(self, kind: str) -> Tensor:
+        """What was guessed of this kind (one of `GUESSES`).
+
+        Raises:
+            ContractError: nothing.
+        """
+        found: Tensor | None = getattr(self, kind)
+        if found is None:
+            raise ContractError(
+                f"An attack that said it guesses {kind} guessed none. Expected them. Correct the attack."
+            )
+        return found
+
 
 def releases(said: Iterable[tuple[str, object]]) -> Transcript:
     """What the receiver has after these messages (site, message), in the order in which it was complete.
@@ -128,7 +141,8 @@ def releases(said: Iterable[tuple[str, object]]) -> Transcript:
     A step in which nothing was annotated sends nothing, and is left out.
     """
     open_: dict[str, Release] = {}
-    asked: dict[str, Front | Train] = {}
+    fronts: dict[str, Front] = {}
+    trains: dict[str, Train] = {}
     done: list[Release] = []
 
     def close(site: str) -> None:
@@ -137,24 +151,24 @@ def releases(said: Iterable[tuple[str, object]]) -> Transcript:
 
     for site, message in said:
         match message:
-            case Front() | Train():
+            case Front():
                 close(site)
-                asked[site] = message
+                fronts[site] = message
+            case Train():
+                trains[site] = message
             case Maps(maps) if maps:
-                front = asked[site]
-                assert isinstance(front, Front)
+                front = fronts[site]
                 came = decode(maps, front.transport, dtype=torch.float32)
                 open_[site] = Release(site, front.round, front.step, _floats(came))
             case Gradients(gradients) if site in open_:
-                front = asked[site]
-                assert isinstance(front, Front)
+                front = fronts[site]
                 came = decode(gradients, front.transport, dtype=torch.float32)
                 open_[site] = replace(open_[site], gradients=_floats(came))
-            case Trained(weights) if weights and isinstance(asked.get(site), Train):
-                before = asked[site].weights
+            case Trained(weights) if weights and site in trains:
+                before = trains[site].weights
                 moved = {n: before[n].double() - t.double() for n, t in weights.items() if n in before}
                 update = {n: t.float() for n, t in moved.items()}
-                done.append(Release(site, asked[site].round, 0, update=update))
+                done.append(Release(site, trains[site].round, 0, update=update))
     for site in list(open_):
         close(site)
     return tuple(done)

@@ -53,9 +53,9 @@ class Decoder(nn.Module):
         self.last = convolve(width, n_out, 3, padding=1)
 
     def forward(self, maps: Stack) -> Tensor:
-        x: Tensor | None = None
+        x = maps[self.used[0]]
         for level, size in enumerate(self.trail):
-            here = [] if x is None else [_resized(x, size)]
+            here = [_resized(x, size)] if level else []
             here += [
                 _resized((self._scaled(maps[i]) - mean) / deviation, size)
                 for i, at, mean, deviation in zip(self.used, self.level, self.means, self.deviations, strict=True)
@@ -63,7 +63,6 @@ class Decoder(nn.Module):
             ]
             x = functional.leaky_relu(self.first[level](torch.cat(here, 1)), 0.1)
             x = x + functional.leaky_relu(self.second[level](x), 0.1)
-        assert x is not None
         out: Tensor = self.last(x)
         return out
 

@@ -24,9 +24,9 @@ def attack(
     auxiliary: Auxiliary,
     *,
     seed: int,
-    steps: int = 300,
+    steps: int = 400,
     learning_rate: float = 0.1,
-    smoothness: float = 0.01,
+    smoothness: float = 0.001,
 ) -> Guess:
     """An image for each patch.
 

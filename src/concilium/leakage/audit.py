@@ -113,24 +113,19 @@ def _scored(scene: Scene, guess: Guess, kind: str, channels: Sequence[str], name
     own, truth = scene.auxiliary.own, scene.truth
     match kind:
         case "images":
-            assert guess.images is not None
             naive = own.images.mean(0, keepdim=True).expand_as(truth.images)
-            show(name, truth.images, guess.images, naive)
-            yield from _images(truth.images, guess.images, own.images, channels)
+            show(name, truth.images, guess.of("images"), naive)
+            yield from _images(truth.images, guess.of("images"), own.images, channels)
         case "labels":
-            assert guess.labels is not None
-            yield _masks(truth, guess.labels, own)
+            yield _masks(truth, guess.of("labels"), own)
         case "members":
-            assert guess.members is not None
-            assert scene.members is not None
-            members = scene.members.numpy()
-            area, found = scores.auc_of(guess.members.numpy().astype(float), members)
+            members = scene.trained_on.numpy()
+            area, found = scores.auc_of(guess.of("members").numpy().astype(float), members)
             yield _row("auc", area, 0.5, len(members))
             yield _row("tpr_at_1_fpr", found, scores.FALSE_POSITIVES, len(members))
         case "patients":
-            assert guess.patients is not None
-            hit = (guess.patients.argmax(1).numpy() == np.array(scene.patients)).astype(float)
-            yield _row("reidentified", float(hit.mean()), 1 / guess.patients.shape[1], len(hit))
+            hit = (guess.of("patients").argmax(1).numpy() == np.array(scene.patients)).astype(float)
+            yield _row("reidentified", float(hit.mean()), 1 / guess.of("patients").shape[1], len(hit))
 
 
 def _row(

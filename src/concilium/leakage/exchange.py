@@ -10,15 +10,15 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from concilium import catalog, wire
-from concilium.answers import Job
+from concilium.answers import Cut, Job
 from concilium.answers.split import Session
-from concilium.answers.train import Cut, Learner
+from concilium.answers.train import Learner
 from concilium.attacks import Cases, Release, Transcript, releases
 from concilium.data.patches import Batch, Batches
 from concilium.engines import ask
@@ -27,7 +27,7 @@ from concilium.errors import EngineError
 from concilium.leakage.subject import ATTACKER, Subject
 from concilium.line import rounds_of
 from concilium.messages import Failure, Front, Prepared, Tail, describe
-from concilium.networks import Stages
+from concilium.networks import Parts, Stages
 from concilium.optimization import device_named
 from concilium.preparation import Work
 from concilium.protocols import start_with
@@ -147,8 +147,7 @@ class Sender:
         self._transport = way.options["transport"]
         self._learner = Learner(self._job, self._device, Cut(self._cut, self._reveal))
         self._weights = {n: subject.weights[n] for n in self._learner.network.state_dict()}
-        assert self._learner.parts is not None
-        self.parts = self._learner.parts
+        self.parts = cast(Parts, self._learner.parts)  # there is a cut
         self._body = Body(self.parts, training_of(study), self._device, self._transport)
         self._body.load({n: subject.weights[n] for n in self.parts.body.state_dict()}, {}, "{}")
 

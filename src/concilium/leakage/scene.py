@@ -39,6 +39,11 @@ class Scene:
     members: Tensor | None = None
     """bool, for each candidate whether it was trained on."""
 
+    @property
+    def trained_on(self) -> Tensor:
+        """`members`, where there are any."""
+        return torch.zeros(0, dtype=torch.bool) if self.members is None else self.members
+
 
 @dataclass(frozen=True)
 class Amount:

@@ -21,11 +21,13 @@ from concilium.errors import DataError, StudyError
 from concilium.finished import open_finished
 from concilium.messages import Prepare, Tensors
 from concilium.planning import Plans, initial_weights
-from concilium.preparation import on_folders, prepare_request
+from concilium.preparation import on_folders
 from concilium.schedule import is_partly_shared
 from concilium.study import Study, divide, of_sites
 from concilium.wire import read_tensors
 
+AUDITED = ("federated", "splitfed")
+"""Protocols that an audit knows the messages of."""
 ATTACKER = "attacker"
 """What the attacker's cases are prepared as; no site of a simulation has a folder of this name here."""
 
@@ -55,7 +57,7 @@ class Subject:
     @property
     def request(self) -> Prepare:
         """What sites are asked to prepare by, as in the run."""
-        return prepare_request(self.study, self.plans)
+        return self.plans.request(self.study)
 
     def settings(self, name: str, data: Path) -> Settings:
         """Of a site that answers for these data, on this machine."""
@@ -138,6 +140,11 @@ def subject_of(
     """
     finished = open_finished(run, model)
     study = finished.study
+    if study.protocol.name not in AUDITED:
+        raise StudyError(
+            f"[protocol] name = {study.protocol.name!r} of {finished.name} cannot be audited yet. Allowed: {', '.join(AUDITED)}. "
+            "Audit one of these with --model."
+        )
     if is_partly_shared(study) or ":" in finished.name or len(finished.files) > 1:
         raise StudyError(
             f"Model {finished.name} of {run} cannot be audited: parts of it stay at sites, or it is several folds together. "

@@ -15,7 +15,7 @@ from concilium.reports import _about, _case_sections, _costs, _sections, _volume
 from concilium.reports._cases import View
 from concilium.reports._elements import document, e
 from concilium.reports._found import Found, find
-from concilium.reports.leakage import leaks
+from concilium.reports._leaks import leaks
 
 NAME = "report.html"
 _STYLE = Path(__file__).with_name("report.css")
