@@ -159,6 +159,61 @@ def test_gradient_inversion_finds_a_small_image_behind_the_gradient_of_a_small_n
         assert low <= float(torch.corrcoef(both)[0, 1]) <= high
 
 
+def test_reidentify_finds_whose_maps_they_are_and_not_those_of_strangers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gallery = torch.randn(6, 4, 16, 16, generator=generator)
+    noise = 0.3 * torch.randn(6, 4, 16, 16, generator=generator)
+    candidates = Cases(gallery, gallery[:, 0].long(), (Release("a", 1, 0, (gallery,)),))
+    order = [3, 1, 5, 0, 2, 4]
+    attack = catalog.load("attacks", "reidentify")
+    guess = attack(
+        (Release("a", 1, 0, ((gallery + noise)[order],)),), Known(), Auxiliary(candidates, candidates), seed=0
+    )
+    assert guess.patients.argmax(1).tolist() == order
+    assert float(guess.patients.max(1).values.min()) > 0.5
+    strangers = attack((Release("a", 1, 0, (noise,)),), Known(), Auxiliary(candidates, candidates), seed=0)
+    assert float(strangers.patients.max()) < 0.5
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_membership_tells_cases_that_the_network_knows_by_heart(calibrate: bool) -> None:
+    """Labels as the network says them are known by heart; four tenths of other ones is what a stranger's case has."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    whole = Stages({"head0": Convolved(1, 2, 2)})
+    with torch.no_grad():
+        whole["head0"].conv.weight.mul_(10)  # type: ignore[union-attr, operator]
+
+    def cases(n: int, wrong: float) -> Cases:
+        images = torch.randn(n, 1, 12, 12, generator=generator)
+        with torch.no_grad():
+            labels = whole(images)[0].argmax(1)
+        return Cases(images, torch.where(torch.rand(labels.shape, generator=generator) < wrong, 1 - labels, labels))
+
+    known, strange, own = cases(10, 0.0), cases(10, 0.4), cases(40, 0.4)
+    asked = Cases(torch.cat([known.images, strange.images]), torch.cat([known.labels, strange.labels]))
+    attack = catalog.load("attacks", "membership")
+    guess = attack((), Known(whole=whole), Auxiliary(own, asked), seed=0, calibrate=calibrate)
+    assert guess.members[:10].min() > guess.members[10:].max()
+
+
+def test_label_inference_reads_labels_where_gradients_hold_them_and_nothing_elsewhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = functional.interpolate(torch.randn(24, 1, 4, 4, generator=generator), 16)[:, 0].gt(0.5).long()
+    mask, noise = labels.unsqueeze(1).float(), torch.randn(24, 2, 16, 16, generator=generator)
+    scale = torch.logspace(-6, -3, 24).view(-1, 1, 1, 1)  # as of batches of very different loss
+    found = []
+    for gradients in (scale * (torch.cat([mask, -mask], 1) + 0.3 * noise), scale * noise):
+        sent = tuple(Release("a", 1, i, (), (g.unsqueeze(0),)) for i, g in enumerate(gradients))
+        own = Cases(noise[:16], labels[:16], sent[:16])
+        guess = catalog.load("attacks", "label_inference")(
+            sent[16:], Known(), Auxiliary(own), seed=0, steps=60, width=8
+        )
+        found.append(float(((guess.labels > 0.5) == labels[16:].bool()).float().mean()))
+    assert found[0] > 0.95
+    assert found[1] < 0.85
+
+
 # ---------------------------------------------------------------------------------------------------------- what arrived
 
 

@@ -24,9 +24,10 @@ def attack(
     auxiliary: Auxiliary,
     *,
     seed: int,
-    steps: int = 400,
+    steps: int = 800,
     learning_rate: float = 0.1,
     smoothness: float = 0.001,
+    moments: float = 1.0,
 ) -> Guess:
     """An image for each patch.
 
@@ -34,6 +35,7 @@ def attack(
         steps: of Adam, on all patches of a release together.
         learning_rate: in deviations of the image.
         smoothness: weight of the total variation.
+        moments: weight of the prior that channels have mean and deviation of the attacker's own images; instance norms hide both.
     """
     images = auxiliary.own.images
     axes = (0, *range(2, images.ndim))
@@ -50,7 +52,8 @@ def attack(
             for _ in range(steps):
                 optimizer.zero_grad(set_to_none=True)
                 left = front.run((x * deviation + mean,))
-                loss = _mismatch([left[i] for i in network.places], release) + smoothness * _variation(x)
+                prior = smoothness * _variation(x) + moments * _unlike(x)
+                loss = _mismatch([left[i] for i in network.places], release) + prior
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         found.append(x.detach() * deviation + mean)
@@ -64,6 +67,12 @@ def _mismatch(maps: Sequence[Tensor], release: Release) -> Tensor:
         if ours.is_floating_point() and ours.shape[1]:
             total = total + (ours.float() - theirs).pow(2).mean() / theirs.var().clamp_min(1e-12)
     return total
+
+
+def _unlike(x: Tensor) -> Tensor:
+    """How far mean and deviation of each channel of each patch are from 0 and 1, squared."""
+    flat = x.flatten(2)
+    return (flat.mean(2).pow(2) + (flat.var(2) + 1e-6).sqrt().sub(1).pow(2)).mean()
 
 
 def _variation(x: Tensor) -> Tensor:
