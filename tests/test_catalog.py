@@ -232,6 +232,7 @@ def test_allowed_lists_all_and_the_nearest() -> None:
 # ------------------------------------------------------------------------------------ what every plug-in keeps to
 
 POSITIONAL: dict[str, tuple[str, ...]] = {
+    "attacks": ("transcript", "network", "auxiliary"),
     "aggregation": ("total", "state"),
     "collect": ("ask", "requests"),
     "engines": (),

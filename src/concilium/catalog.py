@@ -22,6 +22,7 @@ from concilium.errors import StudyError
 
 ENTRIES: Mapping[str, str | None] = {
     "aggregation": "rule",
+    "attacks": "attack",
     "collect": "collect",
     "engines": "connect",
     "exports": "export",
@@ -35,6 +36,7 @@ ENTRIES: Mapping[str, str | None] = {
 
 SUPPLIED: Mapping[str, frozenset[str]] = {
     "aggregation": frozenset({"before"}),
+    "attacks": frozenset({"seed"}),
     "collect": frozenset({"blocks", "weigh", "asked", "see_updates", "spool"}),
     "engines": frozenset({"sites", "folder", "test", "run"}),
     "exports": frozenset({"card", "intended_use"}),

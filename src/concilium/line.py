@@ -231,7 +231,7 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
         ledger.problems.append(f"{model.key}, going back to round {done.number}: {failure_line(record, site, failure)}")
     if done.number:
         work.watch(Event("stage", f"{model.key}: going on after round {done.number}", model=model.key))
-    rounds = _rounds(work, model, done)
+    rounds = rounds_of(work, model, done)
     _watch(work, model, done, ledger)  # a kill may have come between
     began = time.monotonic()
     missing = [site for site in model.setting.sites if site not in model.steps and model.protocol != "centralized"]
@@ -262,7 +262,7 @@ def _watch(work: Work, model: Model, done: Round, ledger: Ledger) -> None:
             watch_validation(work, each, done, ledger)
 
 
-def _rounds(work: Work, model: Model, done: Round) -> Iterator[Round]:
+def rounds_of(work: Work, model: Model, done: Round) -> Iterator[Round]:
     """The model's protocol, from a complete round on."""
     study, p = model.setting.study, model.setting.study.protocol
     deadline = None if model.protocol == "centralized" else p.round_seconds  # a site's, and the pool is none

@@ -17,12 +17,12 @@ from concilium.data.labels import Labels, looked_for, n_heads
 from concilium.data.parties import uncropped
 from concilium.data.plan import make_plans, open_plan
 from concilium.errors import StudyError
-from concilium.messages import Fingerprint, Tensors
+from concilium.messages import Fingerprint, Prepare, Tensors
 from concilium.networks import Stages, make_network, names_elsewhere
 from concilium.schedule import Model
 from concilium.sharing import EVERYTHING, ROLES, Sharing, Table, kept_of, match
 from concilium.start_from import Start
-from concilium.study import Study, is_vertical
+from concilium.study import Study, is_vertical, training_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,14 @@ class Plans:
     def of(self, site: str) -> str:
         """The plan by which a site prepares and trains."""
         return self.by_site.get(site) or self.held.get(site) or self.text
+
+    def request(self, study: Study) -> Prepare:
+        """What a site is asked to prepare by the plan of all; the study's fold is one."""
+        v = study.validation
+        return Prepare(
+            self.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
+            study.study.max_excluded, self.channels, self.labels, study.sharing.keep,
+        )  # fmt: skip
 
 
 def plan_text(study: Study, told: Told, fingerprint: Fingerprint) -> str:

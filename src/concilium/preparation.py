@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from concilium._set_aside import told as set_aside
 from concilium.data.fingerprint import merge, to_json
@@ -24,7 +24,6 @@ from concilium.messages import (
     Examine,
     Examined,
     Failure,
-    Prepare,
     Prepared,
     Reply,
     Request,
@@ -38,7 +37,7 @@ from concilium.rehearsal import try_loss, try_network, try_rule, try_tensors
 from concilium.schedule import Setting
 from concilium.sharing import Sharing, table_of
 from concilium.start_from import Start, check_start, start_of
-from concilium.study import SiteTable, Study, holdings, is_vertical, places, training_of
+from concilium.study import SiteTable, Study, holdings, is_vertical, places
 from concilium.together import align_parties, as_one, held_requests
 
 
@@ -223,11 +222,7 @@ def prepare_sites(
 ) -> dict[str, Prepared]:
     """Have the sites preprocess; what each told that is ready."""
     study = setting.study
-    v = study.validation
-    request = Prepare(
-        plans.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
-        study.study.max_excluded, plans.channels, plans.labels, study.sharing.keep,
-    )  # fmt: skip
+    request = plans.request(study)
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())
     there = [name for name, site in engine.sites.items() if site.role in roles]

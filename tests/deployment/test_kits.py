@@ -244,7 +244,7 @@ def test_a_site_says_how_much_it_holds(kit: Path, phantom: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("", r"does not know where this site's data lie.*--data"),
+        ("", r"does not say where this site's data lie.*--data"),
         ("data = '{phantom}/nowhere'", r"nowhere is no nnU-Net raw folder: it has no dataset.json"),
         ("data = '{phantom}/north'\ntest = '{phantom}'", r"is no nnU-Net raw folder"),
         ("data = '{phantom}/north'\nthread = 2", r"site.toml: thread is not known.*threads"),

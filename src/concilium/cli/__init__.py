@@ -9,6 +9,7 @@ import typer
 
 from concilium.cli._shown import console
 from concilium.cli.hospitals import join, provision, serve
+from concilium.cli.leakage import leakage
 from concilium.cli.models import evaluate, export, predict
 from concilium.cli.networks import network
 from concilium.cli.results import report, table
@@ -19,7 +20,22 @@ app = typer.Typer(
     help="Train one medical image segmentation model at several hospitals without moving an image.",
     no_args_is_help=True,
 )
-for command in (demo, check, plan, network, run, predict, evaluate, table, report, export, provision, serve, join):
+for command in (
+    demo,
+    check,
+    plan,
+    network,
+    run,
+    predict,
+    evaluate,
+    table,
+    report,
+    export,
+    leakage,
+    provision,
+    serve,
+    join,
+):
     app.command()(command)
 
 

@@ -112,11 +112,16 @@ class Batches:
 
     def draw(self, *key: str | int) -> Batch:
         """The batch of this key. The global random generators and torch's thread count are left as they were."""
+        return self.draw_named(*key)[0]
+
+    def draw_named(self, *key: str | int) -> tuple[Batch, tuple[str, ...]]:
+        """The same, and the case of each patch: for whoever owns the cases, since a batch that names them must not travel."""
         with drawn_from(*key), _one_thread():
             drawn = self._loader.generate_train_batch()
         target = drawn["target"]
         labels = tuple(target) if isinstance(target, list) else (target,)
-        return Batch(drawn["data"], labels, self._mask([str(case) for case in drawn["keys"]]))
+        cases = tuple(str(case) for case in drawn["keys"])
+        return Batch(drawn["data"], labels, self._mask(cases)), cases
 
     def _mask(self, cases: Sequence[str]) -> Tensor | None:
         """What was looked for in each of these cases; `None` where that is everything in all that there are."""

@@ -141,7 +141,15 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
     Raises:
         StudyError: they are incomplete, or a value is not allowed.
     """
-    path = kit / SETTINGS
+    return read_site(kit / SETTINGS, given)
+
+
+def read_site(path: Path, given: dict[str, Any] | None = None) -> SiteSettings:
+    """The same of the file itself, wherever it lies.
+
+    Raises:
+        StudyError: they are incomplete, or a value is not allowed.
+    """
     try:
         raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as e:  # no TOML, no UTF-8
@@ -170,7 +178,7 @@ def read_settings(kit: Path, given: dict[str, Any] | None = None) -> SiteSetting
         except ValueError as e:
             raise StudyError(f"{path}: {key} = {value!r} is not allowed. {e}") from e
     if "data" not in values:
-        raise StudyError(f"{kit} does not know where this site's data lie. Expected a folder. Give it with --data.")
+        raise StudyError(f"{path} does not say where this site's data lie. Expected a folder. Give it with --data.")
     settings = SiteSettings(**values)
     for folder in (settings.data, settings.test):
         if folder is not None and not (folder / "dataset.json").is_file():

@@ -15,6 +15,7 @@ from concilium.reports import _about, _case_sections, _costs, _sections, _volume
 from concilium.reports._cases import View
 from concilium.reports._elements import document, e
 from concilium.reports._found import Found, find
+from concilium.reports._leaks import leaks
 
 NAME = "report.html"
 _STYLE = Path(__file__).with_name("report.css")
@@ -55,6 +56,7 @@ def report_html(found: Found, *, private: bool, min_cases: int = MIN_CASES) -> s
         _volumes.lesions(view),
         _case_sections.case_list(view),
         _costs.costs(view),
+        leaks(view),
         _about.remarks(view),
         _case_sections.withheld(view),
         _about.plan(view),

@@ -1,0 +1,205 @@
+"""Attacks: what a receiver can find out from what was really sent. One file here: one attack.
+
+    attack(transcript, network, auxiliary, *, seed, ...options) -> Guess
+
+It is given messages as they arrived, what their receiver knows of the network, and cases of its own. It never sees the truth:
+who owns the simulation scores the guess (`leakage/`). A file says with `SEES` which part of a transcript it reads (`maps`,
+`gradients`, `updates`, or `model`: none, but the finished weights), and with `GUESSES` what comes out (`images`, `labels`,
+`members`, `patients`). `REVEALS` says in one line who could do this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from concilium.errors import ContractError
+from concilium.messages import Front, Gradients, Maps, Tensors, Train, Trained
+from concilium.networks import Stack, Stages
+from concilium.transport import decode
+
+SEES = ("maps", "gradients", "updates", "model")
+GUESSES = ("images", "labels", "members", "patients")
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one site let go in one step (in one round, of an update), as its receiver has it. The batch comes first."""
+
+    site: str
+    round: int
+    step: int
+    maps: tuple[Tensor, ...] = ()
+    """Of the front (B, C, *spatial), the lowest first; float, or uint8."""
+    gradients: tuple[Tensor, ...] = ()
+    """Of the loss with respect to the float maps that the site was sent."""
+    update: Tensors = field(default_factory=dict)
+    """Weights before the round less those after it."""
+
+
+Transcript: TypeAlias = tuple[Release, ...]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the receiver knows of the network."""
+
+    front: Stages | None = None
+    """The stages before the cut with their weights, where these are shared; what is fed in is as a site feeds it."""
+    places: tuple[int, ...] = ()
+    """Which of the maps that the front leaves the maps of the transcript are."""
+    whole: Stages | None = None
+    """The network with its weights at the start of the round, or finished."""
+    loss: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None
+    """The study's loss of logits, finest first, and a label map (B, *spatial); the logits of deep supervision included."""
+
+    @property
+    def open_front(self) -> Stages:
+        """The front.
+
+        Raises:
+            ContractError: it is not known.
+        """
+        if self.front is None:
+            raise ContractError(
+                "The weights of the front were asked for. They are not known here. Use an attack without them."
+            )
+        return self.front
+
+    @property
+    def open_whole(self) -> Stages:
+        """The whole network.
+
+        Raises:
+            ContractError: it is not known.
+        """
+        if self.whole is None:
+            raise ContractError(
+                "The whole network was asked for. It is not known here. Use an attack that does not need it."
+            )
+        return self.whole
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Patches whose image and label map the attacker has, and what the network, with all that defends it, lets go of each."""
+
+    images: Tensor
+    """float32 (N, C, *spatial)."""
+    labels: Tensor
+    """int64 (N, *spatial); 0 is background."""
+    sent: Transcript = ()
+    """In the same order."""
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """What an attacker brings along."""
+
+    own: Cases
+    """Cases of its own, none of which is a victim's."""
+    candidates: Cases | None = None
+    """Cases of which it asks: was this one trained on, or which of these is it."""
+    labels: Tensor | None = None
+    """Label maps of the victims, where the attacker is taken to know them (`gradient_inversion`)."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What an attack says, one entry per patch of the transcript (or per candidate, of members). One field is given."""
+
+    images: Tensor | None = None
+    """float32 (N, C, *spatial)."""
+    labels: Tensor | None = None
+    """Chance of foreground, float32 (N, *spatial)."""
+    members: Tensor | None = None
+    """float32 (candidates,): the larger, the more it was trained on."""
+    patients: Tensor | None = None
+    """float32 (N, candidates): the larger, the more alike."""
+
+    def of(self, kind: str) -> Tensor:
+        """What was guessed of this kind (one of `GUESSES`).
+
+        Raises:
+            ContractError: nothing.
+        """
+        found: Tensor | None = getattr(self, kind)
+        if found is None:
+            raise ContractError(
+                f"An attack that said it guesses {kind} guessed none. Expected them. Correct the attack."
+            )
+        return found
+
+
+def releases(said: Iterable[tuple[str, object]]) -> Transcript:
+    """What the receiver has after these messages (site, message), in the order in which it was complete.
+
+    A step in which nothing was annotated sends nothing, and is left out.
+    """
+    open_: dict[str, Release] = {}
+    fronts: dict[str, Front] = {}
+    trains: dict[str, Train] = {}
+    done: list[Release] = []
+
+    def close(site: str) -> None:
+        if site in open_:
+            done.append(open_.pop(site))
+
+    for site, message in said:
+        match message:
+            case Front():
+                close(site)
+                fronts[site] = message
+            case Train():
+                trains[site] = message
+            case Maps(maps) if maps:
+                front = fronts[site]
+                came = decode(maps, front.transport, dtype=torch.float32)
+                open_[site] = Release(site, front.round, front.step, _floats(came))
+            case Gradients(gradients) if site in open_:
+                front = fronts[site]
+                came = decode(gradients, front.transport, dtype=torch.float32)
+                open_[site] = replace(open_[site], gradients=_floats(came))
+            case Trained(weights) if weights and site in trains:
+                before = trains[site].weights
+                moved = {n: before[n].double() - t.double() for n, t in weights.items() if n in before}
+                update = {n: t.float() for n, t in moved.items()}
+                done.append(Release(site, trains[site].round, 0, update=update))
+    for site in list(open_):
+        close(site)
+    return tuple(done)
+
+
+def _floats(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Half precision as float32; whole numbers as they are."""
+    return tuple(m.float() if m.is_floating_point() else m for m in maps)
+
+
+def stacked(transcript: Transcript, what: str = "maps") -> Stack:
+    """Each map (or gradient) of all patches together, (N, C, *spatial)."""
+    return tuple(torch.cat(of) for of in zip(*(getattr(r, what) for r in transcript), strict=True))
+
+
+def only(transcript: Transcript, places: Sequence[int], what: str = "maps") -> Transcript:
+    """The same with these maps (or gradients) alone."""
+    chosen: list[dict[str, Any]] = [{what: tuple(getattr(r, what)[i] for i in places)} for r in transcript]
+    return tuple(replace(r, **fields) for r, fields in zip(transcript, chosen, strict=True))
+
+
+def about(name_to: Mapping[str, object]) -> tuple[str, str, str]:
+    """What an attack's file says of itself: what it sees, what it guesses, who could do it.
+
+    Raises:
+        ContractError: it does not say it, or something else.
+    """
+    sees, guesses, reveals = (str(name_to.get(key, "")) for key in ("SEES", "GUESSES", "REVEALS"))
+    if sees not in SEES or guesses not in GUESSES or not reveals:
+        raise ContractError(
+            f"An attack says SEES = {sees!r}, GUESSES = {guesses!r}. Allowed: {', '.join(SEES)}; {', '.join(GUESSES)}; and a "
+            "line REVEALS. Say them in its file."
+        )
+    return sees, guesses, reveals

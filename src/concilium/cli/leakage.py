@@ -1,0 +1,104 @@
+"""The command that attacks what a study sends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from concilium.cli._shown import console, show_table, shown
+
+
+def leakage(
+    what: Annotated[
+        Path, typer.Argument(metavar="STUDY|RUN", help="Study file (TOML), which is run first; or a run folder.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Of a study: the run folder. Of a run: the audit's. Default: runs/NAME, RUN/leakage."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="As in results.json. Default: the study's own.")] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option("--attack", help="Again for others. Default: all that apply.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="Of an attack: inversion.steps=300. May be given again.")
+    ] = None,
+    cut: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cut", help="shallow, deep, STAGE,STAGE, or all on the way down; again for others. Default: the study's."
+        ),
+    ] = None,
+    auxiliary: Annotated[
+        str | None,
+        typer.Option(
+            "--auxiliary", help="Whose cases the attacker has: a site, or a raw folder. Default: the test set."
+        ),
+    ] = None,
+    round: Annotated[
+        list[int] | None,
+        typer.Option("--round", help="Audit the weights after it too; 0: untrained. Again for others."),
+    ] = None,
+    victims: Annotated[int, typer.Option("--victims", min=1, help="Patches to attack.")] = 48,
+    own: Annotated[int, typer.Option("--own", min=2, help="Patches of the attacker.")] = 256,
+    gallery: Annotated[int, typer.Option("--gallery", min=2, help="Candidates to tell apart.")] = 100,
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            "--site", help="A site's site.toml: run and audit the study on its own cases alone, here. Sends nothing."
+        ),
+    ] = None,
+) -> None:
+    """Attack what a study sends, and say what each attack finds beside a guess without looking. Runs here, sends nothing."""
+    from concilium.api import reported
+    from concilium.leakage import Amount, Asked
+    from concilium.leakage import leakage as audit
+    from concilium.leakage.along import run_and_keep
+    from concilium.network_sizes import read_options
+    from concilium.reports.leakage import grids
+    from concilium.study import read_study
+
+    options: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in read_options(option or []).items():
+        of, _, name = key.partition(".")
+        options[of][name] = value
+    asked = Asked(
+        model,
+        tuple(attack or ()),
+        options,
+        tuple(cut or ()),
+        auxiliary,
+        tuple(round or ()),
+        Amount(victims, own, gallery),
+    )
+    if what.is_dir():
+        run, folder = what, out
+    else:
+        study = read_study(what, check_data=site is None)
+        if site is not None:
+            from concilium.deployment.leakage import study_at_site
+
+            study = study_at_site(study, site)
+        default = Path("runs") / study.study.name if site is None else site.parent / "leakage" / study.study.name
+        run = run_and_keep(
+            study,
+            out or default,
+            asked.rounds,
+            model=model,
+            watch=lambda e: console.print(e.text, style="dim", markup=False) if e.text else None,
+        )
+        folder = None
+    found = audit(run, folder, asked=asked, watch=lambda text: console.print(text, style="dim", markup=False))
+    for grid in grids(found):
+        show_table(grid.title, grid.header, grid.rows, grid.notes)
+    for note in found["notes"]:
+        shown.print(f"Note: {note}", markup=False, soft_wrap=True)
+    where = folder or run / "leakage"
+    shown.print(f"Audit: {where / 'leakage.json'}; pictures stay in {where / 'pictures'}", markup=False, soft_wrap=True)
+    if folder is None:
+        reported(run, lambda event: console.print(event.text, markup=False))

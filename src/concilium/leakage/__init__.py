@@ -1,0 +1,136 @@
+"""What leaks: attacks on what is really sent, run and scored by whoever owns the simulation, before anything is sent anywhere.
+
+An audit takes a run, lets its protocol go on for a round from the weights it has (`exchange.py`), gives attacks what the server
+then has and cases of their own (`scene.py`), and scores what they say against the truth, which is computed anew (`audit.py`). An
+attack that finds little proves nothing: a better one may find more.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from concilium import catalog
+from concilium.errors import StudyError
+from concilium.leakage.audit import Attack, Row, figures_of, holds, place
+from concilium.leakage.pictures import shower
+from concilium.leakage.scene import Amount, Scene, every_cut, model_scene, split_scene, update_scene
+from concilium.leakage.subject import Subject, subject_of
+from concilium.leakage.written import depth_of, write_leakage
+
+ALL_CUTS = "all"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an audit is to do."""
+
+    model: str | None = None
+    """As in results.json; omitted: the study's own."""
+    attacks: tuple[str, ...] = ()
+    """Omitted: all that apply."""
+    options: Mapping[str, Mapping[str, Any]] | None = None
+    """Of attacks, by name."""
+    cuts: tuple[str, ...] = ()
+    """Cuts with a name, `STAGE,STAGE`, or `all`; omitted: the study's own."""
+    auxiliary: str | None = None
+    """Whose cases the attacker has: a site, or a folder; omitted: the test set."""
+    rounds: tuple[int, ...] = ()
+    """Audit also the weights after these rounds, where they were kept."""
+    amount: Amount = field(default_factory=Amount)
+
+
+def leakage(
+    run: Path, out: Path | None = None, *, asked: Asked = Asked(), watch: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Audit a run: what is written into leakage.json in `out` (the run's `leakage`), with pictures beside it.
+
+    Raises:
+        StudyError: no such run, model, attack, option or cut, or no cases for the attacker.
+        DataError: the attacker has a victim's case.
+        EngineError: a site failed.
+    """
+    folder = out or run / "leakage"
+    work = folder / "work"
+    attacks = _attacks(asked)
+    rows: list[Row] = []
+    notes: list[str] = []
+    seen: set[str] = set()
+    shutil.rmtree(folder / "pictures", ignore_errors=True)
+    try:
+        for number in (*asked.rounds, None):
+            subject = subject_of(run, asked.model, auxiliary=asked.auxiliary, work=work, number=number)
+            torch.set_num_threads(subject.study.engine.threads)
+            own = [replace(a, seed=subject.study.study.seed) for a in attacks]
+            for scene in _scenes(subject, own, asked, last=number is None, notes=notes, watch=watch):
+                seen |= set(holds(scene))
+                channels = subject.plans.channels
+                rows += figures_of(scene, own, channels, show=shower(folder / "pictures"), watch=watch)
+    finally:
+        for left in ("sites", "spool"):
+            shutil.rmtree(work / left, ignore_errors=True)
+    for attack in attacks:
+        sees, _, _ = attack.about
+        if sees not in seen and not any(note.startswith(attack.name) for note in notes):
+            notes.append(f"{attack.name} was not run: it reads {sees}, and here none were sent.")
+    if not rows:
+        raise StudyError(
+            f"Nothing of {run} was attacked ({' '.join(notes)}). Expected an attack that applies. Choose another."
+        )
+    return write_leakage(folder, subject, attacks, rows, [*notes, *depth_of(rows)])
+
+
+def _attacks(asked: Asked) -> list[Attack]:
+    given, problems, found = dict(asked.options or {}), [], []
+    for name in asked.attacks or catalog.names("attacks"):
+        options, wrong = catalog.fill("attacks", name, given.pop(name, {}), f"attack {name}:")
+        problems += wrong
+        found.append(Attack(name, options, 0))
+    problems += [f"Options of {name} were given, which is not run. Run it, or leave them out." for name in given]
+    if problems:
+        raise StudyError("\n".join(problems))
+    return found
+
+
+def _scenes(
+    subject: Subject,
+    attacks: Sequence[Attack],
+    asked: Asked,
+    *,
+    last: bool,
+    notes: list[str],
+    watch: Callable[[str], None],
+) -> Iterator[Scene]:
+    """What there is to attack."""
+    kinds = {attack.about[:2] for attack in attacks}
+    sees = {saw for saw, _ in kinds}
+    splits = subject.study.protocol.name == "splitfed"
+    if (splits or asked.cuts) and sees & {"maps", "gradients"}:
+        for cut in _cuts(subject, asked):
+            watch(f"Exchange after round {subject.number}, cut {' '.join(cut) if cut else 'of the study'}")
+            yield split_scene(
+                subject, cut, asked.amount, gradients="gradients" in sees, gallery=("maps", "patients") in kinds
+            )
+    if subject.study.protocol.name == "federated" and "updates" in sees and not asked.cuts:
+        watch(f"Exchange after round {subject.number}, updates")
+        yield update_scene(subject, asked.amount)
+    if last and "model" in sees:
+        try:
+            yield model_scene(subject, asked.amount)
+        except StudyError as e:
+            notes += [f"{a.name} was not run. {e}" for a in attacks if a.about[0] == "model"]
+
+
+def _cuts(subject: Subject, asked: Asked) -> list[tuple[str, ...] | None]:
+    found: list[tuple[str, ...] | None] = []
+    for cut in asked.cuts:
+        found += every_cut(subject) if cut == ALL_CUTS else [tuple(cut.split(","))]
+    return found or [None]
+
+
+__all__ = ["Amount", "Asked", "leakage", "place"]
