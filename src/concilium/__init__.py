@@ -15,6 +15,7 @@ from concilium.api import (
     Run,
     Scores,
     check,
+    dossier,
     evaluate,
     network,
     open_run,
@@ -26,7 +27,7 @@ from concilium.api import (
 )
 
 __all__ = [
-    "Check", "Plan", "Run", "Scores", "check", "evaluate", "network", "open_run", "plan", "report", "run", "table",
+    "Check", "Plan", "Run", "Scores", "check", "dossier", "evaluate", "network", "open_run", "plan", "report", "run", "table",
     "tensorboard"
 ]  # fmt: skip
 __version__ = "0.1.0.dev0"

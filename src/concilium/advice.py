@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,27 @@ def plan(
     """
     _check(study, out)
     study = replace(study, variants={}, start=StartTable(), plan=replace(study.plan, fingerprint="pooled"))
+    with examined(study, watch) as (study, told, record, ledger):
+        watch(Event("stage", "Planning for all sites together"))
+        joint = plan_for(settings(study)[0][0], told, record, ledger)
+        planned = _plans(study, told, joint, record, ledger, watch)
+        if forecast:
+            planned = _with_costs(planned, study, joint, watch)
+        if out is not None:
+            _keep(record.folder, out)
+    return planned
+
+
+@contextmanager
+def examined(
+    study: Study, watch: Callable[[Event], None] = lambda event: None
+) -> Iterator[tuple[Study, Told, Record, Ledger]]:
+    """Have the sites of a study read their cases, as a run does: the study on folders, what they told, and a record that plans
+    can be made in. All of it is gone afterwards.
+
+    Raises:
+        StudyError, DataError, EngineError: the sites' data are not here, or cannot be used together.
+    """
     with tempfile.TemporaryDirectory(prefix="concilium-plan-") as name:
         folder = Path(name) / "plan"
         layout = divide(study, folder)
@@ -92,16 +114,9 @@ def plan(
                 told = ask_sites(study, engine, record, ledger)
             finally:
                 engine.close()
-            watch(Event("stage", "Planning for all sites together"))
-            joint = plan_for(settings(study)[0][0], told, record, ledger)
-            planned = _plans(study, told, joint, record, ledger, watch)
-            if forecast:
-                planned = _with_costs(planned, study, joint, watch)
-            if out is not None:
-                _keep(folder, out)
+            yield study, told, record, ledger
         finally:
             record.close()
-    return planned
 
 
 def _check(study: Study, out: Path | None) -> None:

@@ -11,10 +11,11 @@ from concilium.outcomes import Check, Plan, Run, Scores
 if TYPE_CHECKING:  # takes seconds to load
     from concilium.network_sizes import NetworkSizes
     from concilium.preparation import Event
+    from concilium.reports.dossier import Dossier
     from concilium.study import Study
 
 __all__ = [
-    "Check", "Plan", "Run", "Scores", "check", "evaluate", "network", "open_run", "plan", "report", "reported", "run",
+    "Check", "Plan", "Run", "Scores", "check", "dossier", "evaluate", "network", "open_run", "plan", "report", "reported", "run",
     "table", "tensorboard"
 ]  # fmt: skip
 
@@ -211,6 +212,43 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     from concilium.reports.html import write_report
 
     return write_report(Path(folder), out=None if out is None else Path(out))
+
+
+def dossier(
+    what: str | Path | Mapping[str, Any] | Study,
+    out: str | Path | None = None,
+    *,
+    leakage: str | Path | None = None,
+    forecast: bool = True,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Dossier:
+    """Write for data protection what a study sends, before it runs; of a run folder, with what was measured beside it.
+
+    Args:
+        what: a study as for `run`, whose data need not be here; or a run folder.
+        out: a folder for dossier.html and dossier.md; omitted: `dossiers/NAME`, or the run folder.
+        leakage: leakage.json of an audit; omitted: the run's own.
+        forecast: forecast the bytes, for which the cases of all sites are read, where they are here.
+
+    Raises:
+        StudyError: neither a study nor a run folder, or no leakage.json.
+    """
+    from dataclasses import fields
+
+    from concilium.deployment.kits import SiteSettings
+    from concilium.reports.dossier import write_dossier
+    from concilium.study import parse_study, read_study
+
+    given: Study | Path
+    if isinstance(what, str | Path):
+        given = Run(Path(what)).folder if Path(what).is_dir() else read_study(Path(what), check_data=False)
+    else:
+        given = parse_study(what, folder=Path.cwd(), check_data=False) if isinstance(what, Mapping) else what
+    default = given if isinstance(given, Path) else Path("dossiers") / given.study.name
+    return write_dossier(
+        given, default if out is None else Path(out), defaults={f.name: f.default for f in fields(SiteSettings)},
+        leakage=None if leakage is None else Path(leakage), forecast=forecast, watch=watch,
+    )  # fmt: skip
 
 
 def tensorboard(folder: str | Path) -> Path:

@@ -8,6 +8,7 @@ import traceback
 import typer
 
 from concilium.cli._shown import console
+from concilium.cli.dossier import dossier
 from concilium.cli.hospitals import join, provision, serve
 from concilium.cli.leakage import leakage
 from concilium.cli.models import evaluate, export, predict
@@ -32,6 +33,7 @@ for command in (
     report,
     export,
     leakage,
+    dossier,
     provision,
     serve,
     join,

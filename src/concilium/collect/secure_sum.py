@@ -58,7 +58,7 @@ def collect(
     """
     trains = _trains(requests, see_updates)
     names = same_names(blocks, requests, way="secure_sum", why="of what few have, the sum tells too much of each")
-    how = Masking(_threshold(threshold, len(requests)), bits, range, _counts(weigh))
+    how = Masking(threshold_of(threshold, len(requests)), bits, range, _counts(weigh))
     (block,) = blocks
     gathering = Gathering(ask, how, {names[key]: tensor for key, tensor in block.like.items()})
     gathering.hold(trains, asked)
@@ -93,7 +93,7 @@ def _trains(requests: Mapping[str, Train | Finish], see_updates: bool) -> dict[s
     return trains
 
 
-def _threshold(given: int | None, n_sites: int) -> int:
+def threshold_of(given: int | None, n_sites: int) -> int:
     """How many sites must be in a sum over those that are asked.
 
     Raises:

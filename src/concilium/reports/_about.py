@@ -66,7 +66,8 @@ def _more(lines: list[str]) -> Element | None:
 
 
 def _said(view: View, text: object) -> str:
-    """What a run said, without paths, which an error at a simulated site may hold; in a private report without small numbers."""
+    """What a run said, without paths, which an error at a simulated site may hold; in a private report without small "
+    "numbers."""
     said = without_paths(str(text))
     return without_counts(said, view.min_cases) if view.private else said
 

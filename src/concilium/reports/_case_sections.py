@@ -37,7 +37,8 @@ def withheld(view: View) -> Element | None:
         "Not shown here",
         e(
             "p",
-            "This page is made at the server of a federation, from aggregates. It has no picture, no case, no distribution over "
+            "This page is made at the server of a federation, from aggregates. It has no picture, no case, no "
+            "distribution over "
             f"cases, and no value that describes fewer than {view.min_cases} patients, or lets one be computed. Each site can "
             "see its own cases: concilium report SITE_FOLDER, at the site.",
         ),

@@ -48,7 +48,8 @@ class View:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models' names, the study's own first, without those trained without a site (`of` gives what these reach there)."""
+        """The models' names, the study's own first, without those trained without a site (`of` gives what these reach "
+        "there)."""
         names = dict.fromkeys(m["name"] for m in self.found.results["models"])
         return tuple(name for name in names if WITHOUT not in name) or tuple(names)
 

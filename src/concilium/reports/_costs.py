@@ -69,7 +69,8 @@ def _forecast(view: View, groups: Mapping[str, Sequence[Row]]) -> tuple[Element,
     note = (
         "Forecast before training, with the machines of the study's [forecast]: of received and sent without the headers of "
         "messages, of training without reading and augmenting patches, of memory the tensors at the worst moment of a step. "
-        "Measured memory is the most that the process held, with its libraries and all else that it did; on a GPU tensors alone."
+        "Measured memory is the most that the process held, with its libraries and all else that it did; on a GPU "
+        "tensors alone."
     )
     header = ["model", "site", "received", "forecast", "sent", "forecast", "training", "forecast", "memory", "forecast"]
     return table(header, rows, caption="Measured, and forecast", words=2), e("p", note, class_="note")

@@ -23,7 +23,8 @@ CALLED = {
     "reidentified": "share re-identified",
 }
 NAIVE = (
-    "Naive: what a guess without looking gets: the mean image, the most likely mask, chance. n: patches, or candidates. SSIM and "
+    "Naive: what a guess without looking gets: the mean image, the most likely mask, chance. n: patches, or "
+    "candidates. SSIM and "
     "PSNR inside the body."
 )
 

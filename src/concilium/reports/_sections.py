@@ -109,7 +109,8 @@ def _notes(view: View) -> Iterator[str]:
         yield "Undefined: scores of single cases and labels that are in no mean, such as the distance to what was not found."
     if view.kept_back:
         yield (
-            f"{names_of(view.kept_back)}: scores of single cases are kept back, so intervals are Student's; means over all sites "
+            f"{names_of(view.kept_back)}: scores of single cases are kept back, so intervals are Student's; means over "
+            "all sites "
             "have none."
         )
     if " or " in view.unit:

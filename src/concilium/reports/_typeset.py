@@ -141,7 +141,8 @@ def caption(table: Comparison) -> str:
     kinds = {f["kind"] for f in table.figures}
     if DIFFERENCE in kinds:
         text += (
-            "Differences are paired by patient; p from a sign-flip test, with Holm's correction over all pairs of models for one "
+            "Differences are paired by patient; p from a sign-flip test, with Holm's correction over all pairs of "
+            "models for one "
             "label and metric. "
         )
     if any(g.n < MIN_PATIENTS for g in table.groups):
@@ -152,7 +153,8 @@ def caption(table: Comparison) -> str:
         text += f"Non-inferior: the lower end of the interval of the difference is above −{table.margin:g}. "
     if WORST in kinds:
         text += (
-            f"Worst site: of those with {MIN_PATIENTS} patients or more, on validation cases; gap: between its mean and that of "
+            f"Worst site: of those with {MIN_PATIENTS} patients or more, on validation cases; gap: between its mean and "
+            "that of "
             "the best. "
         )
     return (text + _reservations(table)).strip()

@@ -136,7 +136,8 @@ def _times(planned: Planned) -> Grid:
         return "as this one" if gflops is None else f"{gflops:g} GFLOP/s"
 
     title = (
-        f"What training would cost: links of {told.mbit:g} Mbit/s and {told.ms:g} ms, sites {machine(told.site_gflops)}, server "
+        f"What training would cost: links of {told.mbit:g} Mbit/s and {told.ms:g} ms, sites "
+        "{machine(told.site_gflops)}, server "
         f"{machine(told.server_gflops)}"
     )
     rows = [

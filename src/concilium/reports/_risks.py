@@ -1,0 +1,175 @@
+"""The parts of a dossier that say which attacks were run with which result, and what is not protected."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from concilium import catalog
+from concilium.reports._leaks import CALLED
+from concilium.reports._permissions import needed, outside
+from concilium.reports._sheet import Content, Grid, Lines, Part
+from concilium.reports._talk import Trained, trained_in
+from concilium.schedule import is_partly_shared
+from concilium.study import Study
+
+AUDITED = ("federated", "splitfed")
+"""Those of `leakage.subject`, which is above this layer."""
+
+
+def attacks(study: Study, found: Mapping[str, Any] | None) -> Part:
+    """Which attacks were run, and what they found."""
+    if found is None:
+        return Part("Attacks that were run", _not_attacked(study))
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in found["rows"]:
+        key = row["attack"], row["metric"]
+        if key not in best or row["value"] - row["naive"] > best[key]["value"] - best[key]["naive"]:
+            best[key] = row
+    rows = [
+        [
+            row["attack"] or "no attack",
+            CALLED.get(metric, metric),
+            _place(row),
+            f"{row['value']:.2f}",
+            f"{row['naive']:.2f}",
+        ]
+        for (_, metric), row in best.items()
+    ]
+    other = (
+        []
+        if found["study"] == study.study.name
+        else [f"These figures are of the study {found['study']}, not of this one."]
+    )
+    header = ["attack", "figure", "where", "found", "guess"]
+    who = [f"{a['name']}: guesses {a['guesses']} from {a['sees']}. Who could: {a['who']}." for a in found["attacks"]]
+    return Part(
+        "Attacks that were run",
+        [
+            *other,
+            f"On the model {found['model']}, against the sites {', '.join(found['victims'])}, by an attacker with "
+            f"{found['n_own_cases']} cases of its own. Of each figure the place where most was found.",
+            Grid(header, rows, "What was found, beside a guess without looking", figures=2),
+            "Guess: what one gets without looking at anything that was sent. A figure means what it exceeds the guess "
+            "by. SSIM: how "
+            "alike an image that was found and the true one are, 1 being the same. Dice: the same of label maps. AUC: "
+            "how well it is "
+            "told who was trained on, 0.5 being chance.",
+            Lines(who),
+            Lines(found["notes"]),
+        ],
+    )
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    where = [
+        f"after round {row['round']}",
+        f"cut {row['cut']}" if row["cut"] else "",
+        f"map {row['map']}" if row["map"] else "",
+    ]
+    return ", ".join(part for part in where if part)
+
+
+def _not_attacked(study: Study) -> list[Content]:
+    models = [m for m in trained_in(study) if not m.beside and m.name == study.protocol.name]
+    cannot = study.protocol.name not in AUDITED or is_partly_shared(study)
+    head = f"No attack was run on this study: run `concilium leakage {study.study.name}.toml`, on a machine that has the data."
+    if cannot:
+        head = (
+            f"No attack was run on this study. Concilium has no audit of the protocol {study.protocol.name}"
+            f"{' with parts that stay at sites' if is_partly_shared(study) else ''}: what is sent may give away "
+            "anything that it holds."
+        )
+    rows = []
+    for name in catalog.names("attacks"):
+        module = importlib.import_module(f"concilium.attacks.{name}")
+        if any(_applies(module.SEES, model) for model in models):
+            rows.append([name, f"{module.GUESSES}, from {module.SEES}", module.REVEALS, "not run"])
+    return [
+        head,
+        *([Grid(["attack", "what it guesses", "who could do it", "result"], rows)] if rows else []),
+        "Without an attack nothing is known of how much can be found out. That an attack finds little would prove "
+        "nothing either: "
+        "another may find more.",
+    ]
+
+
+def _applies(sees: str, model: Trained) -> bool:
+    if sees in ("maps", "gradients"):
+        return model.splits
+    return sees == "model" or (model.protocol == "federated" and not model.sums_secretly)
+
+
+# ----------------------------------------------------------------------------------------------------------- not protected
+
+
+def unprotected(study: Study, found: Mapping[str, Any] | None) -> Part:
+    """What nothing here protects."""
+    return Part("What is not protected", [Lines(list(_unprotected(study, found)))])
+
+
+def _unprotected(study: Study, found: Mapping[str, Any] | None) -> Iterator[str]:
+    models = [m for m in trained_in(study) if not m.beside and m.protocol != "centralized"]
+    yield from _in_training(study, models)
+    if not any(m.study.local_update.name.startswith("dp") for m in models):
+        yield (
+            "No part of the study bounds what a single patient changes (differential privacy): the model may remember a "
+            "patient."
+        )
+    yield "The finished model: who has it can ask whether a patient was among those it was trained on, and may learn more."
+    yield (
+        "Statistics of the data and scores were never attacked. A site with one case tells that case's intensities; "
+        "extremes are values of single voxels."
+    )
+    if any(outside(m.study) for m in models):
+        yield "Code from outside Concilium runs at the site, with all that the site's process may read."
+    yield (
+        "A malicious server or holder of labels, which sends what makes a network tell more: not measured here, and "
+        "nothing stops it."
+    )
+    yield (
+        "Out of scope: several that collude; machines that are broken into, and whoever reads their disks; what sizes and "
+        "times of messages tell."
+    )
+    if study.engine.name == "simulation":
+        yield (
+            "As a simulation the study runs on one machine, whose owner sees all cases of all sites. It is for one owner's "
+            "data."
+        )
+    if found is None:
+        yield "No attack was run: nothing is claimed of how much, or how little, can be found out."
+    yield (
+        "Data of patients stay data of patients: nothing in this study, and no figure here, makes weights, maps or scores "
+        "into anything else."
+    )
+
+
+def _in_training(study: Study, models: Sequence[Trained]) -> Iterator[str]:
+    """What the protocols leave open."""
+    if any(m.splits for m in models):
+        yield (
+            "Maps and their gradients are computed from every voxel. The server knows the layers that made them: an image "
+            "can be computed back, at a shallow cut nearly whole, and much of the label map from the gradients. The server "
+            "must be trusted with what it could see."
+        )
+    if "labels" in needed(study):
+        yield "The study has reveal_labels: the server can compute the label maps of single cases."
+    if any(m.protocol in ("federated", "splitfed") and not m.sums_secretly for m in models):
+        yield (
+            "The server reads each site's update by itself. An update is computed from patients, and something of them may "
+            "be found in it."
+        )
+    if any(m.sums_secretly for m in models):
+        yield (
+            "Masks hide each update, not their sum: of n sites n − 1 together, or with the server, read the last one's. "
+            "Rounds that differ by one site can be compared. Nobody else has reviewed how the masks are put together, and "
+            "no attack on sums was measured."
+        )
+    if any(m.protocol == "cyclic" for m in models):
+        yield (
+            "The next site gets the weights as this one left them; with the server it can read all that passes. No attack "
+            "on them was measured."
+        )
+    if any(m.collects == "judged" for m in models):
+        yield "Every site gets every other site's update as it is."
