@@ -39,8 +39,8 @@ Forecast: TypeAlias = "Mapping[str, Bytes] | str"
 
 
 def forecasts(study: Study, watch: Watch = lambda event: None) -> dict[str, Forecast]:
-    """What a round of each model will cost each site, or why that cannot be told; reads the cases of all sites, "
-    "trains nothing."""
+    """What a round of each model will cost each site, or why that cannot be told; reads the cases of all sites,
+    trains nothing."""
     models = {m.name: m for m in trained_in(study)}
     found: dict[str, Forecast] = {name: why_not(model) for name, model in models.items()}
     wanted = [name for name, why in found.items() if not why]
@@ -155,10 +155,10 @@ def measured(study: Study, rounds: Iterable[Row]) -> dict[str, dict[str, Measure
         name = row["model"].partition(".")[0]  # without seed and fold
         for site, took in row["sites"].items() if name in models else ():
             lines.setdefault(name, {}).setdefault(site, []).append(took)
-    return {name: {site: _sum(models[name], of) for site, of in sites.items()} for name, sites in lines.items()}
+    return {name: {site: _sum(models[name], site, of) for site, of in sites.items()} for name, sites in lines.items()}
 
 
-def _sum(model: Trained, lines: Sequence[Row]) -> Measured:
+def _sum(model: Trained, site: str, lines: Sequence[Row]) -> Measured:
     up, down, steps = (sum(line[key] for line in lines) for key in ("bytes_up", "bytes_down", "n_steps"))
-    messages = n_messages(model, len(lines), steps)
+    messages = n_messages(model, site, len(lines), steps)
     return Measured(up, down, steps, len(lines), messages, max(line["n_cases"] for line in lines))

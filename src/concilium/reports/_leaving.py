@@ -1,5 +1,5 @@
-"""The parts of a dossier that say what leaves: what, to whom, how often, how many bytes, what for, what is done to it "
-"before."""
+"""The parts of a dossier that say what leaves: what, to whom, how often, how many bytes, what for, what is done to it
+before."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def fields(study: Study) -> Part:
     rows = []
     for reply in replies_of(m for m in trained_in(study) if m.protocol != "centralized"):
         if told := fields_of(reply):
-            rows.append(
-                [reply.__name__, "; ".join(f"{name} ({text.rstrip('.')})" if text else name for name, text in told)]
-            )
+            rows.append([reply.__name__, "; ".join(f"{name} ({text})" if text else name for name, text in told)])
     return Part(
         "The fields of each message",
         [

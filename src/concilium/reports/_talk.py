@@ -13,9 +13,10 @@ from concilium.protocols._cohort import fewest
 from concilium.schedule import ELSEWHERE, FINETUNED, PERSONAL, Setting, is_one, names, settings
 from concilium.study import Study, is_vertical
 
-ONCE, SETTING, TRAINING, ROUND, STEP, SCORING = "once", "setting", "training", "round", "step", "scoring"
-"""How often: in the study, for each way to train and seed and fold, in each training, in its rounds, its steps, its "
-"scorings."""
+ONCE, SETTING, TRAINING = "once", "setting", "training"
+ROUND, OTHERS, STEP, SCORING = "round", "others", "step", "scoring"
+"""How often: in the study; for each way to train, seed and fold; in each training; in its rounds, for each other site in them, in
+its steps, in its scorings."""
 
 SERVER = "the server"
 SEALED = "the server, which cannot open what is sealed; one other site, which can"
@@ -75,7 +76,7 @@ TALK: Mapping[str, tuple[Exchange, ...]] = {
 
 COLLECTED: Mapping[str, tuple[Exchange, ...]] = {
     "plain": (),
-    "judged": (Exchange(m.Judge, m.Judged, ROUND),),
+    "judged": (Exchange(m.Judge, m.Judged, OTHERS, sure=False),),
     "secure_sum": (
         Exchange(m.Hold, m.Held, ROUND),
         Exchange(m.Deal, m.Dealt, ROUND, "the other sites, each what is sealed for it; the server carries it"),
@@ -186,6 +187,9 @@ def how_often(often: str, model: Trained) -> str:
             return f"once or twice{each}"
         case "round":
             return f"once a round: {p.rounds:,} times{partly}{each}"
+        case "others":
+            n = p.rounds * (len(model.study.sites) - 1)
+            return f"for each other site's update in a round: {n:,} times{partly}{each}"
         case "step" if p.steps is None:
             return f"in every step: {p.rounds:,} rounds of {p.epochs:g} passes over the site's cases{partly}{each}"
         case "step":
@@ -194,7 +198,9 @@ def how_often(often: str, model: Trained) -> str:
     return f"when the model is finished{between}{each}"
 
 
-def n_messages(model: Trained, rounds: int, steps: int) -> int:
+def n_messages(model: Trained, site: str, rounds: int, steps: int) -> int:
     """How many answers a site gives in so many rounds and steps of training, scoring not counted."""
-    asked = [x for x in exchanges(model) if x.sure]
-    return rounds * sum(x.often == ROUND for x in asked) + steps * sum(x.often == STEP for x in asked)
+    tail = model.protocol != "vertical" or site == model.study.protocol.options["labels"]
+    asked = [x for x in exchanges(model) if x.sure and (tail or x.reply is not m.Gradients)]
+    judged = (len(model.study.sites) - 1) * any(x.often == OTHERS for x in exchanges(model))
+    return rounds * (judged + sum(x.often == ROUND for x in asked)) + steps * sum(x.often == STEP for x in asked)

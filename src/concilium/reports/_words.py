@@ -65,7 +65,7 @@ WORDS: Mapping[type, tuple[str, str]] = {
 def fields_of(reply: type) -> tuple[tuple[str, str], ...]:
     """Field -> what the code says of it, of a message; inner values with their own fields."""
     said = _said(reply)
-    return tuple((f.name, said.get(f.name) or _of_type(str(f.type))) for f in dataclasses.fields(reply))
+    return tuple((f.name, said.get(f.name, "").rstrip(".") or _of_type(str(f.type))) for f in dataclasses.fields(reply))
 
 
 def first_words(text: str | None) -> str:
