@@ -234,6 +234,7 @@ def test_allowed_lists_all_and_the_nearest() -> None:
 POSITIONAL: dict[str, tuple[str, ...]] = {
     "aggregation": ("total", "state"),
     "collect": ("ask", "requests"),
+    "defences": (),
     "engines": (),
     "exports": ("finished", "out"),
     "local_updates": ("local", "batch"),

@@ -23,6 +23,7 @@ from concilium.errors import StudyError
 ENTRIES: Mapping[str, str | None] = {
     "aggregation": "rule",
     "collect": "collect",
+    "defences": "defend",
     "engines": "connect",
     "exports": "export",
     "local_updates": "step",
@@ -36,6 +37,7 @@ ENTRIES: Mapping[str, str | None] = {
 SUPPLIED: Mapping[str, frozenset[str]] = {
     "aggregation": frozenset({"before"}),
     "collect": frozenset({"blocks", "weigh", "asked", "see_updates", "spool"}),
+    "defences": frozenset({"n_channels", "n_axes"}),
     "engines": frozenset({"sites", "folder", "test", "run"}),
     "exports": frozenset({"card", "intended_use"}),
     "losses": frozenset({"batch_dice", "regions", "ignore"}),

@@ -31,6 +31,15 @@ class PlugIn:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What is done to the maps of a front before they leave, in this order, and where the front ends: as in `Front`."""
+
+    defences: tuple[PlugIn, ...] = ()
+    cut: tuple[str, ...] = ()
+    reveal_labels: bool = False
+
+
+@dataclass(frozen=True)
 class Training:
     """How a site trains. `None` means: as nnU-Net's plan says."""
 
@@ -190,6 +199,8 @@ class Prepare:
     labels: Labels = field(default_factory=dict)
     keep: tuple[str, ...] = ()
     """Which tensors of the network stay at the site, by role or pattern (`sharing.kept_of`)."""
+    guard: Guard = Guard()
+    """Of models that are split; those that train in one place have none of it."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +365,8 @@ class Evaluate:
     """Whether the layers that make its logits are this site's own: they know no label that nobody looked for here."""
     unknown: tuple[str, ...] = ()
     """Labels that no site which trained it looked for."""
+    defended: bool = False
+    """Whether it was trained with the defences of `Prepare.guard`, and so segments with them."""
 
 
 @dataclass(frozen=True)

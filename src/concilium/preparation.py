@@ -14,6 +14,7 @@ from concilium.data.labels import looked_for, n_heads, to_nnunet, unknown_labels
 from concilium.data.matching import Space, agree, annotation_notes, reorder
 from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
+from concilium.defences import check_batches
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
 from concilium.local_updates import check_labels
@@ -31,13 +32,21 @@ from concilium.messages import (
     SiteError,
     describe,
 )
-from concilium.planning import Plans, Told, initial_weights, network_of, plan_text, share_one_plan, share_own_plans
+from concilium.planning import (
+    Plans,
+    Told,
+    initial_weights,
+    network_of,
+    plan_text,
+    share_one_plan,
+    share_own_plans,
+)
 from concilium.record import Record
 from concilium.rehearsal import try_loss, try_network, try_rule, try_tensors
 from concilium.schedule import Setting
 from concilium.sharing import Sharing, table_of
 from concilium.start_from import Start, check_start, start_of
-from concilium.study import SiteTable, Study, training_of
+from concilium.study import SiteTable, Study, guard_of, training_of
 
 
 @dataclass
@@ -147,6 +156,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     for name in plans.by_site or ("",):
         try_network(study, network_of(study, plans, name))
         try_tensors(study, network_of(study, plans, name))
+    check_batches(study.defences, plans.batch_size)
     check_labels(study.local_update, plans.labels)
     if told.partial:
         try_loss(study, plans.labels)
@@ -211,7 +221,7 @@ def prepare_sites(
     v = study.validation
     request = Prepare(
         plans.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
-        study.study.max_excluded, plans.channels, plans.labels, study.sharing.keep,
+        study.study.max_excluded, plans.channels, plans.labels, study.sharing.keep, guard_of(study),
     )  # fmt: skip
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())

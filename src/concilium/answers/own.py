@@ -40,7 +40,9 @@ def personalize(
         learning_rate=request.learning_rate,
         deep_supervision=request.deep_supervision,
     )
-    learner = Learner(replace(job, training=training, kept=frozenset()), device)
+    # of a model that was split with defences these are layers like others
+    own = replace(job, training=training, kept=frozenset(), undefended=job.network)
+    learner = Learner(own, device)
     learner.load_weights(weights)
     if request.tensors:
         _train_only(learner, request.tensors)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from concilium.answers import Cancelled, Check, Entry, Job, Settings
+from concilium.answers import Cancelled, Check, Entry, Job, Settings, secret_of
 from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, folds, open_dataset, read_case, translated
 from concilium.data.draws import drawn_from
@@ -21,6 +21,7 @@ from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
 from concilium.data.preprocess import Prepared as PreparedCase
 from concilium.data.preprocess import prepare as prepare_case
+from concilium.defences import guarded
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import brought_by
 from concilium.messages import Examine, Examined, Excluded, Fingerprint, Prepare, Prepared, Training
@@ -100,7 +101,9 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     found, excluded = find_cases(settings.data, settings.names, _agreed(request))
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
-    network = _builder(request, plan, found[0].dataset)
+    bare = _builder(request, plan, found[0].dataset)
+    image = (1, len(found[0].dataset.channels), *plan.configuration.patch_size)
+    network = guarded(bare, request.guard, image=image)
     if trains and settings.micro_batch is not None:  # before an hour of preprocessing
         with drawn_from("micro_batch"):
             must_be_divisible(settings.micro_batch, plan.batch_size, request.training.local_update.name, network())
@@ -133,6 +136,9 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         _kept(request, network),
         unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
         settings.micro_batch,
+        request.guard,
+        bare,
+        secret_of(settings),
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})

@@ -71,7 +71,7 @@ class Learner:
         self.brought = brought_by(
             job.training.local_update, plan=job.plan, labels=job.labels, channels=job.channels, device=self.device
         )
-        return self.brought.network if self.brought else job.network()
+        return self.brought.network if self.brought else job.in_one_place()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from concilium.study._forecast import forecast_by
 from concilium.study.data_sets import DataSets, data_sets, divide, names_of, of_sites
 from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
-from concilium.study.tables import ForecastTable, SiteTable, StartTable, Study, training_of, with_seeds
+from concilium.study.tables import (
+    ForecastTable,
+    SiteTable,
+    StartTable,
+    Study,
+    guard_of,
+    training_of,
+    undefended,
+    with_seeds,
+)
 
 __all__ = [
     "RESERVED",
@@ -17,11 +26,13 @@ __all__ = [
     "data_sets",
     "divide",
     "forecast_by",
+    "guard_of",
     "names_of",
     "of_sites",
     "parse_study",
     "read_study",
     "to_toml",
     "training_of",
+    "undefended",
     "with_seeds",
 ]
