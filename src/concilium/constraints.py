@@ -15,7 +15,14 @@ from typing import Any
 from concilium.catalog import allowed, names
 from concilium.data.division_rules import DIVISION_RANGES
 from concilium.errors import StudyError
-from concilium.local_updates import exchanges, has_personal, is_more_than_a_step, needs_others, optimizers_of
+from concilium.local_updates import (
+    exchanges,
+    has_personal,
+    is_more_than_a_step,
+    needs_others,
+    optimizers_of,
+)
+from concilium.local_updates._besides import protocols_of
 from concilium.protocols._cohort import cohort_problems, left_out
 from concilium.protocols._rules import rule_problems
 from concilium.protocols._splits import split_problems
@@ -77,6 +84,11 @@ OPTION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[local_update] weight": (lambda x: x >= 0, "0 or more"),
     "[local_update] first_weight": (lambda x: x >= 0, "0 or more"),
     "[local_update] temperature": (lambda x: x > 0, "more than 0"),
+    "[local_update] clip": (lambda x: x > 0, "more than 0"),
+    "[local_update] noise": (lambda x: x > 0, "more than 0"),
+    "[local_update] rate": (lambda x: 0 < x <= 1, "more than 0 to 1"),
+    "[local_update] patches": (lambda x: x >= 1, "1 or more"),
+    "[local_update] delta": (lambda x: 0 < x < 1, "more than 0 to below 1"),
 }
 """The same for options of plug-ins that are Concilium's."""
 
@@ -230,6 +242,12 @@ def _cannot_update(found: Mapping[str, Any]) -> list[str]:
     except StudyError:  # no such update, which was said already
         return []
     problems = []
+    protocols = protocols_of(name)
+    if p and protocols and p.name not in protocols:
+        problems.append(
+            f"[local_update] name = {name!r} is not allowed with protocol {p.name!r}, of whose messages it does not account. "
+            f"Allowed: {', '.join(map(repr, protocols))}."
+        )
     if wanted and training and training.optimizer not in wanted:
         problems.append(
             f"[training] optimizer = {training.optimizer!r} is not allowed with [local_update] name = {name!r}. Allowed: "

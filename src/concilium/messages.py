@@ -161,6 +161,21 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a site's updates of a model have told of any one of its patients so far, by its own account: (epsilon, delta)."""
+
+    epsilon: float
+    delta: float
+    epsilon_of_run: float
+    """Of all models of the run that were trained so: they add up."""
+    noise: float
+    """Deviation of the noise, as a multiple of the largest norm of a patient's gradient."""
+    rate: float
+    """Chance of each patient in each step."""
+    steps: int
+
+
+@dataclass(frozen=True)
 class Card:
     """A site's public sealing key, with which others seal what that site alone can open (`sealing.py`). Bytes are uint8 (n,)."""
 
@@ -525,6 +540,8 @@ class Trained:
     """What the local update adds to the server's total."""
     memory: int = 0
     """Most bytes that its process ever held, or that it took of its GPU; 0: not known."""
+    spent: Spent | None = None
+    """Of a local update with differential privacy: the account after this round."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from concilium.answers import Cancelled, Check, Entry, Job, Settings, built
 from concilium.answers.evaluate import evaluate, subset_of
 from concilium.answers.failing import failure_of
 from concilium.answers.judge import judge
+from concilium.answers.ledger import note
 from concilium.answers.models import Models
 from concilium.answers.own import personalize, reestimate
 from concilium.answers.permission import check_names, check_policy
@@ -221,7 +222,9 @@ class Site:
                     models.end()
                 case Train():
                     learner = models.learner(job, request.model)
-                    reply = trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
+                    trained = learner.train(request, site=self.settings.name, cancelled=cancelled)
+                    folder, update = self.settings.folder, job.training.local_update
+                    reply = trained = note(folder, request, trained, update, learner.draws)
                     models.changed()
                 case Pass():
                     reply = self._relay.train(models.learner(job, request.model), request, cancelled)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from concilium import catalog
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job
+from concilium.answers.ledger import Draws, draws_of
 from concilium.answers.objective import Teacher, make_objective
 from concilium.answers.time_box import while_it_fits
 from concilium.data.draws import drawn_from, seed_all
-from concilium.data.patches import Batches, stream
+from concilium.data.patches import Batches, Key, stream
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import Brought, Local, brought_by, finish_of, has_personal, when_alone
 from concilium.messages import PlugIn, Tensors, Train, Trained
@@ -57,6 +58,7 @@ class Learner:
         self.trained = False
         self.kept: frozenset[str] = frozenset()
         """What stays here of the weights, in the round at hand."""
+        self.draws: Draws
         self.memory: dict[str, Tensor] = {}
         """The local update's own tensors."""
         self.personal: Learner | None = None
@@ -228,8 +230,9 @@ class Learner:
         update = when_alone(update) if request.alone else update
         if has_personal(update.name):
             self.begin_personal()
+        self.draws = draws_of(self.job, update, self.network, batches)
         local = self._lend(request)
-        losses = self._steps(batches, local, update, request, site, cancelled, started)
+        losses = self._steps(local, update, request, site, cancelled, started)
         if self.brought is not None:
             self.brought.end()
         return self.finish(
@@ -264,24 +267,20 @@ class Learner:
             memory=self.memory,
             personal=lend(own.network, own.optimizer, scaler=own.scaler) if (own := self.personal) else None,
             labels=self.job.labels,
+            n_patients=self.draws.n_patients,
             progress=request.first_step / max(1, request.total_steps - request.steps),
         )
 
     def _steps(
-        self,
-        batches: Batches,
-        local: Local,
-        update: PlugIn,
-        request: Train,
-        site: str,
-        cancelled: Check,
-        began: float,
+        self, local: Local, update: PlugIn, request: Train, site: str, cancelled: Check, began: float
     ) -> list[float]:
         training = self.job.training
         take = partial(catalog.load("local_updates", update.name), **update.options)
-        keys = [(self.job.seed, site, request.round, step) for step in range(request.steps)]
+        keys: list[Key] = [
+            (self.job.seed, site, request.round, step, *self.draws.hidden) for step in range(request.steps)
+        ]
         losses: list[float] = []
-        drawn = stream(batches, keys, workers=training.loader_workers)
+        drawn = stream(self.draws.batches, keys, workers=training.loader_workers)
         for step, batch in enumerate(while_it_fits(drawn, request.seconds, began=began)):
             if cancelled():
                 raise Cancelled
