@@ -237,6 +237,7 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
     "defences": (),
     "engines": (),
     "exports": ("finished", "out"),
+    "filters": ("update", "about"),
     "local_updates": ("local", "batch"),
     "losses": ("logits", "labels", "annotated"),
     "metrics": ("pair",),
@@ -246,7 +247,7 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
 """Kind -> what its functions are given, before their options."""
 ALSO: dict[str, tuple[str, ...]] = {"aggregation": ("updates", "state")}
 """Another way to be given it."""
-METHODS = ("aggregation", "local_updates", "losses", "metrics", "networks")
+METHODS = ("aggregation", "filters", "local_updates", "losses", "metrics", "networks")
 """Kinds whose plug-ins are methods that somebody published."""
 
 every_plug_in = pytest.mark.parametrize(

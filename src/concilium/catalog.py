@@ -26,6 +26,7 @@ ENTRIES: Mapping[str, str | None] = {
     "defences": "defend",
     "engines": "connect",
     "exports": "export",
+    "filters": "filter",
     "local_updates": "step",
     "losses": "loss",
     "metrics": "metric",

@@ -24,6 +24,7 @@ from concilium.local_updates import (
 )
 from concilium.local_updates._besides import protocols_of
 from concilium.protocols._cohort import cohort_problems, left_out
+from concilium.protocols._filters import filter_problems
 from concilium.protocols._rules import rule_problems
 from concilium.protocols._splits import split_problems
 from concilium.protocols._turns import turn_problems
@@ -99,6 +100,8 @@ LIST_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[[defences]] channels": (lambda x: x >= 1, "1 or more"),
     "[[defences]] bits": (lambda x: x >= 1, "1 or more"),
     "[[defences]] weight": (lambda x: x >= 0, "0 or more"),
+    "[[filters]] norm": (lambda x: x > 0, "more than 0"),
+    "[[filters]] deviation": (lambda x: x >= 0, "0 or more"),
 }
 """The same for those in lists."""
 
@@ -163,7 +166,7 @@ def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )
     problems += _misresized(found) + split_problems(found) + _cannot_update(found)
-    return problems + rule_problems(found, n_sites)
+    return problems + rule_problems(found, n_sites) + filter_problems(found)
 
 
 def _misresized(found: Mapping[str, Any]) -> list[str]:

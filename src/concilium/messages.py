@@ -216,6 +216,8 @@ class Prepare:
     """Which tensors of the network stay at the site, by role or pattern (`sharing.kept_of`)."""
     guard: Guard = Guard()
     """Of models that are split; those that train in one place have none of it."""
+    filters: tuple[PlugIn, ...] = ()
+    """What is done, in this order, to each update before it leaves."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from concilium.data.plan import open_plan
 from concilium.defences import check_batches
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
+from concilium.filters import site_level
 from concilium.local_updates import check_labels
 from concilium.messages import (
     Describe,
@@ -221,7 +222,7 @@ def prepare_sites(
     v = study.validation
     request = Prepare(
         plans.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
-        study.study.max_excluded, plans.channels, plans.labels, study.sharing.keep, guard_of(study),
+        study.study.max_excluded, plans.channels, plans.labels, study.sharing.keep, guard_of(study), study.filters,
     )  # fmt: skip
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())
@@ -230,6 +231,7 @@ def prepare_sites(
         for name, site in engine.sites.items()
         if site.role in roles
     }
+    ledger.warnings += site_level(setting.title, study.filters)
     ready: dict[str, Prepared] = {}
     for name, reply in _must(engine, record, asked, study, ledger):
         if isinstance(reply, Prepared):

@@ -17,7 +17,7 @@ from concilium.data.labels import Labels
 from concilium.data.matching import Names
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan
-from concilium.messages import Guard, Training
+from concilium.messages import Guard, PlugIn, Training
 from concilium.networks import Stages
 from concilium.sealing import Identity
 
@@ -125,6 +125,10 @@ class Job:
     """What `network` has of defences, and where."""
     undefended: Callable[..., Stages] | None = None
     """Builds the network without them, for models that train in one place; `None`: `network` has none."""
+    filters: tuple[PlugIn, ...] = ()
+    """What is done to an update before it leaves."""
+    site: str = ""
+    """Its name."""
     secret: str = ""
     """The site's own, from which it draws what the server must not know; empty in a simulation, where one owner has all."""
 

@@ -138,6 +138,8 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         settings.micro_batch,
         request.guard,
         bare,
+        request.filters,
+        settings.name,
         secret_of(settings),
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from concilium import catalog
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job
+from concilium.answers.leaving import leaving
 from concilium.answers.ledger import Draws, draws_of
 from concilium.answers.objective import Teacher, make_objective
 from concilium.answers.time_box import while_it_fits
@@ -120,8 +121,7 @@ class Learner:
         tensors = {f"weights/{n}": t for n, t in self.weights().items()}
         tensors |= {f"optimizer/{n}": t for n, t in moments.items()}
         tensors |= {f"memory/{n}": t for n, t in self.memory.items()}
-        scale = self.scaler.state_dict() if self.scaler else {}
-        about = {"optimizer": numbers, "scaler": json.dumps(scale)}
+        about = {"optimizer": numbers, "scaler": json.dumps(self.scaler.state_dict() if self.scaler else {})}
         if self.personal is not None:
             own, more = self.personal._state()
             tensors |= {f"personal/{n}": t for n, t in own.items()}
@@ -163,6 +163,7 @@ class Learner:
                 f"{site} has no weights of {model}. The first round must send them. Start the run again."
             )
         self.network.train()
+        self.received = self.weights() if self.job.filters and not alone else {}
         return self.job.batches
 
     def _take_over(self, weights: Tensors, *, begins: bool) -> None:
@@ -205,10 +206,11 @@ class Learner:
             raise FloatingPointError(f"Weights of {model} are not finite after round {round}.")
         n_cases = len(self.job.entries["training"])
         mean = sum(losses) / max(1, len(losses))
-        weights, beside = (
+        sent, beside = (
             ({n: t for n, t in tensors.items() if n not in self.kept} if send else {})
             for tensors in (self.weights(), control or {})
         )
+        weights = leaving(self.job, sent, self.received, model=model, round=round, n_steps=len(losses))
         return Trained(weights, n_cases, len(losses), mean, seconds, beside, memory_of(self.device))
 
     def train(self, request: Train, *, site: str, cancelled: Check) -> Trained:
@@ -287,8 +289,7 @@ class Learner:
             if self.brought is not None:
                 self.brought.set_rate(request.first_step + step)
             for learner in filter(None, (self, self.personal)) if self.brought is None else ():
-                rate = {"step": request.first_step + step, "total_steps": request.total_steps}
-                set_rate(learner.optimizer, training, **rate)
+                set_rate(learner.optimizer, training, step=request.first_step + step, total_steps=request.total_steps)
             seed_all(*keys[step], "step")  # whatever drew the batch, dropout and the like draw from here
             loss = float(take(local, batch.to(self.device)))
             if not math.isfinite(loss):

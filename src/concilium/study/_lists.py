@@ -9,7 +9,7 @@ from concilium.catalog import fill, names
 from concilium.constraints import check_ranges
 from concilium.messages import PlugIn
 
-LISTS = {"defences": "defences"}
+LISTS = {"defences": "defences", "filters": "filters"}
 """List in the study file -> folder of plug-ins."""
 
 

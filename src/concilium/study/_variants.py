@@ -20,6 +20,7 @@ CHANGEABLE = (
     "loss",
     "local_update",
     "defences",
+    "filters",
     "sharing",
     "personalize",
 )

@@ -224,6 +224,9 @@ class Study:
     local_update: PlugIn = PlugIn("plain")
     defences: tuple[PlugIn, ...] = ()
     """What is done, in this order, to the maps that leave a site in split training, in prediction too."""
+    filters: tuple[PlugIn, ...] = ()
+    """What is done, in this order, to each update before it leaves its site: it bounds what a site tells, not what a patient
+    does."""
     sharing: SharingTable = SharingTable()
     personalize: PersonalizeTable = PersonalizeTable()
     validation: ValidationTable = ValidationTable()
