@@ -106,6 +106,7 @@ def check_policy(request: Request, policy: Policy) -> None:
     match request:
         case Prepare():
             asked = [request.network, request.training.loss, request.training.local_update]
+            asked += [*request.guard.defences, *request.filters]
         case Evaluate():
             asked = list(request.metrics)
     for code in (name for plug_in in asked for name in catalog.code_from_outside(plug_in.name, plug_in.options)):
