@@ -56,8 +56,8 @@ def _opens(request: Request) -> bool:
 def _check_split(request: Splitting, policy: Policy) -> None:
     if not policy.split:
         raise PrivacyError(
-            f"{type(request).__name__} has to do with activations. This site's policy does not let any leave. Allow split training in "
-            "its own settings, or run another protocol.",
+            f"{type(request).__name__} has to do with activations. This site's policy does not let any leave. Allow split "
+            "training in its own settings, or run another protocol.",
             rule="split",
         )
     if isinstance(request, Front) and request.reveal_labels and not policy.labels:
