@@ -15,8 +15,10 @@ from concilium.data.matching import Space, agree, annotation_notes, reorder
 from concilium.data.parties import of_channels
 from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
+from concilium.defences import check_batches
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
+from concilium.filters import site_level
 from concilium.local_updates import check_labels
 from concilium.messages import (
     Describe,
@@ -161,6 +163,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     for name in plans.by_site or ("",):
         try_network(study, network_of(study, plans, name))
         try_tensors(study, network_of(study, plans, name))
+    check_batches(study.defences, plans.batch_size)
     check_labels(study.local_update, plans.labels)
     if told.partial:
         try_loss(study, plans.labels)
@@ -229,6 +232,7 @@ def prepare_sites(
     asked = {name: replace(request, plans=plans.of(name)) if name in plans.by_site else request for name in there}
     if is_vertical(study):
         asked = held_requests(setting, plans, asked)
+    ledger.warnings += site_level(setting.title, study.filters)
     ready: dict[str, Prepared] = {}
     for name, reply in _must(engine, record, asked, study, ledger):
         if isinstance(reply, Prepared):
