@@ -37,7 +37,7 @@ def messages(study: Study) -> Part:
     rows = []
     for x, of in seen.items():
         kind, text = WORDS[x.reply]
-        rows.append([x.reply.__name__, f"{kind}: {text}", x.to + _also(x, of), _often(x, of, models)])
+        rows.append([x.reply.__name__, kind, text, x.to + _also(x, of), _often(x, of, models)])
     others = ", ".join(f.__name__ for f in FAILURES)
     return Part(
         "What leaves a site",
@@ -45,7 +45,7 @@ def messages(study: Study) -> Part:
             "All that a site's computer can send in this study. The list is closed: whatever is not one of these kinds "
             "of message "
             "cannot be packed, and each is an answer to a request of the server.",
-            Grid(["message", "what it holds", "who can read it", "how often, from each site"], rows),
+            Grid(["message", "about", "what it holds", "who can read it", "how often, from each site"], rows),
             f"Besides: “done”, without content, and in place of any answer a failure ({others}): the class of the "
             "error, a code "
             "word, and a reference into the site's own log, without its text.",
@@ -224,10 +224,10 @@ def _measures(model: Trained) -> Iterator[tuple[str, str, str]]:
         yield (
             "kept at the site",
             "none",
-            "All that is trained at the site leaves, so masked or sealed as is said above.",
+            "All that is trained at the site leaves, as is said above.",
         )
     for field, folder in KINDS.items():
-        given: Sequence[PlugIn] = getattr(study, field, ())
+        given: Sequence[PlugIn] = getattr(study, field)
         for plug_in in given:
             yield field, _spelt(plug_in), _about(folder, plug_in)
         if not given:

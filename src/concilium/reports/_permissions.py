@@ -39,7 +39,7 @@ def needed(study: Study) -> dict[str, Any]:
 
 def outside(study: Study) -> list[str]:
     """Code from outside Concilium that a study has its sites run."""
-    plug_ins = (study.network, study.loss, study.local_update)
+    plug_ins = (study.network, study.loss, study.local_update, *study.defences, *study.filters)
     return [code for p in plug_ins for code in catalog.code_from_outside(p.name, p.options)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from concilium import catalog
@@ -56,10 +57,26 @@ def attacks(study: Study, found: Mapping[str, Any] | None) -> Part:
             "alike an image that was found and the true one are, 1 being the same. Dice: the same of label maps. AUC: "
             "how well it is "
             "told who was trained on, 0.5 being chance.",
-            Lines(who),
+            Lines([*who, *_left_out(study, found)]),
             Lines(found["notes"]),
         ],
     )
+
+
+def _left_out(study: Study, found: Mapping[str, Any]) -> Iterator[str]:
+    """The attacks that could be run on what the study sends, and were not."""
+    there = {a["name"] for a in found["attacks"]}
+    if left := [name for name, _ in _applicable(study) if name not in there]:
+        yield f"Not run, although they read what is sent here: {', '.join(left)}."
+
+
+def _applicable(study: Study) -> Iterator[tuple[str, ModuleType]]:
+    """Attacks on what the study's own model sends."""
+    models = [m for m in trained_in(study) if not m.beside and m.name == study.protocol.name]
+    for name in catalog.names("attacks"):
+        module = importlib.import_module(f"concilium.attacks.{name}")
+        if any(_applies(module.SEES, model) for model in models):
+            yield name, module
 
 
 def _place(row: Mapping[str, Any]) -> str:
@@ -72,7 +89,6 @@ def _place(row: Mapping[str, Any]) -> str:
 
 
 def _not_attacked(study: Study) -> list[Content]:
-    models = [m for m in trained_in(study) if not m.beside and m.name == study.protocol.name]
     cannot = study.protocol.name not in AUDITED or is_partly_shared(study)
     head = f"No attack was run on this study: run `concilium leakage {study.study.name}.toml`, on a machine that has the data."
     if cannot:
@@ -81,11 +97,7 @@ def _not_attacked(study: Study) -> list[Content]:
             f"{' with parts that stay at sites' if is_partly_shared(study) else ''}: what is sent may give away "
             "anything that it holds."
         )
-    rows = []
-    for name in catalog.names("attacks"):
-        module = importlib.import_module(f"concilium.attacks.{name}")
-        if any(_applies(module.SEES, model) for model in models):
-            rows.append([name, f"{module.GUESSES}, from {module.SEES}", module.REVEALS, "not run"])
+    rows = [[name, f"{m.GUESSES}, from {m.SEES}", m.REVEALS, "not run"] for name, m in _applicable(study)]
     return [
         head,
         *([Grid(["attack", "what it guesses", "who could do it", "result"], rows)] if rows else []),

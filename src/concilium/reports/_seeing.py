@@ -111,13 +111,11 @@ def readers(study: Study) -> Part:
     rows = []
     for model in trained_in(study):
         if model.protocol == "centralized":
-            rows.append([model.name, "whoever owns the one place with all cases"])
+            rows.append([model.name, *["all cases lie in one place"] * 3])
         elif model.beside:
-            everywhere = model.beside == ELSEWHERE
-            rows.append([model.name, "the server, every site" if everywhere else "each site its own; nobody else"])
+            rows.append([model.name, *((YES, YES, YES) if model.beside == ELSEWHERE else (OWN, NOBODY, NOBODY))])
         else:
-            _, server, others = _finished(model)
-            rows.append([model.name, f"the site: {_finished(model)[0]}; the server: {server}; other sites: {others}"])
+            rows.append([model.name, *_finished(model)])
     test = "Whoever holds the held-out test set gets every finished model that is scored there." if study.test else ""
     after = (
         "A model is a file without a lock: who has it can copy it and pass it on, and from it something may be found "
@@ -125,5 +123,10 @@ def readers(study: Study) -> Part:
         "patients whom it was trained on. Agree in writing who may keep, use and publish it."
     )
     return Part(
-        "Who can read the model", [Grid(["model", "who has it in the end"], rows), *([test] if test else []), after]
+        "Who can read the model",
+        [
+            Grid(["the finished model", "each site", "the server", "other sites"], rows),
+            *([test] if test else []),
+            after,
+        ],
     )

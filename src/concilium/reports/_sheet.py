@@ -84,7 +84,7 @@ def _slug(title: str) -> str:
 
 def _element(content: Content) -> Element:
     if isinstance(content, str):
-        return e("p", content)
+        return e("p", _coded(content))
     if isinstance(content, Lines):
         return listed(content.lines)
     rows: list[list[Child]] = [list(row) for row in content.rows]
@@ -92,6 +92,11 @@ def _element(content: Content) -> Element:
     if content.kind:
         made[0].set("class", content.kind)
     return made
+
+
+def _coded(text: str) -> list[Child]:
+    """The text with what stands between backticks as code, as Markdown has it."""
+    return [e("code", part) if i % 2 else part for i, part in enumerate(text.split("`"))]
 
 
 def _flat(text: str) -> str:

@@ -68,6 +68,7 @@ TALK: Mapping[str, tuple[Exchange, ...]] = {
     "cyclic": (
         Exchange(m.Introduce, m.Introduced, ROUND),
         Exchange(m.Pass, m.Passed, ROUND, SEALED),
+        Exchange(m.Introduce, m.Introduced, SCORING, sure=False),
         Exchange(m.Hand, m.Handed, SCORING, SEALED, sure=False),
         Exchange(m.Take, m.Done, SCORING, sure=False),
     ),

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from concilium import messages as m
 
 DATA, MODEL, VOXELS, SCORES, KEYS, ORDER = (
-    "about the data",
-    "about the model",
+    "the data",
+    "the model",
     "single voxels",
     "scores",
     "keys",
