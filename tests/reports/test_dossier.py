@@ -52,7 +52,7 @@ def federation(data: Path) -> Study:
         "study": {"name": "small", "seed": 3},
         "sites": {name: {"data": str(data / name)} for name in SITES},
         "protocol": {"name": "federated", "rounds": 2, "steps": 2, "compare": ["local"]},
-        "network": {"name": "unet", "base_features": 4, "levels": 2},
+        "network": {"name": "unet", "base_features": 12, "levels": 2},
         "training": {"optimizer": "adamw", "batch_size": 2, "patch_size": [8, 8, 8], "mirror": False, "augmentation": "none"},
         "validation": {"folds": 2},
         "engine": {"threads": 1, "device": "cpu", "pictures": False},
@@ -163,8 +163,9 @@ def test_what_is_forecast_is_what_is_sent(ran: list[tuple[Study, Path, Sent]]) -
             forecast = told[name]
             assert not isinstance(forecast, str), forecast
             for is_, said in ((m.up, forecast[site].up * m.rounds), (m.down, forecast[site].down * m.rounds)):
-                least = said * (m.rounds - (name == "chain")) / m.rounds  # the last site of a chain sends on nothing
-                assert least <= is_ < 1.3 * said + 40_000 * m.rounds, (name, site, is_, said)
+                # the last site of a chain sends nothing on; headers, keys and shares weigh something
+                least = said * (m.rounds - (name == "chain")) / m.rounds
+                assert least <= is_ < 1.05 * said + 12_000 * m.rounds, (name, site, is_, said)
     assert isinstance(told["local"], str)
     assert isinstance(forecasts(ran[1][0])["vertical"], str)
 
