@@ -254,7 +254,8 @@ def test_attacks_stand_with_what_they_found(tmp_path: Path) -> None:
 def test_what_protects_is_named(tmp_path: Path, of: Callable[..., str]) -> None:
     plain, secret = of("hippocampus"), of("secure-sum")
     assert "The server reads every site's update by itself" in plain
-    assert "The server reads the sum of the sites' updates" in secret
+    assert "- federated: The server reads the sum of the sites' updates" in secret
+    assert "- plain: The server reads every site's update by itself" in secret, "a variant without masks is said too"
     assert "secure_sum (threshold = 2" in secret or "| masked sums | secure_sum" in secret
     assert "| split | true | false | REFUSED unless allowed |" in of("splitfed-hippocampus")
     assert "| least_summed | 2 or less | 3 | REFUSED unless allowed |" in secret

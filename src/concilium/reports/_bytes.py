@@ -59,12 +59,12 @@ def why_not(model: Trained) -> str:
     study, protocol = model.study, model.protocol
     if model.beside:
         return "Its training sends nothing more."
-    if study.engine.name == "flare":
-        return "The network is planned from what the sites tell of their cases first; until then its size is not known."
     if protocol == "local":
         return "No weights are sent; some hundred bytes a round."
     if protocol == "centralized":
         return "All cases lie in one place, and nothing is sent."
+    if study.engine.name == "flare":
+        return "The network is planned from what the sites tell of their cases first; until then its size is not known."
     if protocol not in ("federated", "splitfed", "cyclic"):
         return f"No forecast exists for the protocol {protocol}. Run it in a simulation, which counts every byte."
     if study.plan.fingerprint == "site":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def _short(study: Study, attacked: Mapping[str, Any] | None, run: Path | None) -
         "Values of single voxels leave, from which images can be computed back."
         if voxels
         else "No map of voxels leaves; weights and statistics do, which are computed from patients.",
-        _server_reads(own),
+        *_readings(models),
         f"{len(attacked['attacks'])} attacks were run on what is sent: see below."
         if attacked
         else "No attack was run on what is sent.",
@@ -172,9 +172,22 @@ def _short(study: Study, attacked: Mapping[str, Any] | None, run: Path | None) -
     return Part("In short", [Lines(lines)])
 
 
+def _readings(models: Sequence[Trained]) -> Iterator[str]:
+    """What the server reads, by the models of which that holds."""
+    said: dict[str, list[str]] = {}
+    for model in models:
+        if model.protocol != "centralized":
+            said.setdefault(_server_reads(model), []).append(model.name)
+    for text, of in said.items():
+        yield text if len(said) == 1 else f"{', '.join(of)}: {text}"
+
+
 def _server_reads(model: Trained) -> str:
     if model.sums_secretly:
-        return "The server reads the sum of the sites' updates, and the new model; of a single site's update nothing but noise."
+        return (
+            "The server reads the sum of the sites' updates, and the new model; a single site's update looks like noise (no "
+            "attack on sums was measured)."
+        )
     match model.protocol:
         case "local":
             return "The server gets no weights."
