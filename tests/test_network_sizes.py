@@ -34,7 +34,7 @@ def full() -> dict[str, NetworkSizes]:
 
 def test_all_ten_are_there(full: dict[str, NetworkSizes]) -> None:
     assert full.keys() == TEN | {"nnunet"}
-    assert full.keys() | {"nnunet_trainer"} == set(catalog.names("networks"))
+    assert full.keys() | {"nnunet_trainer", "fused"} == set(catalog.names("networks"))
 
 
 def test_parts_add_up_to_the_whole(full: dict[str, NetworkSizes]) -> None:

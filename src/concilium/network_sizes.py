@@ -31,6 +31,8 @@ WIDEST = {2: 512, 3: 320}
 """Most features of nnU-Net's own networks, by number of axes."""
 NEEDS_A_TRAINER = "nnunet_trainer"
 """A network that only a study can build."""
+MADE_OF_ANOTHER = "fused"
+"""Network whose size is that of the network it is made of, and of its parties."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def all_sizes(
     Raises:
         StudyError: no network has one of the options.
     """
-    names = [name for name in catalog.names("networks") if name != NEEDS_A_TRAINER]
+    names = [name for name in catalog.names("networks") if name not in (NEEDS_A_TRAINER, MADE_OF_ANOTHER)]
     given = dict(options or {})
     known = {name: catalog.options("networks", name).keys() for name in names}
     if unknown := [key for key in given if all(key not in keys for keys in known.values())]:

@@ -118,6 +118,12 @@ class Run:
             watch=watch,
         )  # fmt: skip
 
+    def leakage(self, **asked: Any) -> dict[str, Any]:
+        """Attack what this run sent, as `concilium.leakage.Asked` says; what is written into leakage.json."""
+        from concilium.leakage import Asked, leakage
+
+        return leakage(self.folder, asked=Asked(**asked))
+
     @property
     def report_file(self) -> Path:
         """Where `report` writes, and a run at its end."""
