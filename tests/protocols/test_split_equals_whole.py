@@ -251,11 +251,11 @@ ENOUGH = {
 
 
 def pairs(name: str, dims: int, *, fast: Sequence[tuple[str, str]] | None = None) -> list[Any]:
-    """Every pair of split points; those that are not among `fast` are slow."""
+    """Every pair of split points; those that are not among `fast` only with `./test --all`."""
     return [
         pytest.param(
             name, dims, pair, id=f"{name} {dims}D {' '.join(pair)}",
-            marks=[] if fast is None or pair in fast else [pytest.mark.slow],
+            marks=[] if fast is None or pair in fast else [pytest.mark.exhaustive],
         )
         for pair in itertools.combinations(POINTS[name], 2)
     ]  # fmt: skip

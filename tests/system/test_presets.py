@@ -20,15 +20,25 @@ from concilium.study import parse_study
 PRESETS = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
 QUICK = {"fednova", "polyps", "splitfed-hippocampus", "segviz-hippocampus"}
 """These run with the fast tests: one of each protocol, 2D and 3D, and partial labels. All others, also new ones, are slow."""
+LIKE_OTHERS = {
+    "averaging-lungs", "averaging-nuclei", "averaging-vessels", "blastocyst", "defences", "glioma", "ham10k", "kvasir-seg",
+    "leakage-defences", "leakage-glioma", "polyps-compared",
+}  # fmt: skip
+"""The same tables as in others, on other data, or many models of what has system tests of its own."""
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    """How much must be asked of `./test` for this preset to run."""
+    if name in QUICK:
+        return []
+    return [pytest.mark.exhaustive if name in LIKE_OTHERS else pytest.mark.slow]
 
 
 def raw(path: Path) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem not in QUICK)) for p in PRESETS]
-)
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=marks_of(p.stem)) for p in PRESETS])
 def test_a_preset_runs(path: Path, tmp_path: Path) -> None:
     study = parse_study(on_phantoms(raw(path), tmp_path / "data"), folder=tmp_path, source=path.name)
     run = cc.run(study, tmp_path / "run")
