@@ -14,7 +14,7 @@ from torch import Tensor
 from concilium import catalog
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, looked_for, n_heads
-from concilium.data.parties import uncropped
+from concilium.data.parties import of_channels, uncropped
 from concilium.data.plan import make_plans, open_plan
 from concilium.errors import StudyError
 from concilium.messages import Fingerprint, Prepare, Tensors
@@ -22,7 +22,7 @@ from concilium.networks import Stages, make_network, names_elsewhere
 from concilium.schedule import Model
 from concilium.sharing import EVERYTHING, ROLES, Sharing, Table, kept_of, match
 from concilium.start_from import Start
-from concilium.study import Study, is_vertical, training_of
+from concilium.study import Study, is_vertical, places, training_of
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ def plan_text(study: Study, told: Told, fingerprint: Fingerprint) -> str:
         resize=None if r.name == "nnunet" else {"size": r.size, "intensity": r.intensity},
     )
     return uncropped(plans) if is_vertical(study) else plans
+
+
+def held_plans(study: Study, text: str) -> dict[str, str]:
+    """Site -> the plan of the channels that it holds, of a plan of all channels; nothing where every site has all."""
+    return {n: of_channels(text, mine or (0,)) for n, mine in places(study).items()} if is_vertical(study) else {}
 
 
 def _inner(options: Mapping[str, Any]) -> Mapping[str, Any]:
