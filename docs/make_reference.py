@@ -22,12 +22,13 @@ import typer
 
 from concilium import catalog, errors, messages
 from concilium.cli import app
-from concilium.constraints import OPTION_RANGES, RANGES
+from concilium.constraints import LIST_RANGES, OPTION_RANGES, RANGES
 from concilium.data.division_rules import DIVISION_RANGES
 from concilium.data.partition import Partition
 from concilium.data.shifts import Shift
 from concilium.deployment.kits import SiteSettings
 from concilium.study import ForecastTable, SiteTable, StartTable, Study, tables
+from concilium.study._lists import LISTS
 from concilium.study.reading import PLUG_INS
 
 FOLDER = Path(__file__).parent / "reference"
@@ -124,7 +125,9 @@ def allowed(where: str, key: str, annotation: Any) -> str:
     """Type of a value, and its range."""
     spelt = catalog.spell(annotation)
     full = f"{where} {key}"
-    _, text = RANGES.get(full) or DIVISION_RANGES.get(full) or OPTION_RANGES.get(full) or (None, "")
+    _, text = (
+        RANGES.get(full) or DIVISION_RANGES.get(full) or OPTION_RANGES.get(full) or LIST_RANGES.get(full) or (None, "")
+    )
     return spelt + (f": {text}" if text else "")
 
 
@@ -158,6 +161,13 @@ def study() -> str:
             ]
             if f.name == "network":
                 parts += [f"Beside them: {first(StartTable.__doc__)}", keys(StartTable, where)]
+        elif f.name in LISTS:
+            known = ", ".join(f"`{name}`" for name in catalog.names(LISTS[f.name]))
+            parts += [
+                f"## [[{f.name}]]",
+                f'{said[f.name]} Each table: `name` ({known}, or `"module:function"`) and '
+                f"[its options](plug-ins.md#{LISTS[f.name]}). In a variant `{f.name} = []` takes them out.",
+            ]
         elif f.name != "start":
             parts += [f"## {title}", keys(hints[f.name], where, without=["options"])]
     return page("The study file", *parts)
@@ -197,6 +207,7 @@ def plug_ins() -> str:
     for kind in sorted(catalog.ENTRIES):
         parts += [f"## {kind}", first(importlib.import_module(f"concilium.{kind}").__doc__)]
         table = next((f"[{table}]" for table, of in PLUG_INS.items() if of == kind), "")
+        table = next((f"[[{key}]]" for key, of in LISTS.items() if of == kind), table)
         for name in catalog.names(kind):
             module = importlib.import_module(f"concilium.{kind}.{name}")
             about = inspect.cleandoc(module.__doc__ or "").split("\n\n")

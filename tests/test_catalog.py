@@ -235,8 +235,10 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
     "attacks": ("transcript", "network", "auxiliary"),
     "aggregation": ("total", "state"),
     "collect": ("ask", "requests"),
+    "defences": (),
     "engines": (),
     "exports": ("finished", "out"),
+    "filters": ("update", "about"),
     "local_updates": ("local", "batch"),
     "losses": ("logits", "labels", "annotated"),
     "metrics": ("pair",),
@@ -246,7 +248,7 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
 """Kind -> what its functions are given, before their options."""
 ALSO: dict[str, tuple[str, ...]] = {"aggregation": ("updates", "state")}
 """Another way to be given it."""
-METHODS = ("aggregation", "local_updates", "losses", "metrics", "networks")
+METHODS = ("aggregation", "filters", "local_updates", "losses", "metrics", "networks")
 """Kinds whose plug-ins are methods that somebody published."""
 
 every_plug_in = pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 import concilium
 from concilium import constraints
-from concilium.constraints import OPTION_RANGES, RANGES
+from concilium.constraints import LIST_RANGES, OPTION_RANGES, RANGES
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
 from concilium.study import RESERVED, StartTable, Study, parse_study, read_study, to_toml, training_of
@@ -205,7 +205,7 @@ def test_the_resolved_study_says_everything() -> None:
     assert written["training"]["learning_rate"] == 0.01
     assert written["engine"]["threads"] >= 1
     tables = {f.name for f in dataclasses.fields(Study)}
-    assert set(written) == tables - {"test", "variants", "start", "partition", "forecast"}
+    assert set(written) == tables - {"test", "variants", "start", "partition", "forecast", "defences", "filters"}
 
 
 def test_the_protocols_own_options_stand_in_its_table() -> None:
@@ -514,6 +514,7 @@ RULE_WITH = {
     "faulty": "krum", "keep": "krum", "lag": "agreement", "turn": "agreement", "memory": "agreement", "sharpness": "quality",
     "cutoff": "quality", "cases": "judged", "mu": "proximal", "weight": "ditto", "temperature": "distill",
     "first_weight": "condistfl", "threshold": "secure_sum", "range": "secure_sum",
+    "clip": "dp_sgd", "noise": "dp_sgd", "rate": "dp_sgd", "patches": "dp_sgd", "delta": "dp_sgd",
 }  # fmt: skip
 """Option -> a plug-in that has it."""
 
@@ -525,10 +526,28 @@ def test_every_range_of_an_option_is_checked(full: str) -> None:
     other |= {"collect": {"name": "judged"}} if RULE_WITH[key] == "quality" else {}
     sites = {"west": {"data": "w"}}
     (line,) = errors(raw(sites=sites, **{table: {"name": RULE_WITH[key], key: -1}} | other))
-    given = -1 if key in ("faulty", "keep", "cases", "threshold") else -1.0
+    given = -1 if key in ("faulty", "keep", "cases", "patches", "threshold") else -1.0
     assert line == f"{full} = {given} is not allowed. Allowed: {OPTION_RANGES[full][1]}."
     study = parse(sites=sites, **{table: {"name": RULE_WITH[key]}} | other)
     assert key in getattr(study, table).options, "its own default is in the range"
+
+
+LIST_WITH = {
+    "scale": "gaussian", "bound": "gaussian", "share": "dropout", "channels": "project", "bits": "quantise", "weight": "nopeek",
+    "norm": "clip", "deviation": "gaussian",
+}  # fmt: skip
+"""Option -> a plug-in in a list that has it."""
+
+
+@pytest.mark.parametrize("full", LIST_RANGES)
+def test_every_range_of_an_option_in_a_list_is_checked(full: str) -> None:
+    key_of_list, key = full[2:].split("]] ")
+    split: dict[str, Any] = {"protocol": {"name": "splitfed", "rounds": 1, "steps": 1}}
+    (line,) = errors(raw(**split) | {key_of_list: [{"name": LIST_WITH[key], key: -1}]})
+    given = -1 if key in ("channels", "bits") else -1.0
+    assert line == f"{full} = {given} is not allowed. Allowed: {LIST_RANGES[full][1]}."
+    study = parse_study(raw(**split) | {key_of_list: [{"name": LIST_WITH[key]}]}, folder=Path("/"), check_data=False)
+    assert key in getattr(study, key_of_list)[0].options, "its own default is in the range"
 
 
 def test_options_of_a_rule_from_outside_have_no_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

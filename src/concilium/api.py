@@ -99,7 +99,15 @@ def check(
     data = data_sets(named, None if test is None else Path(test))
     if fix is not None:
         check_free(Path(fix), data.members)
-    found = check_data(data.sites, test=data.test, folds=data.folds, names=data.names, divide=data.divide, watch=watch)
+    found = check_data(
+        data.sites,
+        test=data.test,
+        folds=data.folds,
+        names=data.names,
+        divide=data.divide,
+        holds=data.holds,
+        watch=watch,
+    )
     return Check(found if fix is None else replace(found, changes=mend(data.members, found.findings, Path(fix))))
 
 

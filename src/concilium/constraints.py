@@ -15,9 +15,18 @@ from typing import Any
 from concilium.catalog import allowed, names
 from concilium.data.division_rules import DIVISION_RANGES
 from concilium.errors import StudyError
-from concilium.local_updates import exchanges, has_personal, is_more_than_a_step, needs_others, optimizers_of
+from concilium.local_updates import (
+    exchanges,
+    has_personal,
+    is_more_than_a_step,
+    needs_others,
+    optimizers_of,
+)
+from concilium.local_updates._besides import protocols_of
 from concilium.protocols._cohort import cohort_problems, left_out
+from concilium.protocols._filters import filter_problems
 from concilium.protocols._rules import rule_problems
+from concilium.protocols._splits import split_problems
 from concilium.protocols._turns import turn_problems
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -78,8 +87,25 @@ OPTION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[local_update] weight": (lambda x: x >= 0, "0 or more"),
     "[local_update] first_weight": (lambda x: x >= 0, "0 or more"),
     "[local_update] temperature": (lambda x: x > 0, "more than 0"),
+    "[local_update] clip": (lambda x: x > 0, "more than 0"),
+    "[local_update] noise": (lambda x: x > 0, "more than 0"),
+    "[local_update] rate": (lambda x: 0 < x <= 1, "more than 0 to 1"),
+    "[local_update] patches": (lambda x: x >= 1, "1 or more"),
+    "[local_update] delta": (lambda x: 0 < x < 1, "more than 0 to below 1"),
 }
 """The same for options of plug-ins that are Concilium's."""
+
+LIST_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "[[defences]] scale": (lambda x: x >= 0, "0 or more"),
+    "[[defences]] bound": (lambda x: x > 0, "more than 0"),
+    "[[defences]] share": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "[[defences]] channels": (lambda x: x >= 1, "1 or more"),
+    "[[defences]] bits": (lambda x: x >= 1, "1 or more"),
+    "[[defences]] weight": (lambda x: x >= 0, "0 or more"),
+    "[[filters]] norm": (lambda x: x > 0, "more than 0"),
+    "[[filters]] deviation": (lambda x: x >= 0, "0 or more"),
+}
+"""The same for those in lists."""
 
 
 def check_range(where: str, key: str, value: Any) -> None:
@@ -96,10 +122,19 @@ def check_range(where: str, key: str, value: Any) -> None:
         )
         raise ValueError((cascade if value == "3d_cascade_fullres" else "") + allowed(value, known))
     anywhere = re.sub(r"^\[(sites\.[^.\]]*|test)(?=[.\]])", "[sites.NAME", full)
-    known_ranges = (RANGES.get(full), DIVISION_RANGES.get(anywhere), OPTION_RANGES.get(full))
+    known_ranges = (RANGES.get(full), DIVISION_RANGES.get(anywhere), OPTION_RANGES.get(full), LIST_RANGES.get(full))
     fine, text = next((r for r in known_ranges if r), (lambda _: True, ""))
     if not fine(value) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"Allowed: {text}.")
+
+
+def check_ranges(where: str, values: Mapping[str, Any], problems: list[str]) -> None:
+    """Add to `problems` what is wrong with values of the right type."""
+    for key, value in values.items():
+        try:
+            check_range(where, key, value)
+        except ValueError as e:
+            problems.append(f"{where} {key} = {value!r} is not allowed. {e}")
 
 
 def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
@@ -132,7 +167,8 @@ def contradictions(found: Mapping[str, Any], *, n_sites: int) -> list[str]:
         problems.append(
             "[training] precision = 'float16' is not allowed on a CPU. Allowed there: 'float32', 'bfloat16'."
         )
-    return problems + _misresized(found) + _cannot_split(found) + _cannot_update(found) + rule_problems(found, n_sites)
+    problems += _misresized(found) + split_problems(found) + _cannot_update(found)
+    return problems + rule_problems(found, n_sites) + filter_problems(found)
 
 
 def _misresized(found: Mapping[str, Any]) -> list[str]:
@@ -200,25 +236,6 @@ def _cannot_take_part(found: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _cannot_split(found: Mapping[str, Any]) -> list[str]:
-    """What split training does not do (yet), in studies that ask for it."""
-    p, t, update = found["protocol"], found["training"], found["local_update"]
-    if not p or p.name != "splitfed":
-        return []
-    problems = []
-    if t and t.precision == "float16":
-        problems.append(
-            "[training] precision = 'float16' is not allowed with splitfed: the scale of the loss would have to travel. "
-            "Allowed: 'float32', 'bfloat16'."
-        )
-    if update.name != "plain":
-        problems.append(
-            f"[local_update] name = {update.name!r} is not allowed with splitfed: no owner of a part sees the whole step. "
-            "Allowed: 'plain'."
-        )
-    return problems
-
-
 def _cannot_update(found: Mapping[str, Any]) -> list[str]:
     """What local updates cannot do under a protocol, or with another part of their own."""
     p, name, training = found["protocol"], found["local_update"].name, found.get("training")
@@ -230,6 +247,12 @@ def _cannot_update(found: Mapping[str, Any]) -> list[str]:
     except StudyError:  # no such update, which was said already
         return []
     problems = []
+    protocols = protocols_of(name)
+    if p and protocols and p.name not in protocols:
+        problems.append(
+            f"[local_update] name = {name!r} is not allowed with protocol {p.name!r}, of whose messages it does not account. "
+            f"Allowed: {', '.join(map(repr, protocols))}."
+        )
     if wanted and training and training.optimizer not in wanted:
         problems.append(
             f"[training] optimizer = {training.optimizer!r} is not allowed with [local_update] name = {name!r}. Allowed: "

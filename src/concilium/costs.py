@@ -32,7 +32,7 @@ from concilium.record import Record
 from concilium.schedule import Setting, models
 from concilium.sharing import EVERYTHING, Sharing
 from concilium.speed import speed_of, time_split, time_whole
-from concilium.study import ForecastTable, Study, training_of
+from concilium.study import ForecastTable, Study, training_of, undefended
 from concilium.transport import KINDS
 
 SUM = 28
@@ -87,7 +87,7 @@ def every_way(
     study = setting.study
     p = study.protocol
     splits = p.name == "splitfed"
-    network = network_of(study, replace(plans, by_site={}))
+    network = network_of(undefended(study), replace(plans, by_site={}))
     named = network(deep_supervision=False)
     cuts: list[tuple[str, ...]] = [(name,) for name in named.cuts if named.split_points]
     own = _cut(study) if splits else ()
@@ -125,7 +125,8 @@ def note_cost(setting: Setting, plans: Plans, cases: Mapping[str, int], record: 
 
 def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> Cost:
     """Of federated training, which sends what is shared of the whole network both ways."""
-    study, training = setting.study, training_of(setting.study)
+    study = undefended(setting.study)
+    training = training_of(study)
     weights = initial_weights(study, replace(plans, by_site={}))
     sharing = plans.sharing if study.protocol.name == "federated" else EVERYTHING
     known: dict[tuple[str, int], tuple[int, float]] = {}
@@ -161,7 +162,7 @@ def splitfed_costs(
     options = study.protocol.options if splits else {}
     variant, reveal = options.get("variant", "v1"), bool(options.get("reveal_labels", False))
     plans = replace(plans, by_site={}, sharing=plans.sharing if splits else EVERYTHING)
-    network, batch = network_of(study, plans), _batch(study, plans, "")
+    network, batch = network_of(study, plans, cut=cut), _batch(study, plans, "")
     site_load, server_load = split_loads(network, cut, batch, training, reveal_labels=reveal)
     clock = partial(time_split, network, training, cut=cut, reveal_labels=reveal)
     speed = speed_of(hardware_of(study), study.engine.device, clock, batch, site_load, server_load)

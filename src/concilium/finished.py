@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -13,12 +14,13 @@ from concilium import catalog
 from concilium.data.augment import mirror_axes
 from concilium.data.labels import Labels, from_nnunet, n_heads, unknown_labels
 from concilium.data.plan import Plan, open_plan
+from concilium.defences import guarded
 from concilium.errors import StudyError
 from concilium.messages import Tensors
 from concilium.networks import Stages, make_network
 from concilium.schedule import BEST, folds_of, is_one, names, settings, title_of
 from concilium.statistics import WITHOUT
-from concilium.study import Study, read_study
+from concilium.study import Study, guard_of, read_study, undefended
 from concilium.wire import read_tensors
 
 
@@ -66,13 +68,16 @@ class Finished:
         return tuple(made)
 
     def _network(self) -> Stages:
-        return make_network(
+        build = partial(
+            make_network,
             self.study.network,
             n_channels=len(self.channels),
             n_labels=n_heads(self.labels),
             plan=self.plan.architecture,
             deep_supervision=self.study.training.deep_supervision,
         )
+        image = (1, len(self.channels), *self.plan.configuration.patch_size)
+        return guarded(build, guard_of(self.study), image=image)()
 
 
 def finished_models(run: Path) -> tuple[str, ...]:
@@ -118,7 +123,7 @@ def open_finished(run: Path, name: str | None = None) -> Finished:
     return Finished(
         run,
         name,
-        study.variants.get(title.partition(WITHOUT)[0], study),
+        _trained_by(study, title),
         own_plan.read_text(encoding="utf-8"),
         tuple(about["channel_names"].values()),
         labels,
@@ -126,6 +131,13 @@ def open_finished(run: Path, name: str | None = None) -> Finished:
         files,
         _unknown(run, study, title, site, labels),
     )
+
+
+def _trained_by(study: Study, title: str) -> Study:
+    """What a model was trained by: its variant, or for a baseline the study without defences."""
+    if title in ("local", "centralized", "centralized_long"):
+        return undefended(study)
+    return study.variants.get(title.partition(WITHOUT)[0], study)
 
 
 def _is_one(study: Study, name: str) -> bool:

@@ -287,7 +287,7 @@ def rounds_of(work: Work, model: Model, done: Round) -> Iterator[Round]:
             min_sites=min(p.min_sites or 1, len(model.steps)),
             deadline_s=deadline,
             box_s=deadline if p.time_box else None,
-            network=network_of(study, work.plans),
+            network=network_of(model.study, work.plans),
             training=training_of(study),
             seed=study.study.seed,
             device=device_named(work.study.engine.device),

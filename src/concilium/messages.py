@@ -31,6 +31,15 @@ class PlugIn:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What is done to the maps of a front before they leave, in this order, and where the front ends: as in `Front`."""
+
+    defences: tuple[PlugIn, ...] = ()
+    cut: tuple[str, ...] = ()
+    reveal_labels: bool = False
+
+
+@dataclass(frozen=True)
 class Training:
     """How a site trains. `None` means: as nnU-Net's plan says."""
 
@@ -152,6 +161,21 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a site's updates of a model have told of any one of its patients so far, by its own account: (epsilon, delta)."""
+
+    epsilon: float
+    delta: float
+    epsilon_of_run: float
+    """Of all models of the run that were trained so: they add up."""
+    noise: float
+    """Deviation of the noise, as a multiple of the largest norm of a patient's gradient."""
+    rate: float
+    """Chance of each patient in each step."""
+    steps: int
+
+
+@dataclass(frozen=True)
 class Card:
     """A site's public sealing key, with which others seal what that site alone can open (`sealing.py`). Bytes are uint8 (n,)."""
 
@@ -251,6 +275,10 @@ class Prepare:
     """What the site contributes of `channels`; then its cases are those that `Align` named."""
     patients: tuple[int, ...] = ()
     """With `holding`: which of those cases are of one patient, as whoever has the labels says."""
+    guard: Guard = Guard()
+    """Of models that are split; those that train in one place have none of it."""
+    filters: tuple[PlugIn, ...] = ()
+    """What is done, in this order, to each update before it leaves."""
 
 
 @dataclass(frozen=True)
@@ -480,6 +508,8 @@ class Evaluate:
     """Whether the layers that make its logits are this site's own: they know no label that nobody looked for here."""
     unknown: tuple[str, ...] = ()
     """Labels that no site which trained it looked for."""
+    defended: bool = False
+    """Whether it was trained with the defences of `Prepare.guard`, and so segments with them."""
 
 
 @dataclass(frozen=True)
@@ -689,6 +719,8 @@ class Trained:
     """What the local update adds to the server's total."""
     memory: int = 0
     """Most bytes that its process ever held, or that it took of its GPU; 0: not known."""
+    spent: Spent | None = None
+    """Of a local update with differential privacy: the account after this round."""
 
 
 @dataclass(frozen=True)

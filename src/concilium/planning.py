@@ -14,15 +14,16 @@ from torch import Tensor
 from concilium import catalog
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, looked_for, n_heads
-from concilium.data.parties import of_channels, uncropped
+from concilium.data.parties import uncropped
 from concilium.data.plan import make_plans, open_plan
+from concilium.defences import guarded
 from concilium.errors import StudyError
 from concilium.messages import Fingerprint, Prepare, Tensors
 from concilium.networks import Stages, make_network, names_elsewhere
 from concilium.schedule import Model
 from concilium.sharing import EVERYTHING, ROLES, Sharing, Table, kept_of, match
 from concilium.start_from import Start
-from concilium.study import Study, is_vertical, places, training_of
+from concilium.study import Study, guard_of, is_vertical, training_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Plans:
         v = study.validation
         return Prepare(
             self.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
-            study.study.max_excluded, self.channels, self.labels, study.sharing.keep,
+            study.study.max_excluded, self.channels, self.labels, study.sharing.keep, guard=guard_of(study),
+            filters=study.filters,
         )  # fmt: skip
 
 
@@ -101,11 +103,6 @@ def plan_text(study: Study, told: Told, fingerprint: Fingerprint) -> str:
     return uncropped(plans) if is_vertical(study) else plans
 
 
-def held_plans(study: Study, text: str) -> dict[str, str]:
-    """Site -> the plan of the channels that it holds, of a plan of all channels; nothing where every site has all."""
-    return {n: of_channels(text, mine or (0,)) for n, mine in places(study).items()} if is_vertical(study) else {}
-
-
 def _inner(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """The options of the network that a network of several parties is made of."""
     inner = options.get("options")
@@ -118,16 +115,23 @@ def batch_size_of(study: Study, plans: Plans, site: str) -> int:
     return plans.batch_size if own is None else open_plan(own, study.plan.configuration).batch_size
 
 
-def network_of(study: Study, plans: Plans, site: str = "") -> Callable[..., Stages]:
-    """What builds the study's network, with new weights each time; `deep_supervision` may be given in place of the study's."""
-    return partial(
+def network_of(
+    study: Study, plans: Plans, site: str = "", *, cut: tuple[str, ...] | None = None
+) -> Callable[..., Stages]:
+    """What builds the study's network, with new weights each time; `deep_supervision` may be given in place of the study's.
+
+    Defences are in it, where the study's cut is or this one.
+    """
+    plan = open_plan(plans.of(site), study.plan.configuration)
+    build = partial(
         make_network,
         study.network,
         n_channels=len(plans.channels),
         n_labels=n_heads(plans.labels),
-        plan=open_plan(plans.of(site), study.plan.configuration).architecture,
+        plan=plan.architecture,
         deep_supervision=study.training.deep_supervision,
     )
+    return guarded(build, guard_of(study, cut), image=(1, len(plans.channels), *plan.configuration.patch_size))
 
 
 def initial_weights(study: Study, plans: Plans, site: str = "") -> Tensors:
@@ -225,7 +229,7 @@ def initial_shared(study: Study, plans: Plans) -> Tensors:
 
 def start_weights(model: Model, plans: Plans) -> Tensors:
     """What the server begins a model with: all weights, or what is shared. A network that is a site's own begins there."""
-    study = model.setting.study
+    study = model.study
     if model.partly:
         return initial_shared(study, plans)
     return {} if plans.by_site and model.protocol == "local" else initial_weights(study, plans)
@@ -233,7 +237,7 @@ def start_weights(model: Model, plans: Plans) -> Tensors:
 
 def n_parameters(model: Model, plans: Plans) -> int:
     """How many values a model has; where sites' networks differ, that of the largest."""
-    study = model.setting.study
+    study = model.study
     if plans.sharing.sizes and model.protocol != "centralized":
         return max(plans.sharing.sizes.values())
     return sum(t.numel() for t in initial_weights(study, plans).values())

@@ -12,10 +12,13 @@ from concilium._set_aside import told as set_aside
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.labels import looked_for, n_heads, to_nnunet, unknown_labels
 from concilium.data.matching import Space, agree, annotation_notes, reorder
+from concilium.data.parties import of_channels
 from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
+from concilium.defences import check_batches
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
+from concilium.filters import site_level
 from concilium.local_updates import check_labels
 from concilium.messages import (
     Describe,
@@ -30,22 +33,13 @@ from concilium.messages import (
     SiteError,
     describe,
 )
-from concilium.planning import (
-    Plans,
-    Told,
-    held_plans,
-    initial_weights,
-    network_of,
-    plan_text,
-    share_one_plan,
-    share_own_plans,
-)
+from concilium.planning import Plans, Told, initial_weights, network_of, plan_text, share_one_plan, share_own_plans
 from concilium.record import Record
 from concilium.rehearsal import try_loss, try_network, try_rule, try_tensors
 from concilium.schedule import Setting
 from concilium.sharing import Sharing, table_of
 from concilium.start_from import Start, check_start, start_of
-from concilium.study import SiteTable, Study, holdings, is_vertical
+from concilium.study import SiteTable, Study, holdings, is_vertical, places
 from concilium.together import align_parties, as_one, held_requests
 
 
@@ -157,15 +151,19 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
     if setting.is_base:
         _keep(record, "fingerprint.json", to_json(merged))
     _keep(record, "plans.json" if setting.is_base else f"plans/{setting.title}.json", text)
-    plan, held = open_plan(text, study.plan.configuration), held_plans(study, text)
-    plans = Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size, held=held, patients=told.patients)
+    plan = open_plan(text, study.plan.configuration)
+    plans = Plans(text, told.channels, told.labels, plan.patch_size, plan.batch_size)
     if study.plan.fingerprint == "site":
         plans = replace(plans, by_site={name: plan_text(study, told, f) for name, f in fingerprints.items()})
+    if is_vertical(study):
+        held = {name: of_channels(text, mine or (0,)) for name, mine in places(study).items()}
+        plans = replace(plans, held=held, patients=told.patients)
     for name, own in plans.by_site.items():
         _keep(record, f"plans/{setting.title}/{name}.json", own)
     for name in plans.by_site or ("",):
         try_network(study, network_of(study, plans, name))
         try_tensors(study, network_of(study, plans, name))
+    check_batches(study.defences, plans.batch_size)
     check_labels(study.local_update, plans.labels)
     if told.partial:
         try_loss(study, plans.labels)
@@ -234,6 +232,7 @@ def prepare_sites(
     asked = {name: replace(request, plans=plans.of(name)) if name in plans.by_site else request for name in there}
     if is_vertical(study):
         asked = held_requests(setting, plans, asked)
+    ledger.warnings += site_level(setting.title, study.filters)
     ready: dict[str, Prepared] = {}
     for name, reply in _must(engine, record, asked, study, ledger):
         if isinstance(reply, Prepared):

@@ -137,6 +137,7 @@ class Record:
                     "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "n_asked": done.asked.get(site, a.n_steps),
                     "seconds": round(a.seconds, 3), "bytes_down": done.traffic[site].down, "bytes_up": done.traffic[site].up,
                     **({"memory": a.memory} if a.memory > 0 else {}), **done.told_shared(site),
+                    **({"privacy": vars(a.spent)} if a.spent else {}),
                 }
                 for site, a in sorted(done.answers.items())
             },

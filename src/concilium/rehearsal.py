@@ -14,6 +14,7 @@ from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, has_regions, ignored, n_heads
 from concilium.errors import ContractError, StudyError
 from concilium.local_updates import is_more_than_a_step
+from concilium.local_updates._besides import check_network
 from concilium.networks import Stages
 from concilium.sharing import kept_of, named, named_statistics
 from concilium.study import Study
@@ -31,6 +32,7 @@ def try_network(study: Study, network: Callable[..., Stages]) -> None:
         built = network()
     if check is not None:
         check(built, **p.options)
+    check_network(study.local_update, built)
 
 
 def try_tensors(study: Study, network: Callable[..., Stages]) -> None:

@@ -88,6 +88,7 @@ def _took(site: str, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     lines = [line["sites"][site] for line in rounds if site in line["sites"]]
     took = {key: sum(line[key] for line in lines) for key in ("n_steps", "seconds", "bytes_down", "bytes_up")}
     took |= {"memory": most} if (most := max((line.get("memory", 0) for line in lines), default=0)) else {}
+    took |= {"privacy": lines[-1]["privacy"]} if lines and "privacy" in lines[-1] else {}
     return took | {
         "n_asked": sum(line.get("n_asked", line["n_steps"]) for line in lines)
     }  # not in runs of earlier versions

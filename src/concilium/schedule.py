@@ -9,7 +9,7 @@ from typing import cast
 
 from concilium.local_updates import has_personal
 from concilium.statistics import WITHOUT
-from concilium.study import Study, is_vertical, sites_of
+from concilium.study import Study, is_vertical, sites_of, undefended
 
 PERSONAL = "-personal"
 """Ends the name of the networks that sites train of their own beside a model."""
@@ -76,6 +76,12 @@ class Model:
     """Of such networks, and of one made for sites elsewhere: the key of the model that was trained."""
     group: tuple[str, ...] = ()
     """The keys of all that one training makes: sites may forget it when these are finished."""
+
+    @property
+    def study(self) -> Study:
+        """What it is trained by: of the baselines no map leaves a site, so they have no defences."""
+        study = self.setting.study
+        return study if self.protocol == study.protocol.name else undefended(study)
 
     @property
     def is_finetuned(self) -> bool:

@@ -110,6 +110,7 @@ def _asked(
 def _to_each(work: Work, model: Model, request: Evaluate, sites: Iterable[str]) -> dict[str, Evaluate]:
     """The request to each site, which says whether the layers that make logits saw that site only."""
     own = work.plans.sharing.own_heads if model.stays else ()
+    request = replace(request, defended=bool(model.study.defences))
     return {site: replace(request, own=model.protocol == "local" or site in own) for site in sites}
 
 

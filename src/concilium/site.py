@@ -18,15 +18,15 @@ from typing import Any, cast
 import torch
 
 from concilium import wire
-from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job, Settings, built
 from concilium.answers.align import align, blind, offer
 from concilium.answers.evaluate import evaluate, subset_of
 from concilium.answers.failing import failure_of
 from concilium.answers.judge import judge
+from concilium.answers.ledger import note
 from concilium.answers.models import Models
 from concilium.answers.notes import note_cases, note_excluded, note_plan
-from concilium.answers.own import personalize, reestimate
+from concilium.answers.own import merged, personalize, reestimate
 from concilium.answers.permission import check_names, check_policy
 from concilium.answers.relay import Carried, Relay
 from concilium.answers.secure import Secret, Secure
@@ -66,7 +66,6 @@ from concilium.messages import (
     SiteTimeout,
     Snapshot,
     Tail,
-    Tensors,
     Train,
     Trained,
 )  # fmt: skip
@@ -211,7 +210,7 @@ class Site:
             case Keep(model, weights, source, personal, merge):
                 own = weights or (models.finished(source) if source else None)
                 if merge:
-                    own = self._merged(models.in_training(model), weights)
+                    own = merged(self._prepared_job(), models.in_training(model), weights)
                 if not own:
                     own = models.learner(self._prepared_job(), personal or model).trained_weights(
                         personal=bool(personal)
@@ -224,13 +223,6 @@ class Site:
                 self._relay.went_back(model, number)
             case Forget(model, finished):
                 models.forget(model, finished=finished)
-
-    def _merged(self, trained: Tensors, shared: Tensors) -> Tensors:
-        """The shared weights with what stays here of those that trained."""
-        job = self._prepared_job()
-        whole = {**shared, **{n: trained[n] for n in job.kept & trained.keys()}}
-        check_like(whole, built(job).state_dict())
-        return whole
 
     def _train(self, request: Train | Front | Tail | Finish | Pass | Hold, cancelled: Check) -> Reply:
         models, job = self._models, self._prepared_job()
@@ -248,7 +240,9 @@ class Site:
                     reply = models.session.finish(request)
                     models.end()
                 case Train():
-                    reply = models.learner(job, request.model).train(request, site=models.site, cancelled=cancelled)
+                    learner = models.learner(job, request.model)
+                    trained = learner.train(request, site=models.site, cancelled=cancelled)
+                    reply = note(self.settings.folder, request, trained, job.training.local_update, learner.draws)
                 case Pass():
                     reply = self._relay.train(models.learner(job, request.model), request, cancelled)
                 case Hold():

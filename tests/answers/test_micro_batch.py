@@ -21,6 +21,7 @@ from concilium.answers.objective import Teacher, make_objective
 from concilium.data.patches import Batch
 from concilium.errors import DataError
 from concilium.local_updates import Local, descend, is_more_than_a_step, logits_of
+from concilium.local_updates._besides import draws_patients
 from concilium.messages import PlugIn, Training
 from concilium.networks.unet import build
 from concilium.optimization import autocast, make_optimizer
@@ -34,7 +35,7 @@ STRIDES = {2: [[1, 1], [2, 2], [2, 2], [2, 2]], 3: [[1, 1, 1], [2, 2, 2], [1, 2,
 PATCH = {2: (16, 24), 3: (8, 16, 16)}
 MIXED = torch.tensor([[True, True, False], [True, True, True], [True, False, True], [False] * 3] * 2)[:BATCH]
 """What was looked for in each patch: one label, all, the other, nothing."""
-UPDATES = [n for n in catalog.names("local_updates") if not is_more_than_a_step(n)]
+UPDATES = [n for n in catalog.names("local_updates") if not (is_more_than_a_step(n) or draws_patients(n))]
 in_2d_and_3d = pytest.mark.parametrize("dims", [2, 3], ids=["2D", "3D"])
 
 

@@ -9,8 +9,9 @@ import pytest
 from concilium.answers import Policy
 from concilium.answers.permission import check_policy
 from concilium.errors import PrivacyError
-from concilium.messages import Fetch, Hold, Masking, Request, Train
+from concilium.messages import Align, Blind, Fetch, Hold, Holding, Look, Masking, Offer, Request, Train
 
+HOLDING = Holding(("T1",), False)
 TRAIN = Train("federated", 1, 0, 5, 10, {}, True)
 
 
@@ -20,6 +21,10 @@ TRAIN = Train("federated", 1, 0, 5, 10, {}, True)
         pytest.param("shown", replace(TRAIN, shown=True), "sent this site's update of federated as it is", id="shown"),
         pytest.param("open_weights", TRAIN, "asks for weights in the open", id="open_weights"),
         pytest.param("kept", Fetch("federated"), "that stay here were asked for", id="kept"),
+        pytest.param("split", Offer(HOLDING), "Offer has to do with activations", id="offer"),
+        pytest.param("split", Blind(()), "Blind has to do with activations", id="blind"),
+        pytest.param("split", Align(HOLDING, (), ()), "Align has to do with activations", id="align"),
+        pytest.param("split", Look("vertical", "validation", 0, 0, 1), "Look has to do with activations", id="look"),
     ],
 )
 def test_what_the_settings_do_not_allow_is_refused_by_its_rule(policy: str, request_: Request, says: str) -> None:

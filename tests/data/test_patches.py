@@ -120,7 +120,7 @@ def test_equals_stock_loader(name: str, request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(1)
     try:
         for step in range(12):
-            image, labels, _ = ours.draw(7, "north", 1, step)
+            image, labels, *_ = ours.draw(7, "north", 1, step)
             seed_all(7, "north", 1, step)
             expected = theirs.generate_train_batch()
             assert torch.equal(image, expected["data"])
@@ -132,11 +132,11 @@ def test_equals_stock_loader(name: str, request: pytest.FixtureRequest) -> None:
 def test_shapes_and_types(site_3d: Site, site_2d: Site, site_slices: Site) -> None:
     sizes = [((8, 24, 16), (8, 12, 8)), ((32, 24), (16, 12)), ((24, 16), (12, 8))]
     for made, (patch, coarse) in zip([site_3d, site_2d, site_slices], sizes, strict=True):
-        image, labels, _ = batches_of(made).draw("a")
+        image, labels, *_ = batches_of(made).draw("a")
         channels = next(iter(made[0].values())).image.shape[0]
         assert (image.shape, image.dtype) == ((2, channels, *patch), torch.float32)
         assert [(label.shape, label.dtype) for label in labels] == [((2, 1, *n), torch.int16) for n in (patch, coarse)]
-        _, single, _ = batches_of(made, deep_supervision=False).draw("a")
+        _, single, *_ = batches_of(made, deep_supervision=False).draw("a")
         assert [label.shape for label in single] == [(2, 1, *patch)]
         assert same((image, labels[:1]), (image, single))
 
@@ -195,7 +195,7 @@ def test_files_do_not_change(site_3d: Site) -> None:
 def test_foreground_share(site_3d: Site) -> None:
     batches = batches_of(site_3d, augmentation="none", foreground=1.0)
     for key in KEYS:
-        _, (label, *_), _ = batches.draw(*key)
+        _, (label, *_), *_ = batches.draw(*key)
         assert all((part > 0).any() for part in label)
 
 

@@ -32,8 +32,9 @@ from concilium.answers import vertical as party
 from concilium.answers.train import Learner
 from concilium.answers.vertical import DRAWN, set_absent
 from concilium.data.patches import Batch
+from concilium.defences import guarded
 from concilium.errors import EngineError, StudyError
-from concilium.messages import Finish, Front, Gradients, Tail, Train
+from concilium.messages import Finish, Front, Gradients, Guard, PlugIn, Tail, Train
 from concilium.networks import Stages
 from concilium.networks.fused import build
 from concilium.protocols.vertical import vertical
@@ -197,6 +198,27 @@ def test_parties_that_are_left_out_of_steps_change_nothing_in_them(fuse: str, tm
         Train("m", 1, 0, STEPS, STEPS, first_weights(job), True), site=DRAWN, cancelled=lambda: False
     ).weights
     assert difference(weights, made) <= EQUAL
+
+
+def _double(network: Any, **how: Any) -> Stages:
+    made: Stages = network(**how).double()
+    return made
+
+
+@pytest.mark.parametrize("body", ["server", "labels"])
+def test_defences_are_the_fronts_and_what_undoes_them_the_receivers(body: str, tmp_path: Path) -> None:
+    """A projection has weights at both ends; the whole network has them too."""
+    options = {"tail": "labels" if body == "labels" else "own"}
+    guard = Guard((PlugIn("project", {"channels": 2}),), ("deep",))
+    jobs = {}
+    for name, job in jobs_of(held_by(2), labels="a", **options).items():
+        made = guarded(job.network, guard, image=(1, CHANNELS, 16, 16))
+        jobs[name] = replace(job, network=partial(_double, made), guard=guard)
+    weights, engine = trained_apart(jobs, tmp_path, labels="a", body=body)
+    assert difference(weights, trained_together(jobs)) <= EQUAL
+    assert {m.shape[1] for reply in said(engine.up, party.Maps) for m in reply.maps} == {2}
+    assert any(name.startswith("fronts.b.defence0.") for name in weights)
+    assert any(name.startswith("restore.b.") for name in weights)
 
 
 def test_a_party_that_fails_ends_the_round_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

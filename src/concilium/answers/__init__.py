@@ -6,6 +6,7 @@ folds as there.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,11 @@ from concilium.data.labels import Labels
 from concilium.data.matching import Names
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan
-from concilium.messages import Training
+from concilium.messages import Guard, PlugIn, Training
 from concilium.networks import Stages
 from concilium.sealing import Identity
+
+NO_GUARD = Guard()
 
 
 class Cancelled(Exception):
@@ -76,6 +79,9 @@ class Settings:
     """Where it lies; omitted: in `folder`."""
     micro_batch: int | None = None
     """How many patches fit into this site's memory at once while it trains; `None`: a batch of any study."""
+    secret: Path | None = None
+    """File of what noise is drawn from that the server must not know, made where there is none; `None`: from the study's seed
+    alone, as in a simulation."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,21 @@ class Job:
     """How many patches the site's network sees at once; `None`: all of a batch."""
     labelled: bool = True
     """Whether its label maps are trained on: not at a party that holds other channels only."""
+    guard: Guard = NO_GUARD
+    """What `network` has of defences, and where."""
+    undefended: Callable[..., Stages] | None = None
+    """Builds the network without them, for models that train in one place; `None`: `network` has none."""
+    filters: tuple[PlugIn, ...] = ()
+    """What is done to an update before it leaves."""
+    site: str = ""
+    """Its name."""
+    secret: str = ""
+    """The site's own, from which it draws what the server must not know; empty in a simulation, where one owner has all."""
+
+    @property
+    def in_one_place(self) -> Callable[..., Stages]:
+        """Builds the network of models of which no map leaves."""
+        return self.undefended or self.network
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,20 @@ class Cut:
     reveal_labels: bool
     party: str = ""
     """Whose part it is, of a network of several parties: then `after` is the stage after which the tail begins."""
+
+
+def secret_of(settings: Settings) -> str:
+    """What this site draws from that nobody else knows; made the first time. Nothing where the site is to have none."""
+    path = settings.secret
+    if path is None:
+        return ""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.touch(mode=0o600)
+        unfinished.write_text(secrets.token_hex(32), encoding="utf-8")
+        unfinished.replace(path)
+    return path.read_text(encoding="utf-8")
 
 
 def built(job: Job) -> Stages:

@@ -1,14 +1,14 @@
-"""Which cases of a site train and which validate; at a party of a vertical federation, of those that all parties have."""
+"""Which cases of a site train and which validate, and whether enough are left; at a party, of those that all parties have."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from concilium.answers import Entry, Settings
 from concilium.data.dataset import folds
-from concilium.errors import ContractError
+from concilium.errors import ContractError, DataError
 from concilium.messages import Prepare
 
 FILE = "aligned.json"
@@ -62,3 +62,19 @@ def divided(settings: Settings, request: Prepare, usable: Sequence[Entry]) -> di
 
 def _file(settings: Settings) -> Path:
     return settings.folder / FILE
+
+
+def limit(excluded: Mapping[str, tuple[str, str]], n_usable: int, max_excluded: float) -> None:
+    """Check that not too many cases were set aside.
+
+    Raises:
+        DataError: more than the share `max_excluded`, or none is left.
+    """
+    n = n_usable + len(excluded)
+    if n_usable == 0 or len(excluded) > max_excluded * n:
+        reasons = "; ".join(f"{case}: {text}" for case, (_, text) in list(excluded.items())[:5])
+        raise DataError(
+            f"{len(excluded)} of {n} cases cannot be used ({reasons}). "
+            f"At most {max_excluded:.0%} may be set aside ([study] max_excluded), and one must be left. Mend or remove them.",
+            code="too_many_excluded",
+        )

@@ -17,6 +17,7 @@ from concilium import catalog
 from concilium.answers import Cancelled, Check, Entry, Job, Settings, pictures
 from concilium.answers.statistics import Exclusions, count, find_cases
 from concilium.data.dataset import Case, Dataset, pixel_size, read_case
+from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, foreground, ignored, looked_for, silenced
 from concilium.data.matching import Space
 from concilium.data.patches import predict_logits
@@ -48,7 +49,7 @@ def evaluate(
     started = time.monotonic()
     networks = []
     for weights in members:
-        network = job.network().to(device)
+        network = (job.network if request.defended else job.in_one_place)().to(device)
         network.load_state_dict(dict(weights))
         networks.append(network.eval())
     found, excluded = subset_of(settings, job, request.subset)
@@ -211,9 +212,12 @@ def segment(  # noqa: PLR0913  (what a network needs, and what it does not know)
     """
     image, properties = preprocess(case, dataset, plan)
     see = partial(predict_logits, plan=plan, labels=labels, device=device, mirror=mirror, precision=precision)
-    logits = see(networks[0], image)
-    for network in networks[1:]:
-        logits = logits + see(network, image)
+    with drawn_from("segment", case.name) as number:  # defences draw in prediction too
+        if device.type == "cuda":
+            torch.cuda.manual_seed_all(number)
+        logits = see(networks[0], image)
+        for network in networks[1:]:
+            logits = logits + see(network, image)
     if len(networks) > 1:
         logits = logits / len(networks)
     return restore(silenced(logits, labels, unknown), plan, labels, properties), properties

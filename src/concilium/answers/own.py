@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from concilium.answers import Cancelled, Check, Entry, Job
+from concilium.aggregation import check_like
+from concilium.answers import Cancelled, Check, Entry, Job, built
 from concilium.answers.train import Learner
 from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess
@@ -40,7 +41,9 @@ def personalize(
         learning_rate=request.learning_rate,
         deep_supervision=request.deep_supervision,
     )
-    learner = Learner(replace(job, training=training, kept=frozenset()), device)
+    # of a model that was split with defences these are layers like others
+    own = replace(job, training=training, kept=frozenset(), undefended=job.network)
+    learner = Learner(own, device)
     learner.load_weights(weights)
     if request.tensors:
         _train_only(learner, request.tensors)
@@ -96,6 +99,17 @@ def reestimate(
             precision=job.training.precision,
         )
     return {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
+
+
+def merged(job: Job, trained: Tensors, shared: Tensors) -> Tensors:
+    """The shared weights with what stays here of those that trained.
+
+    Raises:
+        ContractError: together they are not the weights of the network.
+    """
+    whole = {**shared, **{n: trained[n] for n in job.kept & trained.keys()}}
+    check_like(whole, built(job).state_dict())
+    return whole
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+from typing import TypeAlias
 
 from concilium import catalog
 from concilium.answers import Policy
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import (
+    Align,
+    Blind,
     Evaluate,
     Fetch,
     Front,
     Hand,
     Hold,
     Keep,
+    Look,
+    Offer,
     Pass,
     Personalize,
     Prepare,
@@ -21,6 +26,9 @@ from concilium.messages import (
     Take,
     Train,
 )
+
+Splitting: TypeAlias = Front | Look | Offer | Blind | Align
+"""Requests whose answers are activations, or show which cases there are to make some of."""
 
 
 def check_names(request: Request) -> None:
@@ -45,14 +53,14 @@ def _opens(request: Request) -> bool:
     return isinstance(request, Front | Fetch)
 
 
-def _check_split(request: Front, policy: Policy) -> None:
+def _check_split(request: Splitting, policy: Policy) -> None:
     if not policy.split:
         raise PrivacyError(
-            f"Activations of {request.model} were asked for. This site's policy does not let any leave. Allow split training in "
-            "its own settings, or run another protocol.",
+            f"{type(request).__name__} has to do with activations. This site's policy does not let any leave. Allow split "
+            "training in its own settings, or run another protocol.",
             rule="split",
         )
-    if request.reveal_labels and not policy.labels:
+    if isinstance(request, Front) and request.reveal_labels and not policy.labels:
         raise PrivacyError(
             f"{request.model} would let the server compute labels. This site's policy does not allow it. Take reveal_labels "
             "out of the study, or allow it in the site's own settings.",
@@ -75,7 +83,7 @@ def check_policy(request: Request, policy: Policy) -> None:
     Raises:
         PrivacyError: it does not.
     """
-    if isinstance(request, Front):
+    if isinstance(request, Splitting):
         _check_split(request, policy)
     if _opens(request) and not policy.open_weights:
         raise PrivacyError(
@@ -106,6 +114,7 @@ def check_policy(request: Request, policy: Policy) -> None:
     match request:
         case Prepare():
             asked = [request.network, request.training.loss, request.training.local_update]
+            asked += [*request.guard.defences, *request.filters]
         case Evaluate():
             asked = list(request.metrics)
     for code in (name for plug_in in asked for name in catalog.code_from_outside(plug_in.name, plug_in.options)):

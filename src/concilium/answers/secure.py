@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from concilium import masking
 from concilium.aggregation import weight_of
 from concilium.answers import Check, Settings
+from concilium.answers.ledger import note
 from concilium.answers.summed import note_sum
 from concilium.answers.train import Learner
 from concilium.errors import ContractError, PrivacyError
@@ -91,6 +92,7 @@ class Secure:
             )
         order = request.train
         trained = learner.train(replace(order, send_weights=True), site=name, cancelled=cancelled)
+        trained = note(self._settings.folder, order, trained, learner.job.training.local_update, learner.draws)
         changes = masking.flat(trained.weights, order.weights, how)
         beside = masking.flat(trained.control, None, how)
         held = {"changes": torch.from_numpy(changes), "beside": torch.from_numpy(beside)}
@@ -281,7 +283,6 @@ class Secure:
             )
 
     def _text(self, purpose: str, order: Hold) -> str:
-        """What a card of this round is for."""
         return json.dumps([masking.VERSION, self._run, order.model, order.round, purpose])
 
     def _card(self, purpose: str, key: X25519PrivateKey, order: Hold) -> Card:

@@ -18,6 +18,7 @@ from concilium.answers import Check, Entry, Job, Settings
 from concilium.answers.evaluate import Scorer, subset_of
 from concilium.answers.statistics import Exclusions
 from concilium.answers.vertical import set_absent
+from concilium.data.draws import drawn_from
 from concilium.data.labels import n_heads
 from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess
@@ -55,7 +56,8 @@ class Service:
         if self._image is None or self._image[0] != entry.key:
             self._image = (entry.key, preprocess(entry.case, entry.dataset, job.plan)[0])
         window = _Windows(own.front, request.start, request.count, n_heads(job.labels))
-        _predict(window.to(self._device), self._image[1], job, self._device)
+        with drawn_from(job.seed, "look", entry.key, request.start, *filter(None, [job.secret])):  # what defences draw
+            _predict(window.to(self._device), self._image[1], job, self._device)
         return Looked(tuple(encode(maps, request.transport) for maps in window.maps), window.seen, len(entries))
 
     def conclude(

@@ -22,6 +22,7 @@ from concilium.answers.objective import make_objective
 from concilium.answers.train import Learner
 from concilium.data.draws import seed_all
 from concilium.data.patches import Batch, stream
+from concilium.defences import penalty_of, undefended
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import Finish, Front, Gradients, Maps, Tail, Trained
 from concilium.networks import Parts, Stack, are_of_kinds
@@ -41,6 +42,7 @@ class Session:
     def __init__(self, learner: Learner, request: Front, *, site: str) -> None:
         if learner.parts is None:
             raise ContractError(f"{request.model} was not cut at {site}. A split step needs a cut. Report this.")
+        _must_be_guarded(learner, request)
         must_be_whole(learner.job.micro_batch, learner.job.plan.batch_size, request.model)
         self.learner = learner
         self.parts: Parts = learner.parts
@@ -58,9 +60,14 @@ class Session:
         self._stack: Stack = ()
         """What the front left in the step at hand; its top `_reach` maps were sent."""
         self._reach = self.parts.body.reach()
+        self._front, self._defences = undefended(self.parts.front)
+        self._secret = (learner.job.secret,) if self._defences.names and learner.job.secret else ()
+        """What a server that knows the study's seed would need to take the noise off again."""
         self._batch: Batch | None = None
         self._known = True
         """Whether anything is annotated in the batch of the step at hand; otherwise the step changes nothing, anywhere."""
+        self._penalty: Tensor | None = None
+        """What defences add to the loss of the step at hand."""
         self._own: dict[int, Tensor] = {}
         """Gradients that the tail gave maps of the stack which never left."""
 
@@ -89,16 +96,15 @@ class Session:
         set_rate(
             self.learner.optimizer, training, step=request.first_step + request.step, total_steps=request.total_steps
         )
-        seed_all(*self._keys[request.step], "step")
+        seed_all(*self._keys[request.step], "step", *self._secret)
         self.learner.optimizer.zero_grad(set_to_none=True)
         with autocast(device, training.precision):
-            self._stack = self.parts.front.run((image,))
+            self._stack = self._front.run((image,))
+            if not self._losses and any(shows(image, m) for m in self._stack[self._home :]):
+                raise _image_would_leave(self._front.names[-1])
+            self._stack = self._defences.run(self._stack)
         sent = self._stack[self._home :]
-        if not self._losses and any(shows(image, m) for m in sent):
-            raise PrivacyError(
-                f"After {self.parts.front.names[-1]} the image itself would leave the site. Cut where no map is the image.",
-                rule="image",
-            )
+        self._penalty = penalty_of(self._defences, image, sent)
         self._next = ("tail", request.step)
         self._seconds += time.monotonic() - began
         return Maps(encode(sent, self.transport))
@@ -194,9 +200,28 @@ class Session:
         for i, own in self._own.items():
             totals[i] = totals[i] + own if i in totals else own
         maps = [i for i in totals if self._stack[i].requires_grad]  # not what comes from layers that do not train
-        torch.autograd.backward([self._stack[i] for i in maps], [totals[i] for i in maps])
+        outputs: list[Tensor] = [self._stack[i] for i in maps]
+        given: list[Tensor | None] = [totals[i] for i in maps]
+        if self._penalty is not None and self._penalty.requires_grad:
+            outputs, given = [*outputs, self._penalty], [*given, None]
+        torch.autograd.backward(outputs, given)
         clip_and_step(self.learner.network.parameters(), self.learner.optimizer, self.learner.job.training.clip_norm)
-        self._stack, self._own = (), {}
+        self._stack, self._own, self._penalty = (), {}, None
+
+
+def _must_be_guarded(learner: Learner, request: Front) -> None:
+    """Check that maps leave where the defences are that the study told of."""
+    guard = learner.job.guard
+    if guard.defences and (guard.cut, guard.reveal_labels) != (request.cut, request.reveal_labels):
+        raise ContractError(
+            f"{request.model} was to be cut at {request.cut}. Its defences are at {guard.cut}. Do not take part in this study."
+        )
+
+
+def _image_would_leave(after: str) -> PrivacyError:
+    return PrivacyError(
+        f"After {after} the image itself would leave the site. Cut where no map is the image.", rule="image"
+    )
 
 
 def leaf(m: Tensor) -> Tensor:

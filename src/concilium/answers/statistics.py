@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from concilium.answers import Cancelled, Check, Entry, Job, Settings
-from concilium.answers._aligned import aligned, divided
+from concilium.answers import Cancelled, Check, Entry, Job, Settings, secret_of
+from concilium.answers._aligned import aligned, divided, limit
 from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
 from concilium.data.draws import drawn_from
@@ -23,6 +23,7 @@ from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
 from concilium.data.preprocess import Prepared as PreparedCase
 from concilium.data.preprocess import prepare as prepare_case
+from concilium.defences import guarded
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import brought_by
 from concilium.messages import Examine, Examined, Excluded, Fingerprint, Holding, Prepare, Prepared
@@ -80,7 +81,7 @@ def examine(settings: Settings, request: Examine, cancelled: Check) -> tuple[Exa
     labelled = held is None or held.labelled
     read = partial(_fingerprint, exact_geometry=request.exact_geometry, crop=held is None, labelled=labelled)
     made = _each(found, read, excluded, cancelled)
-    _limit(excluded, len(made), request.max_excluded)
+    limit(excluded, len(made), request.max_excluded)
     dataset = found[0].dataset
     usable = [e.case.annotated for e in found if e.key in made]
     if settings.role != "test" and labelled and not any(names is None or names for names in usable):
@@ -116,14 +117,16 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         found, excluded = aligned(settings, found), {}
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
-    network = _builder(request, plan, found[0].dataset)
+    bare = _builder(request, plan, found[0].dataset)
+    image = (1, len(found[0].dataset.channels), *plan.configuration.patch_size)
+    network = guarded(bare, request.guard, image=image)
     if trains and settings.micro_batch is not None:  # before an hour of preprocessing
         with drawn_from("micro_batch"):
             must_be_divisible(settings.micro_batch, plan.batch_size, request.training.local_update.name, network())
     read = partial(_prepare_case, plan=plan, cache=settings.cache, labelled=_has_labels(request))
     files = _each(found, read, excluded, cancelled) if trains else {}
     if trains:
-        _limit(excluded, len(files), 0.0 if request.holding else request.max_excluded)
+        limit(excluded, len(files), 0.0 if request.holding else request.max_excluded)
     usable = [e for e in found if e.key in files]
     parts = divided(settings, request, usable)
     dataset = found[0].dataset
@@ -144,6 +147,11 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
         settings.micro_batch,
         _has_labels(request),
+        request.guard,
+        bare,
+        request.filters,
+        settings.name,
+        secret_of(settings),
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
@@ -278,19 +286,3 @@ def _fingerprint(entry: Entry, *, exact_geometry: bool, crop: bool, labelled: bo
 
 def _prepare_case(entry: Entry, *, plan: Plan, cache: Path, labelled: bool) -> PreparedCase:
     return prepare_case(entry.case, entry.dataset, plan, cache / entry.member, labelled=labelled)
-
-
-def _limit(excluded: Exclusions, n_usable: int, max_excluded: float) -> None:
-    """Check that not too many cases were set aside.
-
-    Raises:
-        DataError: more than the share `max_excluded`, or none is left.
-    """
-    n = n_usable + len(excluded)
-    if n_usable == 0 or len(excluded) > max_excluded * n:
-        reasons = "; ".join(f"{case}: {text}" for case, (_, text) in list(excluded.items())[:5])
-        raise DataError(
-            f"{len(excluded)} of {n} cases cannot be used ({reasons}). "
-            f"At most {max_excluded:.0%} may be set aside ([study] max_excluded), and one must be left. Mend or remove them.",
-            code="too_many_excluded",
-        )

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from concilium import catalog
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Cut, Job
+from concilium.answers.leaving import leaving
+from concilium.answers.ledger import Draws, draws_of
 from concilium.answers.objective import Teacher, make_objective
 from concilium.answers.time_box import while_it_fits
 from concilium.data.draws import drawn_from, seed_all
-from concilium.data.patches import Batches, stream
+from concilium.data.patches import Batches, Key, stream
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import Brought, Local, brought_by, finish_of, has_personal, when_alone
 from concilium.messages import PlugIn, Tensors, Train, Trained
@@ -50,6 +52,7 @@ class Learner:
         self.trained = False
         self.kept: frozenset[str] = frozenset()
         """What stays here of the weights, in the round at hand."""
+        self.draws: Draws
         self.memory: dict[str, Tensor] = {}
         """The local update's own tensors."""
         self.personal: Learner | None = None
@@ -68,7 +71,7 @@ class Learner:
         self.brought = brought_by(
             job.training.local_update, plan=job.plan, labels=job.labels, channels=job.channels, device=self.device
         )
-        return self.brought.network if self.brought else job.network()
+        return self.brought.network if self.brought else job.in_one_place()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -115,8 +118,7 @@ class Learner:
         tensors = {f"weights/{n}": t for n, t in self.weights().items()}
         tensors |= {f"optimizer/{n}": t for n, t in moments.items()}
         tensors |= {f"memory/{n}": t for n, t in self.memory.items()}
-        scale = self.scaler.state_dict() if self.scaler else {}
-        about = {"optimizer": numbers, "scaler": json.dumps(scale)}
+        about = {"optimizer": numbers, "scaler": json.dumps(self.scaler.state_dict() if self.scaler else {})}
         if self.personal is not None:
             own, more = self.personal._state()
             tensors |= {f"personal/{n}": t for n, t in own.items()}
@@ -158,6 +160,7 @@ class Learner:
                 f"{site} has no weights of {model}. The first round must send them. Start the run again."
             )
         self.network.train()
+        self.received = self.weights() if self.job.filters and not alone else {}
         return self.job.batches
 
     def _take_over(self, weights: Tensors, *, begins: bool) -> None:
@@ -200,10 +203,11 @@ class Learner:
             raise FloatingPointError(f"Weights of {model} are not finite after round {round}.")
         n_cases = len(self.job.entries["training"])
         mean = sum(losses) / max(1, len(losses))
-        weights, beside = (
+        sent, beside = (
             ({n: t for n, t in tensors.items() if n not in self.kept} if send else {})
             for tensors in (self.weights(), control or {})
         )
+        weights = leaving(self.job, sent, self.received, model=model, round=round, n_steps=len(losses))
         return Trained(weights, n_cases, len(losses), mean, seconds, beside, memory_of(self.device))
 
     def train(self, request: Train, *, site: str, cancelled: Check) -> Trained:
@@ -225,8 +229,9 @@ class Learner:
         update = when_alone(update) if request.alone else update
         if has_personal(update.name):
             self.begin_personal()
+        self.draws = draws_of(self.job, update, self.network, batches)
         local = self._lend(request)
-        losses = self._steps(batches, local, update, request, site, cancelled, started)
+        losses = self._steps(local, update, request, site, cancelled, started)
         if self.brought is not None:
             self.brought.end()
         return self.finish(
@@ -261,32 +266,27 @@ class Learner:
             memory=self.memory,
             personal=lend(own.network, own.optimizer, scaler=own.scaler) if (own := self.personal) else None,
             labels=self.job.labels,
+            n_patients=self.draws.n_patients,
             progress=request.first_step / max(1, request.total_steps - request.steps),
         )
 
     def _steps(
-        self,
-        batches: Batches,
-        local: Local,
-        update: PlugIn,
-        request: Train,
-        site: str,
-        cancelled: Check,
-        began: float,
+        self, local: Local, update: PlugIn, request: Train, site: str, cancelled: Check, began: float
     ) -> list[float]:
         training = self.job.training
         take = partial(catalog.load("local_updates", update.name), **update.options)
-        keys = [(self.job.seed, site, request.round, step) for step in range(request.steps)]
+        keys: list[Key] = [
+            (self.job.seed, site, request.round, step, *self.draws.hidden) for step in range(request.steps)
+        ]
         losses: list[float] = []
-        drawn = stream(batches, keys, workers=training.loader_workers)
+        drawn = stream(self.draws.batches, keys, workers=training.loader_workers)
         for step, batch in enumerate(while_it_fits(drawn, request.seconds, began=began)):
             if cancelled():
                 raise Cancelled
             if self.brought is not None:
                 self.brought.set_rate(request.first_step + step)
             for learner in filter(None, (self, self.personal)) if self.brought is None else ():
-                rate = {"step": request.first_step + step, "total_steps": request.total_steps}
-                set_rate(learner.optimizer, training, **rate)
+                set_rate(learner.optimizer, training, step=request.first_step + step, total_steps=request.total_steps)
             seed_all(*keys[step], "step")  # whatever drew the batch, dropout and the like draw from here
             loss = float(take(local, batch.to(self.device)))
             if not math.isfinite(loss):

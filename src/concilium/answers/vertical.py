@@ -20,6 +20,7 @@ from concilium.answers.split import leaf, shows
 from concilium.answers.train import Learner
 from concilium.data.draws import seed_all
 from concilium.data.patches import Batch, stream
+from concilium.defences import penalty_of, undefended
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import Done, Finish, Front, Gradients, Maps, Tail, Trained
 from concilium.networks import Stack, Stages
@@ -46,6 +47,10 @@ class Party:
         batches = learner.begin(request.weights, site=site, model=request.model, begins=request.begins)
         self._keys = [(job.seed, DRAWN, request.round, step) for step in range(request.steps)]
         self._batches: Iterator[Batch] = stream(batches, self._keys, workers=job.training.loader_workers)
+        self._front, self._defences = undefended(self.own.front)
+        self._secret = (job.secret,) if self._defences.names and job.secret else ()
+        """What draws noise that nobody else can draw again."""
+        self._penalty: Tensor | None = None
         self._drawn = 0
         self._objective = make_objective(job)
         self._at = -1
@@ -90,14 +95,16 @@ class Party:
         if batch is None or request.absent or not self.own.front.names or (labelled and not known):
             self._awaits = "tail" if labelled and known else ""
             return Done() if labelled and not known else Maps(())
-        seed_all(self.learner.job.seed, self.site, request.round, request.step, "step")
+        seed_all(self.learner.job.seed, self.site, request.round, request.step, "step", *self._secret)
         with autocast(device, training.precision):
-            self._sent = self.own.front.run((batch.image,))
-        if not self._taken and any(shows(batch.image, m) for m in self._sent):
-            raise PrivacyError(
-                f"After {self.own.front.names[-1]} the image itself would leave the site. Cut where no map is the image.",
-                rule="image",
-            )
+            sent = self._front.run((batch.image,))
+            if not self._taken and any(shows(batch.image, m) for m in sent):
+                raise PrivacyError(
+                    f"After {self._front.names[-1]} the image itself would leave the site. Cut where no map is the image.",
+                    rule="image",
+                )
+            self._sent = self._defences.run(sent)
+        self._penalty = penalty_of(self._defences, batch.image, self._sent)
         self._awaits = "tail" if labelled else ""
         self._taken += not labelled
         self._seconds += time.monotonic() - began
@@ -164,14 +171,16 @@ class Party:
                 )
             trains = [i for i, m in enumerate(self._sent) if m.requires_grad]
             if gradients:
-                torch.autograd.backward(
-                    [self._sent[i] for i in trains], [gradients[i].to(self.learner.device) for i in trains]
-                )
+                outputs: list[Tensor] = [self._sent[i] for i in trains]
+                given: list[Tensor | None] = [gradients[i].to(self.learner.device) for i in trains]
+                if self._penalty is not None and self._penalty.requires_grad:
+                    outputs, given = [*outputs, self._penalty], [*given, None]
+                torch.autograd.backward(outputs, given)
         parameters = list(self.learner.network.parameters())
         if any(p.grad is not None for p in parameters):
             clip_and_step(parameters, self.learner.optimizer, self.learner.job.training.clip_norm)
             self.learner.optimizer.zero_grad(set_to_none=True)
-        self._sent = ()
+        self._sent, self._penalty = (), None
 
     def _refusal(self, what: str) -> ContractError:
         after = f"after the front of step {self._at}, {self._awaits or 'a front'}"

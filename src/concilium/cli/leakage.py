@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from concilium.cli._shown import console, show_table, shown
+
+if TYPE_CHECKING:
+    from concilium.leakage import Asked
 
 
 def leakage(
@@ -46,6 +49,10 @@ def leakage(
     ] = None,
     victims: Annotated[int, typer.Option("--victims", min=1, help="Patches to attack.")] = 48,
     own: Annotated[int, typer.Option("--own", min=2, help="Patches of the attacker.")] = 256,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Every model of the run: Dice against leakage, and the Pareto set."),
+    ] = False,
     gallery: Annotated[int, typer.Option("--gallery", min=2, help="Candidates to tell apart.")] = 100,
     site: Annotated[
         Path | None,
@@ -93,6 +100,9 @@ def leakage(
             watch=lambda e: console.print(e.text, style="dim", markup=False) if e.text else None,
         )
         folder = None
+    if compare:
+        _compare(run, asked)
+        return
     found = audit(run, folder, asked=asked, watch=lambda text: console.print(text, style="dim", markup=False))
     for grid in grids(found):
         show_table(grid.title, grid.header, grid.rows, grid.notes)
@@ -102,3 +112,16 @@ def leakage(
     shown.print(f"Audit: {where / 'leakage.json'}; pictures stay in {where / 'pictures'}", markup=False, soft_wrap=True)
     if folder is None:
         reported(run, lambda event: console.print(event.text, markup=False))
+
+
+def _compare(run: Path, asked: Asked) -> None:
+    """Audit every model, and show what defences cost and are worth."""
+    from concilium.api import reported
+    from concilium.leakage.price import price
+    from concilium.reports._leaks import NAIVE, PRICE_HEADER, price_rows
+
+    found = price(run, asked=asked, watch=lambda text: console.print(text, style="dim", markup=False))
+    title = "What defences cost, and what they are worth"
+    show_table(title, PRICE_HEADER, tuple(price_rows(found)), (NAIVE,))
+    shown.print(f"Written: {run / 'leakage' / 'price.json'}", markup=False, soft_wrap=True)
+    reported(run, lambda event: console.print(event.text, markup=False))

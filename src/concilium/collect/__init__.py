@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from concilium.aggregation import Sum, Update
-from concilium.messages import Failure, Reply, Request
+from concilium.messages import Failure, Reply, Request, Spent
 
 Ask: TypeAlias = Callable[[Mapping[str, Request]], Iterator[tuple[str, Reply | Failure]]]
 
@@ -34,6 +34,8 @@ class Answer:
     seconds: float
     memory: int = 0
     """As in `Trained`."""
+    spent: Spent | None = None
+    """As there."""
 
 
 @dataclass(frozen=True)

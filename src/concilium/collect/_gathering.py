@@ -70,7 +70,9 @@ class Gathering:
                 self.failures[site] = problem
             else:
                 told = reply.trained
-                self.answers[site] = Answer(told.n_cases, told.n_steps, told.loss, told.seconds, told.memory)
+                self.answers[site] = Answer(
+                    told.n_cases, told.n_steps, told.loss, told.seconds, told.memory, told.spent
+                )
                 if told.n_steps:
                     self.held[site] = reply
         self.held = dict(sorted(self.held.items()))

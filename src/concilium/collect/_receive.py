@@ -47,7 +47,7 @@ def receive(
                         kept.setdefault(site, []).append(_on_disk(reply, block, site, share, waiting))
             if reply.control:
                 control.add(reply.control, reply.n_cases)
-            answers[site] = Answer(reply.n_cases, reply.n_steps, reply.loss, reply.seconds, reply.memory)
+            answers[site] = Answer(reply.n_cases, reply.n_steps, reply.loss, reply.seconds, reply.memory, reply.spent)
         del reply  # before the next one is unpacked
     return Collected(totals, answers, failures, _by_block(blocks, kept) if see_updates else (), control)
 

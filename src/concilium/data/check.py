@@ -13,6 +13,7 @@ from pathlib import Path
 
 from concilium.data._check_case import check_case
 from concilium.data._check_files import list_files
+from concilium.data._check_held import as_held
 from concilium.data._check_parts import into_parts
 from concilium.data._check_site import check_site
 from concilium.data._check_sites import check_together
@@ -20,6 +21,7 @@ from concilium.data._check_types import Finding, Listing, Seen, Severity
 from concilium.data.matching import Names
 from concilium.data.mend import Change
 from concilium.data.partition import Layout
+from concilium.messages import Holding
 
 __all__ = ["Checked", "Finding", "check"]
 
@@ -47,12 +49,14 @@ def check(
     folds: int = 5,
     names: Mapping[str, Names] | None = None,
     divide: Callable[[], Layout] | None = None,
+    holds: Mapping[str, Holding] | None = None,
     watch: Callable[[int, int, str], None] = lambda done, total, case: None,
 ) -> Checked:
     """All findings in the nnU-Net raw folders of these sites and of a held-out `test` set, whatever state they are in.
 
     Cases are read one after the other, one file in memory at a time; `watch` is told the number done, of how many, and the case.
     `names`: what a data set calls otherwise than the study. `divide`: how a study divides the one of `sites` into its sites.
+    `holds`: what each site contributes, where they have different channels of the same patients.
     Nothing is changed and nothing raised: a file that cannot be read is a finding.
     """
     members = {**sites, **({} if test is None else {"test": test})}
@@ -77,6 +81,8 @@ def check(
     watch(done, total, "")
     held_out = None if test is None and divide is None else "test"
     found += _beside_each_other(data_sets, held_out, folds, names or {})
+    if holds:
+        found = as_held(found, listings, holds, names or {})
     order = {name: i for i, name in enumerate(dict.fromkeys([*sites, *(x.site for x, _ in data_sets)]))}
     found.sort(key=lambda f: (order[f.site], SEVERITIES.index(f.severity), f.code))
     return Checked({x.site: len(x.cases) for x, _ in data_sets}, tuple(found))

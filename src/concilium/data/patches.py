@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,16 +37,19 @@ class Batch(NamedTuple):
     annotated: Tensor | None = None
     """bool (B, L), by channel of the logits: which labels (background among them) or regions somebody looked for in each patch's
     case. `None`: all of them, in all cases."""
+    patients: Tensor | None = None
+    """int64 (B,), where patients were drawn, not patches: whose each patch is. Such a batch may be empty, and is a step all the
+    same."""
 
     @property
     def is_unknown(self) -> bool:
         """Whether nothing is annotated in any patch."""
-        return self.annotated is not None and not bool(self.annotated.any())
+        return self.patients is None and self.annotated is not None and not bool(self.annotated.any())
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         annotated = None if self.annotated is None else self.annotated.to(device)
-        return Batch(self.image.to(device), tuple(x.to(device) for x in self.labels), annotated)
+        return Batch(self.image.to(device), tuple(x.to(device) for x in self.labels), annotated, self.patients)
 
 
 Key: TypeAlias = tuple[str | int, ...]
@@ -99,16 +104,23 @@ class Batches:
             transforms = in_step(transforms, party)
         self._annotated = dict(annotated or {})
         files = {name: p.path if isinstance(p, Prepared) else p for name, p in prepared.items()}
-        self._loader = nnUNetDataLoader(
-            _Cases(sorted(files), files),
-            batch_size,
-            initial,
-            tuple(plan.configuration.patch_size),
-            label_rules(plan, labels),
+        self._files = files
+        self._load = partial(
+            nnUNetDataLoader,
+            patch_size=initial,
+            final_patch_size=tuple(plan.configuration.patch_size),
+            label_manager=label_rules(plan, labels),
             oversample_foreground_percent=foreground,
             transforms=transforms,
-            probabilistic_oversampling=probabilistic,
         )
+        cases = _Cases(sorted(files), files)
+        self._loader = self._load(cases, batch_size, probabilistic_oversampling=probabilistic)
+
+    def only(self, cases: Sequence[str], batch_size: int) -> Batches:
+        """Batches of this size from these cases alone; each patch is centred on foreground by chance."""
+        part = copy.copy(self)
+        part._loader = self._load(_Cases(sorted(cases), self._files), batch_size, probabilistic_oversampling=True)
+        return part
 
     def draw(self, *key: str | int) -> Batch:
         """The batch of this key. The global random generators and torch's thread count are left as they were."""

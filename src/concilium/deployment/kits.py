@@ -248,4 +248,5 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         identity=Identity(files.authority, files.certificate, files.key, about.sites),
         sealing_key=files.key.with_name("sealing.key"),  # beside the certificate's
         micro_batch=s.micro_batch,
+        secret=folder / run / "secret",
     )

@@ -20,6 +20,7 @@ from typing import Any
 
 from concilium import catalog
 from concilium.data.labels import to_nnunet
+from concilium.defences import described
 from concilium.errors import DataError, StudyError
 from concilium.exports._model_card import model_card
 from concilium.finished import Finished, finished_models, open_finished
@@ -54,6 +55,7 @@ def export_run(
             f"{finished.name} never learnt {', '.join(finished.unknown)}: no site whose cases its last layers saw looked for "
             "that. Exported, it would draw that all the same. Export a model of all labels, or use concilium predict."
         )
+    _refuse_defences(finished, format)
     purpose = _intended_use(intended_use)
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -116,6 +118,20 @@ def comparison(finished: Finished) -> str:
         f"\nCompare with: concilium predict {finished.run} -i IMAGES -o LABEL_MAPS{named} --precision float32\n"
         f"The study computes in {precision}, and without that option so does predict: single voxels at edges then differ."
     )
+
+
+def _refuse_defences(finished: Finished, format: str) -> None:
+    """Refuse a network with defences in it, of which other programs know nothing.
+
+    Raises:
+        StudyError: it has some.
+    """
+    if finished.study.defences and format != "safetensors":
+        raise StudyError(
+            f"{finished.name} cannot be exported as {format}: it was trained and scored with defences in its middle, "
+            f"{described(finished.study.defences)}. Without them it would be another network than the one that was scored. "
+            "Allowed: safetensors, the weights as they are, or concilium predict, which has them."
+        )
 
 
 def refuse_other_networks(finished: Finished, format: str) -> None:

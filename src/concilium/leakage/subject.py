@@ -18,13 +18,14 @@ from concilium.answers._aligned import note_aligned
 from concilium.answers.align import patients_of
 from concilium.answers.statistics import find_cases, prepare
 from concilium.data.matching import Names
+from concilium.data.parties import of_channels
 from concilium.data.patches import Batch, Batches
 from concilium.data.preprocess import Array, Prepared
 from concilium.data.preprocess import prepare as prepare_case
 from concilium.errors import DataError, StudyError
 from concilium.finished import open_finished
 from concilium.messages import Prepare, Tensors
-from concilium.planning import Plans, held_plans, initial_weights
+from concilium.planning import Plans, initial_weights
 from concilium.preparation import on_folders
 from concilium.schedule import Setting, is_partly_shared
 from concilium.study import Study, divide, holdings, is_vertical, of_sites, places, sites_of
@@ -224,7 +225,8 @@ def subject_of(
     text, plan = finished.plans, finished.plan
     plans = Plans(text, finished.channels, finished.labels, plan.patch_size, plan.batch_size)
     if is_vertical(study):
-        plans = replace(plans, held=held_plans(study, text), patients=_patients(study, run, sites))
+        held = {name: of_channels(text, mine or (0,)) for name, mine in places(study).items()}
+        plans = replace(plans, held=held, patients=_patients(study, run, sites))
     if number is not None and number != done:
         weights, done = _after(run, finished.name, number, study, plans), number
     return Subject(run, finished.name, study, plans, weights, done, sites, own, names, work)

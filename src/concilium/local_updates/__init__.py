@@ -29,6 +29,26 @@ It makes sense with these optimisers of the study only; others are refused.
 called for every variant before anything trains: it raises a `StudyError` where the update cannot train a network of these
 labels.
 
+    PROTOCOLS = ("federated",)
+
+It makes sense with these protocols only.
+
+    check_network(network: Stages, **options) -> None
+
+called at the server before anything trains, and at each site before each round: it raises a `StudyError` where the update cannot
+train this network.
+
+    sample(batches: Batches, patients: Sequence[Sequence[str]], **options) -> an object with `draw(*key) -> Batch`
+
+where patients are drawn, not patches: what draws the steps' batches (`Batch.patients`), from the cases of each patient. The key
+then has the site's secret in it, and a digest of the weights that the round starts from, as has what `step` draws from.
+
+    release(*, steps: int, **options) -> tuple[float, float, int]
+    account(history: Sequence[tuple[float, float, int]], **options) -> float
+
+of an update with differential privacy: noise, rate and steps of what leaves after a round; and the epsilon of all that left
+(`answers/ledger.py`).
+
 Where more than the step is its own, a file also has
 
     bring(*, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.device, ...options) -> Brought
@@ -114,6 +134,8 @@ class Local:
     """How many patches the network sees at once; `None`: all of a batch."""
     progress: float = 0.0
     """From 0 in the first round to 1 in the last."""
+    n_patients: int = 0
+    """Who have training cases here."""
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
@@ -134,7 +156,7 @@ def brought_by(
     local_update: PlugIn, *, plan: Plan, labels: Labels, channels: Sequence[str], device: torch.device
 ) -> Brought | None:
     """What a local update brings, with new weights; `None` where it is a step and no more."""
-    bring = _part_of(local_update.name, "bring")
+    bring = part_of(local_update.name, "bring")
     if bring is None:
         return None
     return cast(Brought, bring(plan=plan, labels=labels, channels=channels, device=device, **local_update.options))
@@ -142,7 +164,7 @@ def brought_by(
 
 def finish_of(local_update: PlugIn, local: Local, *, steps: int) -> Tensors:
     """What the local update sends beside the weights after the steps of a round."""
-    finish = _part_of(local_update.name, "finish")
+    finish = part_of(local_update.name, "finish")
     return {} if finish is None else cast(Tensors, finish(local, steps=steps, **local_update.options))
 
 
@@ -152,34 +174,34 @@ def check_labels(local_update: PlugIn, labels: Labels) -> None:
     Raises:
         StudyError: it cannot.
     """
-    check = _part_of(local_update.name, "check")
+    check = part_of(local_update.name, "check")
     if check is not None:
         check(labels, **local_update.options)
 
 
 def has_personal(name: str) -> bool:
     """Whether a local update trains a second network that stays at its site."""
-    return _part_of(name, "PERSONAL") is not None
+    return part_of(name, "PERSONAL") is not None
 
 
 def is_more_than_a_step(name: str) -> bool:
     """Whether a local update brings network, optimiser and batches."""
-    return _part_of(name, "bring") is not None
+    return part_of(name, "bring") is not None
 
 
 def exchanges(name: str) -> bool:
     """Whether a local update sends more than weights."""
-    return _part_of(name, "finish") is not None
+    return part_of(name, "finish") is not None
 
 
 def needs_others(name: str) -> bool:
     """Whether a local update makes sense only where weights are shared."""
-    return _part_of(name, "TOGETHER") is not None
+    return part_of(name, "TOGETHER") is not None
 
 
 def optimizers_of(name: str) -> tuple[str, ...]:
     """The optimisers that a local update needs one of; none: any will do."""
-    return _part_of(name, "OPTIMIZERS") or ()
+    return part_of(name, "OPTIMIZERS") or ()
 
 
 def when_alone(local_update: PlugIn) -> PlugIn:
@@ -187,7 +209,7 @@ def when_alone(local_update: PlugIn) -> PlugIn:
     return PlugIn("plain") if needs_others(local_update.name) else local_update
 
 
-def _part_of(name: str, part: str) -> Any:
+def part_of(name: str, part: str) -> Any:
     """What else a local update's module has; `None` where it has not."""
     return getattr(inspect.getmodule(catalog.load("local_updates", name)), part, None)
 

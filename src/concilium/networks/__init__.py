@@ -51,6 +51,10 @@ CUTS: Mapping[str, tuple[tuple[str, str], ...]] = {
 """Split points with a name: as near to the ends as may be, and one resolution deeper. The first pair that is allowed counts."""
 
 
+GUARD = "defence"
+"""Begins the names of the stages with which a defended front ends (`concilium.defences`)."""
+
+
 class Stage(nn.Module):
     """One step: takes the top `takes` maps and leaves `leaves` maps."""
 
@@ -195,7 +199,7 @@ def cut_apart(network: Stages, cut: tuple[str, ...], *, reveal_labels: bool = Fa
     for after in network.cuts.get(cut[0], ()) if len(cut) == 1 else (cut,):
         fits = len(after) == 2 and list(after) == [name for name in points if name in after]
         if fits and after[-1] not in heads:
-            return Parts(*network.split(*after))
+            return Parts(*network.split(_behind_guards(network, after[0]), after[1]))
     leak = (
         f" After {', '.join(heads)} only with reveal_labels = true: the server can compute the labels." if heads else ""
     )
@@ -213,6 +217,16 @@ def are_of_kinds(maps: Sequence[Tensor], kinds: Kinds) -> bool:
     return len(maps) == len(kinds) and all(
         m.dtype == WHOLE if kind == "places" else m.is_floating_point() for m, kind in zip(maps, kinds, strict=True)
     )
+
+
+def _behind_guards(network: Stages, after: str) -> str:
+    """The last of the defences that follow the stage, or the stage itself."""
+    names = network.names
+    for name in names[names.index(after) + 1 :]:
+        if not name.startswith(GUARD):
+            break
+        after = name
+    return after
 
 
 def _only_heads(network: Stages, after: str) -> bool:

@@ -50,6 +50,22 @@ class Fronts(Stage):
         return tuple(m for name in self.parties for m in self.of(name).run((image[:, self.channels[name]],)))
 
 
+class Received(Stage):
+    """What the receiver does to the maps of each party before they meet."""
+
+    def __init__(self, parties: Mapping[str, Stages], each: int) -> None:
+        super().__init__()
+        self._modules.update(parties)
+        self.each = each
+        self.takes = self.leaves = each * len(parties)
+
+    def forward(self, *maps: Tensor) -> Stack:
+        received: list[Tensor] = []
+        for i, stages in enumerate(self._modules.values()):
+            received += cast(Stages, stages).run(maps[i * self.each : (i + 1) * self.each])
+        return tuple(received)
+
+
 class Fuse(Stage):
     """One stack of maps from those of all parties: concatenated and mixed by a 1×1 convolution, their mean, or their maximum.
 

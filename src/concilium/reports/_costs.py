@@ -50,8 +50,32 @@ def costs(view: View) -> Element | None:
             caption="Each site, in training rounds",
             words=2,
         ),
+        *_privacy(groups),
         *_forecast(view, groups),
     )
+
+
+def _privacy(groups: Mapping[str, Sequence[Row]]) -> tuple[Element, ...]:
+    """What updates told of any one patient, where sites trained with differential privacy."""
+    rows = []
+    for name, of in groups.items():
+        for site in dict.fromkeys(site for m in of for site in m["sites"]):
+            told = [p for m in of if (p := m["sites"].get(site, {}).get("privacy"))]
+            if told:
+                worst = max(told, key=lambda p: p["epsilon"])
+                all_in_all = max(p["epsilon_of_run"] for p in told)
+                rows.append([
+                    shown_model(name), site, f"{worst['epsilon']:.3g}", f"{all_in_all:.3g}", f"{worst['delta']:g}",
+                    f"{worst['noise']:g}", f"{worst['rate']:g}", f"{worst['steps']:,}",
+                ])  # fmt: skip
+    if not rows:
+        return ()
+    note = (
+        "By each site's own account, for adding or removing one of its patients, of the weights that it sent. Models of a run "
+        "add up. Not accounted for: what sites told for the plan, scores, numbers of cases, settings chosen by their results."
+    )
+    header = ["model", "site", "ε", "ε of the run", "δ", "noise", "rate", "steps"]
+    return table(header, rows, caption="Differential privacy of a patient", words=2), e("p", note, class_="note")
 
 
 def _forecast(view: View, groups: Mapping[str, Sequence[Row]]) -> tuple[Element, ...]:

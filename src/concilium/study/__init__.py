@@ -6,7 +6,16 @@ from concilium.study._forecast import forecast_by
 from concilium.study._parties import holdings, is_vertical, places, sites_of
 from concilium.study.data_sets import DataSets, data_sets, divide, names_of, of_sites
 from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
-from concilium.study.tables import ForecastTable, SiteTable, StartTable, Study, training_of, with_seeds
+from concilium.study.tables import (
+    ForecastTable,
+    SiteTable,
+    StartTable,
+    Study,
+    guard_of,
+    training_of,
+    undefended,
+    with_seeds,
+)
 
 __all__ = [
     "RESERVED",
@@ -18,6 +27,7 @@ __all__ = [
     "data_sets",
     "divide",
     "forecast_by",
+    "guard_of",
     "holdings",
     "is_vertical",
     "names_of",
@@ -28,5 +38,6 @@ __all__ = [
     "sites_of",
     "to_toml",
     "training_of",
+    "undefended",
     "with_seeds",
 ]

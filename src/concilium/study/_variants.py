@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from concilium.catalog import allowed
+from concilium.study._lists import LISTS
 
 CHANGEABLE = (
     "protocol",
@@ -18,6 +19,8 @@ CHANGEABLE = (
     "collect",
     "loss",
     "local_update",
+    "defences",
+    "filters",
     "sharing",
     "personalize",
 )
@@ -68,6 +71,8 @@ def _wrong_tables(name: str, tables: Mapping[str, Any]) -> list[str]:
             )
         elif key not in CHANGEABLE:
             problems.append(f"[variants.{name}] {key} is not known. {allowed(key, CHANGEABLE)}")
+        elif key in LISTS:
+            continue  # read as those of a study are
         elif not isinstance(table, Mapping):
             problems.append(f"[variants.{name}] {key} = {table!r} is not allowed. Expected a table. Write one.")
     compare = tables.get("protocol", {})
@@ -79,8 +84,10 @@ def _wrong_tables(name: str, tables: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _changed(key: str, base: Any, table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of the base study with a variant's keys in place of its own."""
+def _changed(key: str, base: Any, table: Any) -> Any:
+    """A table of the base study with a variant's keys in place of its own; a list as a whole."""
+    if key in LISTS:
+        return table
     if not isinstance(base, Mapping):
         return dict(table)
     kept = dict(base)

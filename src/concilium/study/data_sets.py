@@ -11,6 +11,8 @@ from typing import Any
 from concilium.data.matching import Names
 from concilium.data.partition import Layout, Member, lay_out
 from concilium.errors import StudyError
+from concilium.messages import Holding
+from concilium.study._parties import holdings, is_vertical
 from concilium.study.reading import read_study
 from concilium.study.tables import Study, ValidationTable
 
@@ -41,6 +43,8 @@ class DataSets:
     names: Mapping[str, Names] = field(default_factory=dict)
     divide: Callable[[], Layout] | None = None
     """How the one data set in `sites` becomes the study's sites."""
+    holds: Mapping[str, Holding] = field(default_factory=dict)
+    """What each site contributes, where they have different channels of the same patients."""
 
     @property
     def members(self) -> dict[str, Path]:
@@ -89,7 +93,8 @@ def _of_study(study: Study, test: Path | None) -> DataSets:
         raise StudyError(
             f"Study {study.study.name} says of no site where its data lie. Expected data = PATH. Give the raw folders."
         )
-    return DataSets(sites, held_out, study.validation.folds, names_of(study))
+    held = holdings(study) if is_vertical(study) else {}
+    return DataSets(sites, held_out, study.validation.folds, names_of(study), holds=held)
 
 
 def divide(study: Study, folder: Path) -> Layout:

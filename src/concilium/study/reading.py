@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import tomli_w
 
 from concilium.catalog import allowed, coerce, fill, names, options, spell
-from concilium.constraints import check_range, confusions, contradictions
+from concilium.constraints import check_range, check_ranges, confusions, contradictions
 from concilium.data.division_rules import undivided
 from concilium.data.partition import Partition
 from concilium.data.shifts import Shift
 from concilium.errors import StudyError
 from concilium.messages import PlugIn
 from concilium.study._hardware import unequal
+from concilium.study._lists import LISTS, read_lists
 from concilium.study._parties import is_vertical, misparted, parted, sites_of
 from concilium.study._sharing import misshared, spelled_out
 from concilium.study._trainers import network_of_trainer, overruled
@@ -83,7 +84,7 @@ def parse_study(raw: Mapping[str, Any], *, folder: Path, source: str = "study", 
 def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_data: bool) -> Study | None:
     """The study without its variants; `None` if it has errors, which are added to `problems`."""
     before = len(problems)
-    raw = {key: table for key, table in raw.items() if key != "variants"}
+    raw, lists = read_lists({key: table for key, table in raw.items() if key != "variants"}, problems)
     hints = {key: hint for key, hint in typing.get_type_hints(Study).items() if key != "start"}
     for key in raw:
         if key not in hints:
@@ -95,7 +96,7 @@ def _parse(raw: Mapping[str, Any], folder: Path, problems: list[str], *, check_d
         if key in hints and key not in tables
     ]
 
-    found: dict[str, Any] = {"protocol": _protocol(tables.get("protocol", {}), problems)}
+    found: dict[str, Any] = {**lists, "protocol": _protocol(tables.get("protocol", {}), problems)}
     for key in ("study", "plan", "preprocessing", "training", "sharing", "personalize", "validation", "engine"):
         found[key] = _table(hints[key], tables.get(key, {}), f"[{key}]", problems)
     found["sharing"] = spelled_out(found)
@@ -147,8 +148,11 @@ def to_toml(study: Study) -> str:
 
     tables = plain(dataclasses.replace(study, variants={}))
     del tables["variants"]
+    tables = {key: table for key, table in tables.items() if table or key not in LISTS}
     for name, variant in study.variants.items():
-        changed = {key: table for key, table in plain(variant).items() if key not in FIXED and table != tables.get(key)}
+        changed = {
+            k: t for k, t in plain(variant).items() if k not in FIXED and t != tables.get(k, [] if k in LISTS else None)
+        }
         tables.setdefault("variants", {})[name] = changed
     return tomli_w.dumps(tables)
 
@@ -183,18 +187,10 @@ def _protocol(raw: Mapping[str, Any], problems: list[str]) -> ProtocolTable | No
     given = {key: value for key, value in raw.items() if key in own}
     filled, wrong = fill("protocols", name, given, "[protocol]") if own else ({}, [])
     problems += wrong
-    _check_ranges("[protocol]", filled, problems)
+    check_ranges("[protocol]", filled, problems)
     rest = {key: value for key, value in raw.items() if key not in given}
     table = _table(ProtocolTable, rest, "[protocol]", problems, more=own)
     return table and dataclasses.replace(table, options=filled)
-
-
-def _check_ranges(where: str, values: Mapping[str, Any], problems: list[str]) -> None:
-    for key, value in values.items():
-        try:
-            check_range(where, key, value)
-        except ValueError as e:
-            problems.append(f"{where} {key} = {value!r} is not allowed. {e}")
 
 
 def _start(raw: Mapping[str, Any], problems: list[str]) -> tuple[Mapping[str, Any], StartTable | None]:
@@ -218,7 +214,7 @@ def _plug_in(kind: str, raw: Mapping[str, Any], default: PlugIn, where: str, pro
     more = [f.name for f in dataclasses.fields(StartTable)] if kind == "networks" else []
     options, wrong = fill(kind, name, given, where, more=more)
     problems += wrong
-    _check_ranges(where, {} if ":" in name else options, problems)
+    check_ranges(where, {} if ":" in name else options, problems)
     return PlugIn(name, options)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from concilium.data.partition import Partition
 from concilium.data.shifts import Shift
-from concilium.messages import PlugIn, Training
+from concilium.messages import Guard, PlugIn, Training
 from concilium.protocols._cohort import fewest
 
 
@@ -224,6 +224,11 @@ class Study:
     collect: PlugIn = PlugIn("plain")
     loss: PlugIn = PlugIn("dice_ce")
     local_update: PlugIn = PlugIn("plain")
+    defences: tuple[PlugIn, ...] = ()
+    """What is done, in this order, to the maps that leave a site in split training, in prediction too."""
+    filters: tuple[PlugIn, ...] = ()
+    """What is done, in this order, to each update before it leaves its site: it bounds what a site tells, not what a patient
+    does."""
     sharing: SharingTable = SharingTable()
     personalize: PersonalizeTable = PersonalizeTable()
     validation: ValidationTable = ValidationTable()
@@ -232,6 +237,21 @@ class Study:
     """Links and machines, for what `concilium plan` forecasts; with it the report of a run puts that beside what was measured."""
     variants: Mapping[str, Study] = field(default_factory=dict)
     """The same study with some tables replaced, by name; trained in the same run on the same folds."""
+
+
+def undefended(study: Study) -> Study:
+    """The study as models are trained by it of which no map leaves its site."""
+    return dataclasses.replace(study, defences=())
+
+
+def guard_of(study: Study, cut: tuple[str, ...] | None = None) -> Guard:
+    """The study's defences, where its network is cut, or at another cut."""
+    if not study.defences:
+        return Guard()
+    options = study.protocol.options
+    own = options["cut"]
+    after = cut or ((own,) if isinstance(own, str) else tuple(own))
+    return Guard(study.defences, after, bool(options.get("reveal_labels")))
 
 
 def with_seeds(study: Study, seeds: int | None) -> Study:
