@@ -43,7 +43,7 @@ def sequences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def study_on(data: Path, *, holds: tuple[str, ...] = ("first",), **options: Any) -> Study:
+def study_on(data: Path, *, holds: tuple[str, ...] = ("first",), noise: float = 0.0, **options: Any) -> Study:
     own = {"first": holds, "second": ("second",), "third": ("third",)}
     raw = {
         "study": {"name": "parties", "seed": 3},
@@ -56,7 +56,7 @@ def study_on(data: Path, *, holds: tuple[str, ...] = ("first",), **options: Any)
         },
         "engine": {"threads": 1, "device": "cpu", "pictures": False},
     }  # fmt: skip
-    return parse_study(raw, folder=data)
+    return parse_study(raw | ({"defences": [{"name": "gaussian", "scale": noise}]} if noise else {}), folder=data)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,8 @@ def test_each_party_has_its_figures_beside_those_of_no_attack(
 
 
 def test_whoever_reads_only_has_no_map_and_a_body_at_the_labels_no_tail(sequences: Path, tmp_path: Path) -> None:
-    """Labels only at the first site, the body there, parties left out of steps, and whole numbers on the way."""
-    study = study_on(sequences, holds=(), body="labels", drop=0.4, transport="int8")
+    """Labels only at the first site, the body there, parties left out of steps, noise on maps, and whole numbers on the way."""
+    study = study_on(sequences, holds=(), noise=0.5, body="labels", drop=0.4, transport="int8")
     data = tmp_path / "test"
     shutil.copytree(sequences / "test", data)
     _leave_out_first(data)
@@ -156,14 +156,14 @@ def test_whoever_reads_only_has_no_map_and_a_body_at_the_labels_no_tail(sequence
     folder = run(replace(study, test=replace(test, data=data)), tmp_path / "run").folder
     told = found(folder, tmp_path / "out", "reidentify", "label_inference")
     assert {(r["site"], r["map"]) for r in told["rows"]} == {
-        (n, m) for n in ("second", "third") for m in ("down0", "front")
+        (n, m) for n in ("second", "third") for m in ("defence0", "front")
     }
     of = subject(folder, tmp_path / "work")
-    (mine,) = [PartySender(of, way_of(of)).send(b, i) for i, b in enumerate(own_cases(of, 2))]
-    assert {r.site for r in mine if r.maps} == {"second", "third"}
-    assert all(len(r.maps[0][:, c].unique()) < 256 for r in mine if r.maps for c in range(4)), (
-        "as int8, as the victims'"
-    )
+    sender, (batch,) = PartySender(of, way_of(of)), own_cases(of, 2)
+    mine, other = ({r.site: r.maps[0] for r in sender.send(batch, i) if r.maps} for i in (0, 1))
+    assert mine.keys() == {"second", "third"}
+    assert all(len(m[:, c].unique()) < 256 for m in mine.values() for c in range(4)), "as int8, as the victims'"
+    assert not any(torch.equal(mine[name], other[name]) for name in mine), "the same images, but other noise"
 
 
 def _leave_out_first(folder: Path) -> None:
