@@ -14,7 +14,7 @@ from torch.nn import functional
 from concilium import catalog
 from concilium.attacks import Auxiliary, Cases, Guess, Known, Release, about, only, releases, stacked
 from concilium.errors import ContractError
-from concilium.messages import Front, Gradients, Maps, Train, Trained
+from concilium.messages import Finish, Front, Gradients, Maps, Train, Trained
 from concilium.networks import Stage, Stages
 from concilium.transport import encode
 
@@ -234,6 +234,22 @@ def test_maps_and_gradients_are_read_as_the_receiver_decodes_them(kind: str) -> 
     assert two.gradients == ()
     assert stacked((one, replace(two, gradients=one.gradients)), "gradients")[0].shape == (4, 3, 4, 4)
     assert only((one,), [0])[0].maps[0] is one.maps[0]
+
+
+def test_a_party_gets_its_gradients_with_what_it_is_asked_next_and_the_tail_returns_others() -> None:
+    one, two, tail = (torch.randn(1, 2, 4, 4) for _ in range(3))
+    first = Front("m", 1, ("fronts",), False, 0, 2, 0, 2, {}, (), party=True)
+    said = [
+        ("a", first), ("b", first), ("a", Maps((one,))), ("b", Maps((two,))), ("b", Gradients((tail,))),
+        ("a", replace(first, step=1, gradients=(3 * one,))), ("a", Maps((2 * one,))), ("b", Finish("m", 1, (3 * two,))),
+        ("a", Finish("m", 1, (4 * one,))),
+    ]  # fmt: skip
+    found = {(r.site, r.step, bool(r.maps)): r for r in releases(said)}
+    assert found.keys() == {("a", 0, True), ("a", 1, True), ("b", 0, True), ("b", 0, False)}
+    assert torch.equal(found["a", 0, True].gradients[0], 3 * one)
+    assert torch.equal(found["a", 1, True].gradients[0], 4 * one)
+    assert torch.equal(found["b", 0, True].gradients[0], 3 * two)
+    assert torch.equal(found["b", 0, False].gradients[0], tail)
 
 
 def test_an_update_is_what_the_weights_lost() -> None:

@@ -91,7 +91,7 @@ def test_parties_together_segment_as_the_whole_network_does(whole: Outcome, tmp_
         for path in (whole.folder / "joined/imagesTr").glob(f"{case}_*"):
             shutil.copyfile(path, images / path.name)
     predict(whole.folder, images, tmp_path / "out", model="vertical")
-    found = concilium.evaluate(tmp_path / "out", whole.folder / "joined/labelsTr").cases
+    found = concilium.evaluate(tmp_path / "out", whole.folder / "joined/labelsTr").found.cases
     assert {row["case"]: row["dice"] for row in found} == expected
     assert len(expected) > 0
 

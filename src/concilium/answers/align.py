@@ -82,6 +82,11 @@ def align(settings: Settings, request: Align) -> tuple[Aligned, Exclusions]:
 def _patients(settings: Settings, request: Align, names: Sequence[str]) -> tuple[int, ...]:
     """A number for the patient of each of these cases."""
     found, _ = find_cases(settings.data, settings.names, holding=request.holding)
+    return patients_of(found, names)
+
+
+def patients_of(found: Sequence[Entry], names: Sequence[str]) -> tuple[int, ...]:
+    """A number for the patient of each of these cases, which are among those found."""
     patient = {e.case.name: e.case.patient for e in found}
     numbers = {p: i for i, p in enumerate(sorted({patient[name] for name in names}))}
     return tuple(numbers[patient[name]] for name in names)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from concilium.errors import ContractError
-from concilium.messages import Front, Gradients, Maps, Tensors, Train, Trained
+from concilium.messages import Finish, Front, Gradients, Maps, Tensors, Train, Trained
 from concilium.networks import Stack, Stages
 from concilium.transport import decode
 
@@ -36,7 +36,7 @@ class Release:
     maps: tuple[Tensor, ...] = ()
     """Of the front (B, C, *spatial), the lowest first; float, or uint8."""
     gradients: tuple[Tensor, ...] = ()
-    """Of the loss with respect to the float maps that the site was sent."""
+    """Of the loss with respect to the float maps that the site was sent; of a party of vertical training, to those it sent."""
     update: Tensors = field(default_factory=dict)
     """Weights before the round less those after it."""
 
@@ -138,45 +138,73 @@ class Guess:
 def releases(said: Iterable[tuple[str, object]]) -> Transcript:
     """What the receiver has after these messages (site, message), in the order in which it was complete.
 
-    A step in which nothing was annotated sends nothing, and is left out.
+    A step in which nothing was annotated sends nothing, and is left out. In vertical training a party's release has its maps and
+    the gradients that the party gets back for them; what the tail returns is a release of its own, without maps.
     """
-    open_: dict[str, Release] = {}
-    fronts: dict[str, Front] = {}
-    trains: dict[str, Train] = {}
-    done: list[Release] = []
-
-    def close(site: str) -> None:
-        if site in open_:
-            done.append(open_.pop(site))
-
+    heard = _Heard()
     for site, message in said:
+        heard.take(site, message)
+    return heard.all()
+
+
+class _Heard:
+    """Releases that are being put together of messages."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Release] = {}
+        self._fronts: dict[str, Front] = {}
+        self._trains: dict[str, Train] = {}
+        self._done: list[Release] = []
+
+    def all(self) -> Transcript:
+        """Also those that nothing came after."""
+        for site in list(self._open):
+            self._close(site)
+        return tuple(self._done)
+
+    def take(self, site: str, message: object) -> None:
+        """The next message to or from a site."""
         match message:
-            case Front():
-                close(site)
-                fronts[site] = message
+            case Front() | Finish():
+                self._close(site, message.gradients if self._is_party(site) else ())
+                if isinstance(message, Front):
+                    self._fronts[site] = message
             case Train():
-                trains[site] = message
+                self._trains[site] = message
             case Maps(maps) if maps:
-                front = fronts[site]
-                came = decode(maps, front.transport, dtype=torch.float32)
-                open_[site] = Release(site, front.round, front.step, _floats(came))
-            case Gradients(gradients) if site in open_:
-                front = fronts[site]
-                came = decode(gradients, front.transport, dtype=torch.float32)
-                open_[site] = replace(open_[site], gradients=_floats(came))
-            case Trained(weights) if weights and site in trains:
-                before = trains[site].weights
-                moved = {n: before[n].double() - t.double() for n, t in weights.items() if n in before}
-                update = {n: t.float() for n, t in moved.items()}
-                done.append(Release(site, trains[site].round, 0, update=update))
-    for site in list(open_):
-        close(site)
-    return tuple(done)
+                self._open[site] = self._released(site, maps=maps)
+            case Gradients(gradients) if self._is_party(site):
+                self._done.append(self._released(site, gradients=gradients))
+            case Gradients(gradients) if site in self._open:
+                self._open[site] = replace(self._open[site], gradients=_came(gradients, self._fronts[site]))
+            case Trained(weights) if weights and site in self._trains:
+                self._done.append(self._update(site, weights))
+
+    def _is_party(self, site: str) -> bool:
+        return site in self._fronts and self._fronts[site].party
+
+    def _close(self, site: str, gradients: Sequence[Tensor] = ()) -> None:
+        """No more comes of the step that is open but, at a party, these gradients."""
+        if site in self._open:
+            release = self._open.pop(site)
+            self._done.append(
+                replace(release, gradients=_came(gradients, self._fronts[site])) if gradients else release
+            )
+
+    def _released(self, site: str, *, maps: Sequence[Tensor] = (), gradients: Sequence[Tensor] = ()) -> Release:
+        front = self._fronts[site]
+        return Release(site, front.round, front.step, _came(maps, front), _came(gradients, front))
+
+    def _update(self, site: str, weights: Tensors) -> Release:
+        before = self._trains[site].weights
+        moved = {n: before[n].double() - t.double() for n, t in weights.items() if n in before}
+        return Release(site, self._trains[site].round, 0, update={n: t.float() for n, t in moved.items()})
 
 
-def _floats(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Half precision as float32; whole numbers as they are."""
-    return tuple(m.float() if m.is_floating_point() else m for m in maps)
+def _came(tensors: Sequence[Tensor], front: Front) -> tuple[Tensor, ...]:
+    """Maps or gradients as their receiver decodes them: half precision as float32, whole numbers as they are."""
+    came = decode(tensors, front.transport, dtype=torch.float32)
+    return tuple(m.float() if m.is_floating_point() else m for m in came)
 
 
 def stacked(transcript: Transcript, what: str = "maps") -> Stack:

@@ -94,6 +94,23 @@ def train(
         optimizer.step()
 
 
+def fit_mask(
+    maps: Stack, labels: Tensor, *, alone: bool, steps: int, width: int, batch_size: int, learning_rate: float
+) -> Decoder:
+    """A decoder of the logit of foreground, trained on maps and label maps (N, *spatial). Draws from torch's generator."""
+    mask = (labels > 0).float().unsqueeze(1)
+    decoder = Decoder(maps, tuple(mask.shape[2:]), 1, width=width, alone=alone)
+    train(decoder, maps, mask, _mask_loss, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    return decoder
+
+
+def _mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy and soft Dice: foreground is rare."""
+    p = torch.sigmoid(logits)
+    overlap = (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+    return functional.binary_cross_entropy_with_logits(logits, mask) - overlap
+
+
 def decoded(decoder: Decoder, maps: Stack) -> Tensor:
     """What the decoder says of all patches."""
     with torch.no_grad():

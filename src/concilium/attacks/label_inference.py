@@ -1,4 +1,6 @@
-"""Label maps from the gradients that a site returns in split training: a decoder trained on (gradients, label map) of own cases.
+"""Label maps from gradients: what a site returns in split training, or what a party of vertical training gets.
+
+A decoder is trained on (gradients, label map) of own cases.
 
 Label leakage from gradients after Li et al. 2022 (arXiv:2102.08504), for dense labels and with a learnt attack. Where a head
 acts on a map of the server's, labels follow exactly (decisions/0008), and such a cut is refused; this asks what is left.
@@ -7,15 +9,15 @@ acts on a map of the server's, labels follow exactly (decisions/0008), and such 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from concilium.attacks import Auxiliary, Guess, Known, Transcript, stacked
-from concilium.attacks._decoder import Decoder, decoded, train
+from concilium.attacks._decoder import decoded, fit_mask
 from concilium.data.draws import drawn_from
 
 SEES, GUESSES = "gradients", "labels"
-REVEALS = "the server of split training with annotated cases of its own, which runs front, body and tail on them"
+REVEALS = (
+    "whoever gets gradients, and has annotated cases: the server of split training, or a party of vertical training"
+)
 
 
 def attack(
@@ -38,15 +40,7 @@ def attack(
         learning_rate: at the start.
     """
     gradients = stacked(auxiliary.own.sent, "gradients")
-    mask = (auxiliary.own.labels > 0).float().unsqueeze(1)
+    how = {"steps": steps, "width": width, "batch_size": batch_size}
     with drawn_from(seed, "label_inference"):
-        decoder = Decoder(gradients, tuple(mask.shape[2:]), 1, width=width, alone=True)
-        train(decoder, gradients, mask, _loss, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+        decoder = fit_mask(gradients, auxiliary.own.labels, alone=True, learning_rate=learning_rate, **how)
     return Guess(labels=torch.sigmoid(decoded(decoder, stacked(transcript, "gradients")))[:, 0])
-
-
-def _loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy and soft Dice: foreground is rare."""
-    p = torch.sigmoid(logits)
-    overlap = (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
-    return functional.binary_cross_entropy_with_logits(logits, mask) - overlap

@@ -16,9 +16,9 @@ from pathlib import Path
 from concilium import wire
 from concilium.engines import Engine, SiteInfo, Traffic
 from concilium.errors import ContractError
-from concilium.messages import Failure, Front, Gradients, Maps, Reply, Request, Tail, Train, Trained
+from concilium.messages import Failure, Finish, Front, Gradients, Maps, Reply, Request, Tail, Train, Trained
 
-KEPT: tuple[type, ...] = (Front, Maps, Tail, Gradients, Train, Trained)
+KEPT: tuple[type, ...] = (Front, Maps, Tail, Gradients, Finish, Train, Trained)
 """What is kept unless told otherwise: the exchange of split training, and updates."""
 INDEX = "index.jsonl"
 

@@ -18,10 +18,12 @@ import torch
 from concilium import catalog
 from concilium.errors import StudyError
 from concilium.leakage.audit import Attack, Row, figures_of, holds, place
+from concilium.leakage.parties import party_scenes
 from concilium.leakage.pictures import shower
 from concilium.leakage.scene import Amount, Scene, every_cut, model_scene, split_scene, update_scene
 from concilium.leakage.subject import Subject, subject_of
 from concilium.leakage.written import depth_of, write_leakage
+from concilium.study import is_vertical
 
 ALL_CUTS = "all"
 
@@ -109,8 +111,16 @@ def _scenes(
     """What there is to attack."""
     kinds = {attack.about[:2] for attack in attacks}
     sees = {saw for saw, _ in kinds}
-    splits = subject.study.protocol.name == "splitfed"
-    if (splits or asked.cuts) and sees & {"maps", "gradients"}:
+    splits, parted = subject.study.protocol.name == "splitfed", is_vertical(subject.study)
+    if parted and asked.cuts:
+        raise StudyError(
+            f"--cut {asked.cuts[0]} was asked for. Of protocol 'vertical' each cut makes another network: allowed is the model's "
+            "own. Train a variant with protocol = { cut = ... }, and audit it with --model."
+        )
+    if parted and sees & {"maps", "gradients"}:
+        watch(f"Exchange after round {subject.number}, parties")
+        yield from party_scenes(subject, asked.amount, gallery=("maps", "patients") in kinds)
+    elif (splits or asked.cuts) and sees & {"maps", "gradients"}:
         for cut in _cuts(subject, asked):
             watch(f"Exchange after round {subject.number}, cut {' '.join(cut) if cut else 'of the study'}")
             yield split_scene(

@@ -54,10 +54,11 @@ def figures_of(
         sees, guesses, _ = attack.about
         if sees not in holds(scene):
             continue
-        for name, seen in _selections(scene) if sees == "maps" else [("", scene)]:
+        for name, seen in _selections(scene) if sees == "maps" else [(scene.gradient, scene)]:
             watch(f"{attack.name}: {place(scene, name)}")
             guess = attack(seen.transcript, seen.known, seen.auxiliary)
-            for row in _scored(seen, guess, guesses, channels, f"{place(scene, name)} {attack.name}", show):
+            of = scene.channels or channels
+            for row in _scored(seen, guess, guesses, of, f"{place(scene, name)} {attack.name}", show):
                 rows.append(_placed(scene, name, attack.name) | row)
     return rows
 
@@ -75,11 +76,13 @@ def holds(scene: Scene) -> tuple[str, ...]:
 def place(scene: Scene, name: str) -> str:
     """Where a figure belongs, in words."""
     cut = f", cut {scene.cut}" if scene.cut else ""
-    return f"round {scene.round}{cut}{f', map {name}' if name else ''}"
+    site = f", site {scene.site}" if scene.site else ""
+    return f"round {scene.round}{cut}{site}{f', map {name}' if name else ''}"
 
 
 def _placed(scene: Scene, name: str, attack: str) -> Row:
-    return {"round": scene.round, "cut": scene.cut, "map": name, "attack": attack}
+    site = {"site": scene.site} if scene.site else {}
+    return {"round": scene.round, "cut": scene.cut, "map": name, "attack": attack} | site
 
 
 def _selections(scene: Scene) -> Iterator[tuple[str, Scene]]:

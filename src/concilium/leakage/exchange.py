@@ -21,7 +21,7 @@ from concilium.answers.split import Session
 from concilium.answers.train import Learner
 from concilium.attacks import Cases, Release, Transcript, releases
 from concilium.data.patches import Batch, Batches
-from concilium.engines import ask
+from concilium.engines import Engine, ask
 from concilium.engines._transcript import Keeping, read_transcript
 from concilium.errors import EngineError
 from concilium.leakage.subject import ATTACKER, Subject
@@ -79,9 +79,10 @@ def exchange(subject: Subject, way: Way, where: str) -> Transcript:
         sites=subject.sites, test=None, folder=subject.work, run="leakage", workers=1, threads=study.engine.threads,
         device=study.engine.device, cache=subject.cache, pictures=False, **of_sites(study),
     )  # fmt: skip
+    subject.align()
     try:
         cases: dict[str, int] = {}
-        for site, reply in ask(engine, dict.fromkeys(subject.sites, subject.request)):
+        for site, reply in ask(engine, {name: subject.requests[name] for name in subject.sites}):
             if not isinstance(reply, Prepared):
                 told = describe(reply) if isinstance(reply, Failure) else type(reply).__name__
                 raise EngineError(
@@ -90,13 +91,14 @@ def exchange(subject: Subject, way: Way, where: str) -> Transcript:
             cases[site] = reply.n_training
         kept = Keeping(engine, folder)
         for i in range(way.rounds):
-            _one_round(subject, way, kept, cases, subject.number + i)
+            one_round(subject, way, kept, cases, subject.number + i)
     finally:
         engine.close()
     return releases(read_transcript(folder))
 
 
-def _one_round(subject: Subject, way: Way, engine: Keeping, cases: Mapping[str, int], number: int) -> None:
+def one_round(subject: Subject, way: Way, engine: Engine, cases: Mapping[str, int], number: int) -> None:
+    """The protocol's round after round `number`, from the subject's weights."""
     study = subject.study
     protocol = replace(
         study.protocol, name=way.protocol, rounds=number + 1, min_sites=len(subject.sites), round_seconds=None,
@@ -116,7 +118,7 @@ def truth_of(subject: Subject, transcript: Transcript) -> tuple[Cases, list[str]
     batches: list[Batch] = []
     names: list[str] = []
     for r in transcript:
-        drawn, cases = _batches_of(subject.jobs[r.site]).draw_named(subject.study.study.seed, r.site, r.round, r.step)
+        drawn, cases = batches_of(subject.jobs[r.site]).draw_named(subject.study.study.seed, r.site, r.round, r.step)
         batches.append(drawn)
         names += cases
     return together(batches, transcript), names
@@ -153,7 +155,7 @@ class Sender:
 
     def send(self, batch: Batch, number: int, *, gradients: bool) -> Release:
         """Maps, and with `gradients` those that come back from the tail, of one batch."""
-        self._learner.job = replace(self._job, batches=_Fixed(batch))  # type: ignore[arg-type]
+        self._learner.job = replace(self._job, batches=Fixed(batch))  # type: ignore[arg-type]
         first = Front(
             "leakage", number, self._cut, self._reveal, 0, 1, 0, 1, self._weights, (), transport=self._transport
         )
@@ -169,24 +171,28 @@ class Sender:
     def known_front(self) -> tuple[Stages, tuple[int, ...], tuple[str, ...]]:
         """The front with its weights, which of the maps it leaves are sent, and the stage that made each."""
         self._learner.load_weights(self._weights)
-        front, image = self.parts.front, torch.zeros_like(self._job_image())
-        made: list[tuple[Tensor, str]] = [(image, "image")]
-        stack: tuple[Tensor, ...] = (image,)
-        with torch.no_grad():
-            for name in front.names:
-                below = {id(m): by for m, by in made}
-                stack = Stages({name: front[name]}).run(stack)
-                made = [(m, below.get(id(m), name)) for m in stack]
-        reach = self.parts.body.reach()
-        places = tuple(range(len(stack) - reach, len(stack)))
-        return front, places, tuple(made[i][1] for i in places)
+        made = makers(self.parts.front, torch.zeros_like(self._job_image()))
+        places = tuple(range(len(made) - self.parts.body.reach(), len(made)))
+        return self.parts.front, places, tuple(made[i] for i in places)
 
     def _job_image(self) -> Tensor:
-        return _batches_of(self._job).draw("look").image.to(self._device)
+        return batches_of(self._job).draw("look").image.to(self._device)
+
+
+def makers(front: Stages, image: Tensor) -> list[str]:
+    """For each map that the front leaves of an image (B, C, *spatial), the stage that made it."""
+    made: list[tuple[Tensor, str]] = [(image, "image")]
+    stack: tuple[Tensor, ...] = (image,)
+    with torch.no_grad():
+        for name in front.names:
+            below = {id(m): by for m, by in made}
+            stack = Stages({name: front[name]}).run(stack)
+            made = [(m, below.get(id(m), name)) for m in stack]
+    return [by for _, by in made]
 
 
 @dataclass(frozen=True)
-class _Fixed:
+class Fixed:
     """One batch, whatever the key."""
 
     batch: Batch
@@ -195,7 +201,12 @@ class _Fixed:
         return self.batch
 
 
-def _batches_of(job: Job) -> Batches:
+def batches_of(job: Job) -> Batches:
+    """Where a site's batches come from.
+
+    Raises:
+        EngineError: it has none.
+    """
     if job.batches is None:
         raise EngineError("A site has no training cases in this fold. Expected at least one. Choose other folds.")
     return job.batches
@@ -203,7 +214,7 @@ def _batches_of(job: Job) -> Batches:
 
 def own_cases(subject: Subject, n: int) -> list[Batch]:
     """Batches of the attacker's own cases, `n` patches or a few more, drawn as a site draws its own."""
-    batches = _batches_of(subject.attacker)
+    batches = batches_of(subject.attacker)
     size = subject.attacker.plan.batch_size
     return [batches.draw("attacker", i) for i in range(-(-n // size))]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from concilium.leakage.exchange import Sender, Way, exchange, own_cases, split_w
 from concilium.leakage.subject import Subject
 from concilium.networks import Stages, cut_apart
 from concilium.planning import network_of
+from concilium.study import is_vertical
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Scene:
     """For each patch of the transcript its place in the gallery."""
     members: Tensor | None = None
     """bool, for each candidate whether it was trained on."""
+    site: str = ""
+    """Whose messages they are, where sites hold different channels; empty: those of all."""
+    channels: tuple[str, ...] = ()
+    """Of the images; empty: all of the study."""
+    gradient: str = ""
+    """Of vertical training: what the gradients are of."""
 
     @property
     def trained_on(self) -> Tensor:
@@ -100,6 +107,8 @@ def model_scene(subject: Subject, amount: Amount) -> Scene:
     """The finished model, and as many cases that it was trained on as cases of the same sites that it was not."""
     kinds: dict[str, list[tuple[str, Entry]]] = {"training": [], "validation": []}
     for site, job in subject.jobs.items():
+        if is_vertical(subject.study) and site != subject.labels_at:
+            continue  # all have the same cases
         for kind, found in kinds.items():
             found += [(site, e) for e in job.entries[kind]]
     n = min(amount.gallery, *(len(found) for found in kinds.values()))
@@ -112,10 +121,10 @@ def model_scene(subject: Subject, amount: Amount) -> Scene:
     for kind, found in kinds.items():
         random.Random(digest("members", kind)).shuffle(found)
         chosen += found[:n]
-    asked = together([_plain_patch(subject, site, e) for site, e in chosen])
+    asked = together([subject.plain_patch(site, e) for site, e in chosen])
     own = [*subject.attacker.entries["training"]]
     random.Random(digest("members", "own")).shuffle(own)
-    mine = together([_plain_patch(subject, "", e) for e in own[: amount.own]])
+    mine = together([subject.plain_patch("", e) for e in own[: amount.own]])
     members = torch.arange(len(chosen)) < n
     known = Known(whole=_whole(subject))
     return Scene(subject.number, "", (), known, Auxiliary(mine, asked), asked, members=members)
@@ -169,11 +178,6 @@ def _loss(subject: Subject) -> Callable[[Sequence[Tensor], Tensor], Tensor]:
     return loss
 
 
-def _plain_patch(subject: Subject, site: str, entry: Entry) -> Batch:
-    job = subject.jobs[site] if site else subject.attacker
-    return subject.batches(job, [entry], plainly=True).draw("plain", entry.number)
-
-
 def _gallery(
     subject: Subject, sender: Sender, transcript: Transcript, cases: Sequence[str], most: int
 ) -> tuple[Cases, tuple[int, ...]]:
@@ -181,25 +185,34 @@ def _gallery(
 
     It is of another image of the patient where there is one, and otherwise of the same, drawn anew.
     """
+    found = {e.key: (site, e) for site, job in subject.jobs.items() for e in job.entries["training"]}
+    chosen, places = gallery_of(found, cases, most)
+    drawn = [subject.plain_patch(site, e) for site, e in chosen]
+    return together(drawn, tuple(_single(sender, batch, i) for i, batch in enumerate(drawn))), places
+
+
+def gallery_of(
+    found: Mapping[str, tuple[str, Entry]], cases: Sequence[str], most: int
+) -> tuple[list[tuple[str, Entry]], tuple[int, ...]]:
+    """Whose patches make up a gallery, and which of them each of these cases is of the patient of.
+
+    Args:
+        found: every case of the sites that trains, by a key: its site, and the case.
+        cases: the keys of those behind the transcript.
+        most: candidates; more where more patients are behind it.
+    """
     seen = set(cases)
-    by_patient: dict[tuple[str, int], list[Entry]] = {}
+    by_patient: dict[tuple[str, int], list[str]] = {}
     of_case: dict[str, tuple[str, int]] = {}
-    for site, job in subject.jobs.items():
-        for e in job.entries["training"]:
-            by_patient.setdefault((site, e.patient), []).append(e)
-            of_case[e.key] = (site, e.patient)
+    for key, (site, e) in found.items():
+        by_patient.setdefault((site, e.patient), []).append(key)
+        of_case[key] = (site, e.patient)
     behind = sorted({of_case[c] for c in cases})
     others = sorted(by_patient.keys() - set(behind))
     random.Random(digest("gallery")).shuffle(others)
     listed = [*behind, *others[: max(0, most - len(behind))]]
-    drawn, sent = [], []
-    for i, patient in enumerate(listed):
-        entries = by_patient[patient]
-        entry = next((e for e in entries if e.key not in seen), entries[0])
-        batch = _plain_patch(subject, patient[0], entry)
-        drawn.append(batch)
-        sent.append(_single(sender, batch, i))
-    return together(drawn, tuple(sent)), tuple(listed.index(of_case[c]) for c in cases)
+    chosen = [next((k for k in by_patient[p] if k not in seen), by_patient[p][0]) for p in listed]
+    return [found[key] for key in chosen], tuple(listed.index(of_case[c]) for c in cases)
 
 
 def _single(sender: Sender, batch: Batch, i: int) -> Release:
