@@ -15,7 +15,7 @@ from concilium.reports._talk import Trained, trained_in
 from concilium.schedule import is_partly_shared
 from concilium.study import Study
 
-AUDITED = ("federated", "splitfed")
+AUDITED = ("federated", "splitfed", "vertical")
 """Those of `leakage.subject`, which is above this layer."""
 
 
