@@ -701,6 +701,8 @@ WITHOUT_A_VALUE = (
     "A model that never trained here was asked for.",
     "There are 0 cases to train on.",  # the value is 0
     "No fingerprint to merge.",
+    "The weights of the front were asked for.",
+    "The whole network was asked for.",
     "No case has foreground.",
     "Exact and binned geometry do not add up.",
 )

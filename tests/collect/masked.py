@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from concilium import wire
 from concilium.answers import Settings
 from concilium.answers.failing import failure_of
 from concilium.answers.secure import Secret, Secure
-from concilium.messages import Failure, Hold, Reply, Request, SiteLost, Train, Trained
+from concilium.messages import Failure, Hold, PlugIn, Reply, Request, SiteLost, Train, Trained
 from concilium.sealing import Identity
 
 
 class Learner:
     """What a site would have trained."""
+
+    job = SimpleNamespace(training=SimpleNamespace(local_update=PlugIn("plain")))
+    draws = None
+    """Of a local update that keeps an account, which `plain` does not."""
 
     def __init__(self, trained: Trained) -> None:
         self.trained = trained

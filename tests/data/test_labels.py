@@ -148,7 +148,7 @@ def test_batches_are_nnu_nets(site: Path, space: str, augmentation: str, make_pl
         deep_supervision=True,
     )  # fmt: skip
     for step in range(3):
-        image, targets, _ = ours.draw(7, "north", 1, step)
+        image, targets, *_ = ours.draw(7, "north", 1, step)
         seed_all(7, "north", 1, step)
         expected = theirs.generate_train_batch()
         assert torch.equal(image, expected["data"])
@@ -168,7 +168,7 @@ def test_no_patch_is_drawn_where_nothing_is_annotated(
         mirror=False, augmentation="none", deep_supervision=False,
     )  # fmt: skip
     for step in range(20):
-        _, (target,), _ = batches.draw(step)
+        _, (target,), *_ = batches.draw(step)
         unknown = target[:, -1] if space == "both" else target[:, 0] == 3
         assert all(not patch.all() for patch in unknown)
 

@@ -24,7 +24,12 @@ from concilium.nnunet_parts import default_experiment_planner, get_network_from_
 LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 ABOUT: dict[str, Any] = {"channels": ("MRI",), "labels": LABELS, "file_ending": ".nii.gz"}
 SIZES = {"north": 9, "south": 6, "west": 3}
-FEDERATIONS = sorted(p for p in Path(os.environ.get("CONCILIUM_DATA", "/nowhere")).glob("*") if p.is_dir())
+FEDERATIONS = sorted(
+    p
+    for p in Path(os.environ.get("CONCILIUM_DATA", "/nowhere")).glob("*")
+    if p.is_dir() and all((f / "labelsTr").is_dir() for f in p.iterdir() if f.is_dir())
+)
+"""Not those whose sites hold one sequence each, most of them without label maps."""
 
 
 @pytest.fixture(autouse=True)

@@ -473,7 +473,9 @@ def test_a_map_that_the_body_leaves_unchanged_is_not_sent_back(
 
 # ---------------------------------------------------------------------------------------------------------- every network
 
-ZOO = [n for n in catalog.names("networks") if n not in ("nnunet", "nnunet_trainer", "unet")]  # those are above
+ZOO = [
+    n for n in catalog.names("networks") if n not in ("fused", "nnunet", "nnunet_trainer", "unet")
+]  # others have tests of their own
 
 
 def one_more(name: str) -> tuple[str, str]:

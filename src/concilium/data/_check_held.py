@@ -10,6 +10,7 @@ from concilium.messages import Holding
 
 BETWEEN = {"sites_differ", "sites_renumbered", "patient_at_two_sites"}
 """Findings between data sets that are meant to differ, and to have the same patients."""
+TWICE = "duplicate"
 OF_LABELS = {
     "absent_label", "annotated_table", "case_count", "empty_label", "missing_label", "no_training_cases", "nothing_annotated",
     "patient_table", "few_patients", "unknown_label",
@@ -29,7 +30,7 @@ def _is_meant(finding: Finding, holds: Mapping[str, Holding]) -> bool:
     held = holds.get(finding.site)
     if finding.code in BETWEEN:
         return True
-    if finding.code == "duplicate" and any(f" of {site}." in finding.text for site in holds):
+    if finding.code == TWICE and any(f" of {site}." in finding.text for site in holds):
         return True  # sites that read different channels of one folder
     if held is None or held.labelled:
         return False

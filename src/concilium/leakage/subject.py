@@ -181,7 +181,6 @@ class Subject:
             raise DataError(
                 f"{len(both)} cases of the attacker are victims' ({both[0][0]} is {both[0][1]}). An attack trained on the "
                 "images that it is to find shows nothing. Give other cases with --auxiliary.",
-                code="duplicate",
             )
 
     def _digest(self, image: Array) -> bytes:
