@@ -13,7 +13,6 @@ import pytest
 
 from concilium.data.phantom import write_phantom
 
-
 SLOW = tuple(
     line for line in (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"
 )

@@ -701,6 +701,11 @@ WITHOUT_A_VALUE = (
     "A model that never trained here was asked for.",
     "There are 0 cases to train on.",  # the value is 0
     "No fingerprint to merge.",
+    "A batch does not say whose patches it has.",
+    "A site has no training cases in this fold.",
+    "No gallery was given.",
+    "No candidates were given.",
+    "No label maps, or no loss, were given.",
     "The weights of the front were asked for.",
     "The whole network was asked for.",
     "No case has foreground.",
