@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from concilium import wire
 from concilium.answers import Policy, Settings
+from concilium.data.phantom_sequences import write_sequences
 from concilium.engines import ask, flare
 from concilium.engines.flare import Flare, Place
 from concilium.errors import ContractError, EngineError, StudyError
@@ -454,13 +455,22 @@ def test_this_engine_is_not_started_without_a_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("protocol", "collect"),
-    [("federated", "plain"), ("federated", "secure_sum"), ("splitfed", "plain"), ("cyclic", "plain")],
+    [
+        ("federated", "plain"),
+        ("federated", "secure_sum"),
+        ("splitfed", "plain"),
+        ("cyclic", "plain"),
+        ("vertical", "plain"),
+    ],
 )
 def test_a_study_gives_the_bits_of_the_simulation(
     protocol: str, collect: str, phantom: Path, tmp_path: Path, authority: Any, join: Any
 ) -> None:
     # in one process, server and sites share the libraries' generators: where both draw, they must take turns
-    names = ("north",) if protocol == "splitfed" else ("north", "west")
+    names = {"splitfed": ("north",), "vertical": ("first", "second")}.get(protocol, ("north", "west"))
+    if protocol == "vertical":
+        phantom = tmp_path / "sequences"
+        write_sequences(phantom, n_cases=6, n_test=1, size=16)
     raw: dict[str, Any] = {
         "study": {"name": "small", "seed": 3},
         "sites": {name: {"data": str(phantom / name)} for name in names},
@@ -470,6 +480,10 @@ def test_a_study_gives_the_bits_of_the_simulation(
         "training": {"optimizer": "adamw", "batch_size": 2, "patch_size": [16, 16, 8], "mirror": False},
         "engine": {"threads": 1, "device": "cpu"},
     }
+    if protocol == "vertical":
+        raw["protocol"] |= {"labels": "first", "cut": "shallow", "drop": 0.3}
+        for name in names:
+            raw["sites"][name]["holds"] = [name]
     study = parse_study(raw, folder=phantom)
     run(study, tmp_path / "here")
     one_at_a_time = threading.Lock()
