@@ -252,7 +252,7 @@ def _train(work: Work, model: Model, ledger: Ledger) -> Round:
             work.watch(Event("warning", f"{model.key}, round {done.number}: {failure_line(record, site, failure)}"))
         _watch(work, model, done, ledger)
         began = time.monotonic()
-    note_rounds(model.key, record.rounds(model.key), ledger)
+    note_rounds(model.key, record.rounds(model.key), ledger, averaged=model.protocol != "vertical")
     return done
 
 

@@ -23,12 +23,12 @@ from concilium.wire import part, read_tensors
 Names: TypeAlias = Mapping[int, Mapping[str, str]]
 
 
-def note_rounds(model: str, rounds: Sequence[Mapping[str, Any]], ledger: Ledger) -> None:
-    """Note the failures of all rounds, and which sites took fewer steps than they were asked for."""
+def note_rounds(model: str, rounds: Sequence[Mapping[str, Any]], ledger: Ledger, *, averaged: bool = True) -> None:
+    """Note the failures of all rounds, and, where updates are `averaged`, who took fewer steps than it was asked for."""
     for line in rounds:
         failed = line["failures"].items()
         ledger.problems += [f"{model}, round {line['round']}: {site}: {f['text']}" for site, f in failed]
-    ledger.warnings += short_of_steps(model, rounds)
+    ledger.warnings += short_of_steps(model, rounds) if averaged else []
 
 
 @dataclass
