@@ -3,6 +3,8 @@
     python benchmarks/vertical.py data/glioma --out data/glioma-parties
     concilium run studies/glioma-vertical.toml --out runs/glioma-vertical
     python benchmarks/vertical.py data/glioma --out data/glioma-mixed --mix FLAIR
+    python benchmarks/vertical.py --out data/sequences        # a phantom whose lesions need two sequences
+    concilium run studies/two-sequences.toml --out runs/two-sequences
 
 The first command lays `glioma` out as three folders, one for each sequence, of the patients of all its institutions (links, no
 copies); the institute with the T1 images has the label maps. `--leave` holds an institution out: its patients are the test set.
@@ -20,6 +22,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from concilium.data.phantom_sequences import write_sequences
 
 SEQUENCES = ("T1", "FLAIR", "T1ce")
 INSTITUTIONS = ("du", "ht", "cs", "fg")
@@ -86,12 +90,15 @@ def _link(source: Path, target: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Lay the data out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("data", type=Path, help="the federation glioma")
+    parser.add_argument("data", type=Path, nargs="?", help="the federation glioma; omitted: a phantom")
     parser.add_argument("--out", type=Path, required=True, help="folder for the institutes; replaced")
     parser.add_argument("--leave", choices=INSTITUTIONS, help="institution whose patients become the test set")
     parser.add_argument("--mix", choices=SEQUENCES, help="sequence whose images go to other patients")
     given = parser.parse_args(arguments)
-    lay_out(given.data, given.out, leave=given.leave, mix=given.mix)
+    if given.data is None:
+        write_sequences(given.out, n_cases=30, n_test=10)
+    else:
+        lay_out(given.data, given.out, leave=given.leave, mix=given.mix)
 
 
 if __name__ == "__main__":
