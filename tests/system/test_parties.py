@@ -197,6 +197,23 @@ def _without_first(source: Path, target: Path) -> Path:
     return target
 
 
+def test_defences_end_every_front_and_no_baseline_has_them(sequences: Path, tmp_path: Path) -> None:
+    raw: dict[str, Any] = tables(sequences, protocol__rounds=1, protocol__compare=["centralized"])
+    raw["defences"] = [{"name": "gaussian", "scale": 0.5}, {"name": "project", "channels": 2}]
+    raw["variants"] = {"plain": {"defences": []}, "labels": {"protocol": {"body": "labels"}}}
+    outcome = run(parse_study(raw, folder=sequences), tmp_path / "run")
+    assert (outcome.exit_code, outcome.results["problems"]) == (0, [])
+
+    def defended(model: str) -> set[str]:
+        names = load_file(outcome.folder / f"weights/{model}.safetensors")
+        return {".".join(n.split(".")[:3]) for n in names if ".defence" in n} | {
+            n[:7] for n in names if n[:7] == "restore"
+        }
+
+    every = {f"fronts.{name}.defence1" for name in SEQUENCES} | {"restore"}
+    assert [defended(m) for m in ("vertical", "labels", "plain", "centralized")] == [every, every, set(), set()]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
