@@ -185,9 +185,7 @@ def from_json(text: str) -> Fingerprint:
         sizes = tuple(RelativeSize(**r) for r in table.pop("relative_sizes"))
         return Fingerprint(channels=channels, geometry=geometry, relative_sizes=sizes, **table)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise ContractError(
-            f"A fingerprint cannot be read ({e!r}). Expected one of this version. Make it again."
-        ) from e
+        raise ContractError(f"A fingerprint cannot be read ({e!r}). Expected this version's. Make it again.") from e
 
 
 # ------------------------------------------------------------------------------------------------------------ one case

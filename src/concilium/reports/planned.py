@@ -137,7 +137,7 @@ def _times(planned: Planned) -> Grid:
 
     title = (
         f"What training would cost: links of {told.mbit:g} Mbit/s and {told.ms:g} ms, sites "
-        "{machine(told.site_gflops)}, server "
+        f"{machine(told.site_gflops)}, server "
         f"{machine(told.server_gflops)}"
     )
     rows = [
