@@ -118,7 +118,9 @@ def _add(
     scored: Scored, work: Work, model: Model, site: str, subset: str, reply: Evaluated, *, together: bool = False
 ) -> None:
     names = work.record.case_names("test" if subset == "test" else site)
-    if site == "pooled":  # the same cases, which whoever has the labels knows by the same names
+    if site == "pooled" and is_vertical(
+        work.study
+    ):  # the same cases, which whoever has the labels knows by the same names
         site = str(work.study.protocol.options["labels"])
     about = {
         "model": f"{model.name}:{site}" if model.each_own else model.name,
