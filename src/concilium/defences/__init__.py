@@ -35,7 +35,7 @@ from torch.func import functional_call
 from concilium import catalog
 from concilium.messages import Guard, PlugIn
 from concilium.networks import GUARD, Kinds, Stack, Stage, Stages, cut_apart
-from concilium.networks._fusion import FRONTS, Fronts, Received
+from concilium.networks._fusion import FRONTS, Fronts, Received, fronts_of
 
 RESTORE = "restore"
 """Begins the name of the stages in which the receiver undoes what of a defence can be undone."""
@@ -102,8 +102,8 @@ def defended(network: Stages, guard: Guard, *, image: tuple[int, ...]) -> Stages
     Raises:
         StudyError: the network cannot be cut so, or a defence not be had for its maps.
     """
-    if FRONTS in network.names:
-        return _defended_fronts(network, guard, image)
+    if (fronts := fronts_of(network)) is not None:
+        return _defended_fronts(network, fronts, guard, image)
     parts = cut_apart(network, guard.cut, reveal_labels=guard.reveal_labels)
     left = _left(parts.front, image)[-len(parts.taken) :]
     at_site, at_server = guards_of(parts.taken, left, guard.defences)
@@ -114,9 +114,8 @@ def defended(network: Stages, guard: Guard, *, image: tuple[int, ...]) -> Stages
     return made
 
 
-def _defended_fronts(network: Stages, guard: Guard, image: tuple[int, ...]) -> Stages:
+def _defended_fronts(network: Stages, fronts: Fronts, guard: Guard, image: tuple[int, ...]) -> Stages:
     """The network of several parties with these defences at the end of each party's front."""
-    fronts = cast(Fronts, network[FRONTS])
     ends, receives = {}, {}
     for party in fronts.parties:
         front = fronts.of(party)

@@ -155,6 +155,12 @@ def fused(
     return Stages(stages, {"shallow": ((FRONTS, last),), "deep": ((FUSE, last),)})
 
 
+def fronts_of(network: Stages) -> Fronts | None:
+    """The stage of the parties' fronts; `None` of a network that has none."""
+    stage = network[FRONTS] if FRONTS in network.names else None
+    return stage if isinstance(stage, Fronts) else None
+
+
 def tail_of(network: Stages) -> str:
     """The stage after which the tail of a fused network begins, by the cut that it was made with."""
     return network.cuts["shallow"][0][1]
@@ -166,9 +172,9 @@ def own_part(network: Stages, party: str, *, tail_after: str, labelled: bool) ->
     Raises:
         ContractError: the network has no such party, or is none of several parties.
     """
-    fronts = network[FRONTS] if FRONTS in network.names else None
-    if not isinstance(fronts, Fronts) or not (labelled or party in fronts.parties):
-        known = ", ".join(fronts.parties) if isinstance(fronts, Fronts) else "none"
+    fronts = fronts_of(network)
+    if fronts is None or not (labelled or party in fronts.parties):
+        known = ", ".join(fronts.parties) if fronts else "none"
         raise ContractError(f"{party} is no party of this network. Its parties are {known}. Correct the study.")
     front = fronts.of(party) if party in fronts.parties else Stages({})
     held, of_fronts = nn.Module(), nn.Module()
@@ -189,9 +195,9 @@ def without(networks: Sequence[Stages], parties: Sequence[str], channels: Sequen
     """
     lacking: set[str] = set()
     for network in networks if parties else ():
-        fronts = network[FRONTS] if FRONTS in network.names else None
-        known = fronts.parties if isinstance(fronts, Fronts) else ()
-        if not isinstance(fronts, Fronts) or not set(parties) < set(known):
+        fronts = fronts_of(network)
+        known = fronts.parties if fronts else ()
+        if fronts is None or not set(parties) < set(known):
             raise StudyError(
                 f"{', '.join(parties)} cannot be missing. Allowed: some, not all, of the parties of the network, which are "
                 f"{', '.join(known) or 'none: its channels have one front'}. Name those."

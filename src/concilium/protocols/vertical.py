@@ -40,7 +40,7 @@ from concilium.messages import (
     describe,
 )
 from concilium.networks import Parts, Stages
-from concilium.networks._fusion import FRONTS, Fronts, own_part, tail_of
+from concilium.networks._fusion import FRONTS, Fronts, fronts_of, own_part, tail_of
 from concilium.protocols import WEIGHTS, Round, copy_traffic, traffic_since
 from concilium.protocols._body import Body
 from concilium.transport import Transport
@@ -196,9 +196,8 @@ class _Steps:
         """From the maps of the parties to the gradients of each."""
         there = [party for party in self.fronts.parties if party not in absent]
         number = len(came[there[0]].maps)
-        if any(len(came[party].maps) != number for party in there):
-            self._fail(there, came, number)
-            return {}
+        if wrong := [party for party in there if len(came[party].maps) != number]:
+            return self._broken(wrong, "ContractError", "wrong_maps")
         together = tuple(m for party in there for m in came[party].maps)
         if self.body is None:
             sent, order = _filled(together, there, self.fronts.parties), (-1,) * self.fronts.leaves
@@ -234,10 +233,6 @@ class _Steps:
             self.body.give_up()
         self.failures |= dict.fromkeys(sites, SiteError(exception, code, ""))
         return {}
-
-    def _fail(self, there: Sequence[str], came: Mapping[str, Maps], number: int) -> None:
-        wrong = [party for party in there if len(came[party].maps) != number]
-        self._broken(wrong, "ContractError", "wrong_maps")
 
     def _finished(
         self, replies: Mapping[str, Trained], weights: Mapping[str, Tensors]
@@ -275,8 +270,8 @@ def _fronts(whole: Stages) -> Fronts:
     Raises:
         StudyError: the network has none.
     """
-    stage = whole[FRONTS] if FRONTS in whole.names else None
-    if not isinstance(stage, Fronts):
+    stage = fronts_of(whole)
+    if stage is None:
         raise StudyError(
             f"The network has stages {', '.join(whole.names[:3])}, ... and no fronts. Expected one for each party. Name in each "
             "site's table what it holds: holds = [...]."
