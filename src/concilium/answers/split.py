@@ -101,7 +101,7 @@ class Session:
         with autocast(device, training.precision):
             self._stack = self._front.run((image,))
             if not self._losses and any(shows(image, m) for m in self._stack[self._home :]):
-                raise _image_would_leave(self._front.names[-1])
+                raise image_would_leave(self._front.names[-1])
             self._stack = self._defences.run(self._stack)
         sent = self._stack[self._home :]
         self._penalty = penalty_of(self._defences, image, sent)
@@ -200,11 +200,7 @@ class Session:
         for i, own in self._own.items():
             totals[i] = totals[i] + own if i in totals else own
         maps = [i for i in totals if self._stack[i].requires_grad]  # not what comes from layers that do not train
-        outputs: list[Tensor] = [self._stack[i] for i in maps]
-        given: list[Tensor | None] = [totals[i] for i in maps]
-        if self._penalty is not None and self._penalty.requires_grad:
-            outputs, given = [*outputs, self._penalty], [*given, None]
-        torch.autograd.backward(outputs, given)
+        back_propagate([self._stack[i] for i in maps], [totals[i] for i in maps], self._penalty)
         clip_and_step(self.learner.network.parameters(), self.learner.optimizer, self.learner.job.training.clip_norm)
         self._stack, self._own, self._penalty = (), {}, None
 
@@ -218,10 +214,19 @@ def _must_be_guarded(learner: Learner, request: Front) -> None:
         )
 
 
-def _image_would_leave(after: str) -> PrivacyError:
+def image_would_leave(after: str) -> PrivacyError:
+    """What a site raises in place of sending its image."""
     return PrivacyError(
         f"After {after} the image itself would leave the site. Cut where no map is the image.", rule="image"
     )
+
+
+def back_propagate(maps: Sequence[Tensor], gradients: Sequence[Tensor], penalty: Tensor | None) -> None:
+    """From the maps that were sent to the front's parameters, and from what defences add to the loss."""
+    outputs, given = [*maps], cast(list[Tensor | None], [*gradients])
+    if penalty is not None and penalty.requires_grad:
+        outputs, given = [*outputs, penalty], [*given, None]
+    torch.autograd.backward(outputs, given)
 
 
 def leaf(m: Tensor) -> Tensor:

@@ -11,17 +11,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from concilium.answers import Cancelled, Check
 from concilium.answers.objective import make_objective
-from concilium.answers.split import leaf, shows
+from concilium.answers.split import back_propagate, image_would_leave, leaf, shows
 from concilium.answers.train import Learner
 from concilium.data.draws import seed_all
 from concilium.data.patches import Batch, stream
 from concilium.defences import penalty_of, undefended
-from concilium.errors import ContractError, PrivacyError
+from concilium.errors import ContractError
 from concilium.messages import Done, Finish, Front, Gradients, Maps, Tail, Trained
 from concilium.networks import Stack, Stages
 from concilium.networks._fusion import FUSE, Fuse, Own
@@ -99,10 +98,7 @@ class Party:
         with autocast(device, training.precision):
             sent = self._front.run((batch.image,))
             if not self._taken and any(shows(batch.image, m) for m in sent):
-                raise PrivacyError(
-                    f"After {self._front.names[-1]} the image itself would leave the site. Cut where no map is the image.",
-                    rule="image",
-                )
+                raise image_would_leave(self._front.names[-1])
             self._sent = self._defences.run(sent)
         self._penalty = penalty_of(self._defences, batch.image, self._sent)
         self._awaits = "tail" if labelled else ""
@@ -171,11 +167,8 @@ class Party:
                 )
             trains = [i for i, m in enumerate(self._sent) if m.requires_grad]
             if gradients:
-                outputs: list[Tensor] = [self._sent[i] for i in trains]
-                given: list[Tensor | None] = [gradients[i].to(self.learner.device) for i in trains]
-                if self._penalty is not None and self._penalty.requires_grad:
-                    outputs, given = [*outputs, self._penalty], [*given, None]
-                torch.autograd.backward(outputs, given)
+                came = [gradients[i].to(self.learner.device) for i in trains]
+                back_propagate([self._sent[i] for i in trains], came, self._penalty)
         parameters = list(self.learner.network.parameters())
         if any(p.grad is not None for p in parameters):
             clip_and_step(parameters, self.learner.optimizer, self.learner.job.training.clip_norm)

@@ -21,7 +21,7 @@ from concilium.statistics import FOREGROUND_MEAN
 from concilium.study import Study, read_study
 
 FILE = "price.json"
-MEASURES = {"ssim": "SSIM", "dice": "Dice of the mask", "reidentified": "share re-identified"}
+MEASURES = ("ssim", "dice", "reidentified")
 """What is taken of an audit: the most that any attack finds in any map, of the mean over channels."""
 
 
