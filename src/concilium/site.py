@@ -168,10 +168,9 @@ class Site:
             case Align():
                 reply, excluded = align(settings, request)
             case Look():
-                reply = self._service.look(self._prepared_job(), models.finished(request.model), request)
+                reply = self._service.look(self._prepared_job(), models.finished, request)
             case Conclude():
-                weights = models.finished(request.model)
-                reply, excluded = self._service.conclude(self._prepared_job(), weights, request, cancelled)
+                reply, excluded = self._service.conclude(self._prepared_job(), models.finished, request, cancelled)
         note_excluded(self.settings, excluded)
         return reply
 

@@ -7,8 +7,8 @@ for the same, since images have one size. At a party it is given zeros for logit
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from numpy.typing import NDArray
@@ -25,9 +25,12 @@ from concilium.data.preprocess import preprocess
 from concilium.errors import ContractError
 from concilium.messages import Conclude, Done, Evaluated, Look, Looked, Tensors
 from concilium.networks import Stack
-from concilium.networks._fusion import FRONTS, own_part
+from concilium.networks._fusion import FRONTS, Own, own_part
 from concilium.optimization import autocast, floats_of
 from concilium.transport import decode, encode
+
+Finished: TypeAlias = Callable[[str], Tensors]
+"""Model -> the weights that the site keeps of it."""
 
 
 class Service:
@@ -36,11 +39,13 @@ class Service:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self._settings, self._device = settings, device
         self._image: tuple[str, NDArray[Any]] | None = None
+        self._own: dict[tuple[str, str], Own] = {}
+        """Model and kind of message -> the site's part of it, built as an evaluation begins: there are many messages in one."""
         self._logits: list[Tensor] = []
         self._scorer: Scorer | None = None
         self._began = 0.0
 
-    def look(self, job: Job, weights: Tensors, request: Look) -> Looked:
+    def look(self, job: Job, finished: Finished, request: Look) -> Looked:
         """The maps of these windows.
 
         Raises:
@@ -51,8 +56,7 @@ class Service:
         if not entries:
             return Looked((), 0, 0)
         entry = _chosen(entries, request.case, self._settings.name)
-        own = own_part(job.network(), self._settings.name, tail_after=FRONTS, labelled=False)
-        own.held.load_state_dict({n: t for n, t in weights.items() if n.startswith(f"{FRONTS}.")})
+        own = self._part(job, finished, request, after=FRONTS, labelled=False)
         if self._image is None or self._image[0] != entry.key:
             self._image = (entry.key, preprocess(entry.case, entry.dataset, job.plan)[0])
         window = _Windows(own.front, request.start, request.count, n_heads(job.labels))
@@ -61,7 +65,7 @@ class Service:
         return Looked(tuple(encode(maps, request.transport) for maps in window.maps), window.seen, len(entries))
 
     def conclude(
-        self, job: Job, weights: Tensors, request: Conclude, cancelled: Check
+        self, job: Job, finished: Finished, request: Conclude, cancelled: Check
     ) -> tuple[Done | Evaluated, Exclusions]:
         """Take in the maps of these windows; with the last of a case score it, and with the last case answer.
 
@@ -83,7 +87,7 @@ class Service:
             )
         entries, _ = subset_of(self._settings, job, request.evaluate.subset)
         entry = _chosen(entries, request.case, self._settings.name)
-        self._logits += self._run_tail(job, weights, request)
+        self._logits += self._run_tail(job, finished, request)
         if request.last:
             self._scorer.add(entry, [_Replay(self._logits)])
             self._logits = []
@@ -92,12 +96,21 @@ class Service:
         scorer, self._scorer = self._scorer, None
         return scorer.reply(time.monotonic() - self._began), scorer.excluded
 
-    def _run_tail(self, job: Job, weights: Tensors, request: Conclude) -> list[Tensor]:
+    def _part(self, job: Job, finished: Finished, request: Look | Conclude, *, after: str, labelled: bool) -> Own:
+        """The site's part of the finished model; built anew as an evaluation begins, which may be of other weights."""
+        key = (request.model, type(request).__name__)
+        if (request.case, request.start) == (0, 0) or key not in self._own:
+            whole = job.network(deep_supervision=job.training.deep_supervision and labelled and after == FRONTS)
+            own = own_part(whole, self._settings.name, tail_after=after, labelled=labelled)
+            names = own.held.state_dict().keys()
+            weights = finished(request.model)
+            own.held.load_state_dict({n: t for n, t in weights.items() if labelled or n in names})
+            self._own = {k: v for k, v in self._own.items() if k[0] == request.model} | {key: own}
+        return self._own[key]
+
+    def _run_tail(self, job: Job, finished: Finished, request: Conclude) -> list[Tensor]:
         """The finest logits of each window."""
-        whole = job.network(deep_supervision=job.training.deep_supervision and request.after == FRONTS)
-        own = own_part(whole, self._settings.name, tail_after=request.after, labelled=True)
-        own.held.load_state_dict(dict(weights))
-        tail = own.tail
+        tail = self._part(job, finished, request, after=request.after, labelled=True).tail
         if tail is None:
             raise ContractError(f"{self._settings.name} has no tail of {request.model}. Keep it first.")
         tail.to(self._device).eval()
