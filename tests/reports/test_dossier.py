@@ -19,11 +19,11 @@ import concilium as cc
 from concilium import catalog, messages
 from concilium.answers import Policy
 from concilium.answers.permission import check_policy
+from concilium.attacks import AUDITED
 from concilium.data.phantom import PhantomSite, write_phantom
 from concilium.data.phantom_sequences import SEQUENCES, write_sequences
 from concilium.deployment.kits import SiteSettings
 from concilium.errors import PrivacyError, StudyError
-from concilium.leakage.subject import AUDITED
 from concilium.line import run
 from concilium.reports import _risks
 from concilium.reports._bytes import forecasts, measured

@@ -22,6 +22,8 @@ from concilium.messages import Finish, Front, Gradients, Maps, Tensors, Train, T
 from concilium.networks import Stack, Stages
 from concilium.transport import decode
 
+AUDITED = ("federated", "splitfed", "vertical")
+"""Protocols whose messages an audit knows."""
 SEES = ("maps", "gradients", "updates", "model")
 GUESSES = ("images", "labels", "members", "patients")
 

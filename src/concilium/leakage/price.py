@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from concilium.attacks import AUDITED
 from concilium.defences import described
 from concilium.errors import StudyError
 from concilium.leakage import Asked, leakage
 from concilium.leakage.audit import ALL_CHANNELS
-from concilium.leakage.subject import AUDITED
 from concilium.statistics import FOREGROUND_MEAN
 from concilium.study import Study, read_study
 

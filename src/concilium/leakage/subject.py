@@ -17,6 +17,7 @@ from concilium.answers import Entry, Job, Settings
 from concilium.answers._aligned import note_aligned
 from concilium.answers.align import patients_of
 from concilium.answers.statistics import find_cases, prepare
+from concilium.attacks import AUDITED
 from concilium.data.matching import Names
 from concilium.data.parties import of_channels
 from concilium.data.patches import Batch, Batches
@@ -32,8 +33,6 @@ from concilium.study import Study, divide, holdings, is_vertical, of_sites, plac
 from concilium.together import held_requests
 from concilium.wire import read_tensors
 
-AUDITED = ("federated", "splitfed", "vertical")
-"""Protocols that an audit knows the messages of."""
 ATTACKER = "attacker"
 """What the attacker's cases are prepared as; no site of a simulation has a folder of this name here."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from concilium.data.draws import seed_all
-from concilium.errors import ContractError
+from concilium.errors import ContractError, EngineError
 from concilium.messages import Tensors, Training
 from concilium.networks import Parts, Stack, are_of_kinds
 from concilium.optimization import (
@@ -23,7 +23,13 @@ from concilium.optimization import (
     set_rate,
     state_of,
 )
+from concilium.protocols import STATE, WEIGHTS
 from concilium.transport import Transport, decode, decode_like, encode
+
+MOMENTS = "body/"
+"""Prefix of a round's tensors: the state of the bodies' optimisers, `body/OWNER/...`."""
+ALL = "server"
+"""Owner of the one body that serves all sites (none may have this name); where there are several, each site owns one."""
 
 
 class Body:
@@ -115,3 +121,22 @@ class Body:
     def give_up(self) -> None:
         """Let go of the step at hand."""
         self._in, self._out = (), ()
+
+
+def together(weights: Tensors, state: Tensors, moments: Mapping[str, tuple[Tensors, str]]) -> Tensors:
+    """The tensors of a round under their prefixes: weights, the rule's, and of each owner's body what its optimiser keeps."""
+    named = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
+    return named | {f"{MOMENTS}{o}/{n}": t for o, (ts, _) in moments.items() for n, t in ts.items()}
+
+
+def require_finite(body: Body | None, *, model: str, number: int) -> None:
+    """Check the one body of all after a round, where there is one.
+
+    Raises:
+        EngineError: a weight of it is not finite.
+    """
+    if body is not None and not body.is_finite():
+        raise EngineError(
+            f"{model}, round {number}: the body is not finite any more. Expected finite weights. Go on from the round before "
+            "with --resume, or start again with a lower learning rate."
+        )

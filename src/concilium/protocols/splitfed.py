@@ -24,21 +24,17 @@ from concilium.aggregation import Sum, one_block
 from concilium.collect import Answer, Collected
 from concilium.data.draws import digest
 from concilium.engines import Engine, ask
-from concilium.errors import EngineError, StudyError
+from concilium.errors import StudyError
 from concilium.messages import Failure, Finish, Front, Json, Tensors, Training
 from concilium.networks import Parts, Stages, cut_apart
 from concilium.protocols import BEGUN, STATE, WEIGHTS, Round, begun_at, copy_traffic, require, traffic_since
-from concilium.protocols._body import Body
+from concilium.protocols._body import ALL, MOMENTS, Body, require_finite, together
 from concilium.protocols._cohort import cohort
 from concilium.protocols._exchange import Exchange
 from concilium.sharing import EVERYTHING, Sharing, shared_now
 from concilium.transport import Transport
 from concilium.wire import part
 
-MOMENTS = "body/"
-"""Prefix of a round's tensors: the state of the bodies' optimisers, `body/OWNER/...`."""
-ALL = "server"
-"""Owner of the one body of `v2` and `sequential` (no site may have this name); otherwise each site owns one."""
 ONE_BODY = ("v2", "sequential")
 
 
@@ -131,12 +127,12 @@ def splitfed(
                 averaged, state = rule(total, state, before={n: weights[n] for n in total.names})
                 weights = {**weights, **averaged}
         require(answers, failures, min_sites=min(min_sites, len(asked)), model=model, number=number)
-        _require_finite(taking_part, model=model, number=number)
+        require_finite(taking_part.get(ALL), model=model, number=number)
         weights = {**weights, **(bodies[ALL].weights() if ALL in bodies else {})}
         moments |= {owner: body.state() for owner, body in bodies.items() if owner == ALL or owner in answers}
         begun |= answers.keys()
         values, shared = _values(moments, begun, sharing), _shared(sharing, named, asked, answers.keys())
-        tensors, traffic = _together(weights, state, moments), traffic_since(engine, asked, before)
+        tensors, traffic = together(weights, state, moments), traffic_since(engine, asked, before)
         yield Round(number, tensors, values, answers, failures, traffic, n_tensors=len(averaged), shared=shared)
 
 
@@ -193,20 +189,6 @@ def _loaded(
     for owner, body in taking_part.items():
         body.load(weights, *moments[owner])
     return taking_part
-
-
-def _together(weights: Tensors, state: Tensors, moments: Mapping[str, tuple[Tensors, str]]) -> Tensors:
-    """The tensors of a round under their prefixes."""
-    named = {WEIGHTS + n: t for n, t in weights.items()} | {STATE + n: t for n, t in state.items()}
-    return named | {f"{MOMENTS}{o}/{n}": t for o, (ts, _) in moments.items() for n, t in ts.items()}
-
-
-def _require_finite(bodies: Mapping[str, Body], *, model: str, number: int) -> None:
-    if ALL in bodies and not bodies[ALL].is_finite():
-        raise EngineError(
-            f"{model}, round {number}: the body is not finite any more. Expected finite weights. Go on from the round before "
-            "with --resume, or start again with a lower learning rate."
-        )
 
 
 def _queues(

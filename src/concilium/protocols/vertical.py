@@ -42,12 +42,9 @@ from concilium.messages import (
 from concilium.networks import Parts, Stages
 from concilium.networks._fusion import FRONTS, Fronts, fronts_of, own_part, tail_of
 from concilium.protocols import WEIGHTS, Round, copy_traffic, traffic_since
-from concilium.protocols._body import Body
+from concilium.protocols._body import ALL, MOMENTS, Body, require_finite, together
 from concilium.transport import Transport
 from concilium.wire import part
-
-MOMENTS = "body/"
-SERVER = "server"
 
 
 def vertical(
@@ -95,7 +92,7 @@ def vertical(
     fronts = _fronts(whole)
     owned = {site: own_part(whole, site, tail_after=after, labelled=site == labels).held.state_dict() for site in steps}
     weights: Tensors = part(start.tensors, WEIGHTS)
-    moments, numbers = part(start.tensors, f"{MOMENTS}{SERVER}/"), str(start.values.get(SERVER, "{}"))
+    moments, numbers = part(start.tensors, f"{MOMENTS}{ALL}/"), str(start.values.get(ALL, "{}"))
     (n_steps,) = set(steps.values())
     for number in range(start.number + 1, rounds + 1):
         before = copy_traffic(engine, steps)
@@ -115,19 +112,12 @@ def vertical(
                 "each has a part of the network that nobody else has. Mend the sites, then go on with --resume."
             )
         weights = {**weights, **made}
+        require_finite(middle, model=model, number=number)
         if middle is not None:
-            if not middle.is_finite():
-                raise EngineError(
-                    f"{model}, round {number}: the server's part is not finite any more. Expected finite weights. Go on from "
-                    "the round before with --resume, or start again with a lower learning rate."
-                )
             weights |= middle.weights()
             moments, numbers = middle.state()
-        tensors = {WEIGHTS + n: t for n, t in weights.items()} | {
-            f"{MOMENTS}{SERVER}/{n}": t for n, t in moments.items()
-        }
-        traffic = traffic_since(engine, steps, before)
-        yield Round(number, tensors, {SERVER: numbers}, answers, failures, traffic, n_tensors=len(made))
+        tensors, traffic = together(weights, {}, {ALL: (moments, numbers)}), traffic_since(engine, steps, before)
+        yield Round(number, tensors, {ALL: numbers}, answers, failures, traffic, n_tensors=len(made))
 
 
 class _Steps:
@@ -203,7 +193,7 @@ class _Steps:
             sent, order = _filled(together, there, self.fronts.parties), (-1,) * self.fronts.leaves
         else:
             set_absent(self.body.network, absent)
-            key = (self.seed, SERVER, self.request.round, step)
+            key = (self.seed, ALL, self.request.round, step)
             try:
                 sent, order = self.body.forward(_filled(together, there, self.fronts.parties), key)
             except FloatingPointError:

@@ -8,15 +8,13 @@ from types import ModuleType
 from typing import Any
 
 from concilium import catalog
+from concilium.attacks import AUDITED
 from concilium.reports._leaks import CALLED
 from concilium.reports._permissions import needed, outside
 from concilium.reports._sheet import Content, Grid, Lines, Part
 from concilium.reports._talk import Trained, trained_in
 from concilium.schedule import is_partly_shared
 from concilium.study import Study
-
-AUDITED = ("federated", "splitfed", "vertical")
-"""Those of `leakage.subject`, which is above this layer."""
 
 
 def attacks(study: Study, found: Mapping[str, Any] | None) -> Part:
