@@ -13,16 +13,9 @@ import pytest
 
 from concilium.data.phantom import write_phantom
 
-SLOW = tuple(
-    line for line in (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"
-)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests come first: what is broken shows soon. Those of `slow.txt` are slow too."""
-    for item in items:
-        if item.nodeid.startswith(SLOW) and item.get_closest_marker("slow") is None:
-            item.add_marker(pytest.mark.slow)
+    """Fast tests come first: what is broken shows soon."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 

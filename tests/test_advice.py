@@ -173,6 +173,7 @@ def test_a_study_between_hospitals_is_refused(uneven: Path) -> None:
         cc.plan(study(uneven, "south", "north", engine={"name": "flare"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("match", ["resolution", pytest.param("published", marks=pytest.mark.slow)])
 def test_what_is_shared_is_what_a_run_by_own_plans_averages(uneven: Path, tmp_path: Path, match: str) -> None:
     by_site = {"plan": {"fingerprint": "site"}, "sharing": {"match": match}}

@@ -287,6 +287,7 @@ class Page:
         assert read_settings(self.folder / "kit").split
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [pytest.param(p, id=name(p), marks=[pytest.mark.slow] * (name(p) in SLOW)) for p in PAGES]
 )

@@ -65,6 +65,7 @@ def test_memory_is_what_a_step_takes(name: str, size: tuple[int, ...], channels:
     assert 0.85 <= found <= 1.1
 
 
+@pytest.mark.slow
 @of_each_network
 def test_a_network_that_is_cut_asks_for_the_same_work_in_two_places(
     name: str, size: tuple[int, ...], channels: int

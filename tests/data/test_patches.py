@@ -204,6 +204,7 @@ def test_no_cases_are_refused(site_3d: Site) -> None:
         batches_of(({}, *site_3d[1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_loader_workers_do_not_matter(workers: int, site_3d: Site) -> None:
     batches = batches_of(site_3d)

@@ -158,6 +158,7 @@ def test_every_cut_goes_down_stage_by_stage(split_run: Path, tmp_path: Path) -> 
     assert dict(cuts)["down1"] == "decode1", "of the cuts after down1 the one that sends no skip, and ends latest"
 
 
+@pytest.mark.slow
 def test_rounds_and_cuts_each_have_their_figures(split_run: Path, tmp_path: Path) -> None:
     told = found(split_run, tmp_path, "reidentify", cuts=("down0,up0", "deep"), rounds=(0, 1))
     places = {(r["round"], r["cut"]) for r in told["rows"]}

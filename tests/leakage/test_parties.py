@@ -30,6 +30,8 @@ from concilium.reports.leakage import grids
 from concilium.study import Study, parse_study
 from concilium.wire import part, read_tensors, write_tensors
 
+pytestmark = pytest.mark.slow
+
 FEW = Amount(victims=8, own=24, gallery=6)
 QUICK: dict[str, dict[str, Any]] = {
     name: {"steps": 40, "width": 8, "batch_size": 4} for name in ("inversion", "label_inference")

@@ -49,6 +49,7 @@ def test_equal_models_are_both_in_it() -> None:
     assert all(r["pareto"] for r in _with_pareto([row("a", 0.5, 0.5), row("b", 0.5, 0.5)]))
 
 
+@pytest.mark.slow
 def test_every_model_of_a_run_is_attacked_with_its_own_defence(small: Make, tmp_path: Path) -> None:
     base = small("splitfed", cut="shallow", rounds=1)
     strong = replace(base, defences=(PlugIn("gaussian", {"scale": 50.0, "bound": 1.0}),))

@@ -366,6 +366,7 @@ def test_curves_say_whether_they_chose_the_weights(run_folder: Make) -> None:
 # ----------------------------------------------------------------------------------------------------------- large runs
 
 
+@pytest.mark.slow
 def test_a_thousand_cases_are_quick_and_small(run_folder: Make) -> None:
     models = ("federated", "local", "centralized", "centralized_long", "splitfed")
     folder = run_folder(n=500, models=models, labels=("a", "b", "c"))

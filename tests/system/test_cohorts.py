@@ -55,6 +55,7 @@ def test_the_record_says_who_was_asked(uninterrupted: Path) -> None:
     assert bool(warned) == (0 in times.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_a_stopped_run_goes_on_with_the_same_sites(
     after: int, study: Study, uninterrupted: Path, tmp_path: Path
@@ -102,6 +103,7 @@ def test_a_cohort_of_one_is_local_training(small_study: Make, tmp_path: Path) ->
     assert all(torch.equal(found[0][n], other[n]) for other in found[1:] for n in found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ["scaffold", "ditto", "fedadamw"])
 def test_updates_that_keep_something_at_the_site(update: str, small_study: Make, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
@@ -127,6 +129,7 @@ def test_updates_that_keep_something_at_the_site(update: str, small_study: Make,
         assert "north" in first["dice"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{"sharing__keep": ["norms"], "sharing__unseen": "mean"}, {"plan__fingerprint": "site"}]
 )

@@ -118,6 +118,7 @@ def test_a_network_that_does_not_run_on_shapes_is_planned_all_the_same(
     assert any("could not be forecast (RuntimeError" in text for text in outcome.results["warnings"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["federated", "splitfed"])
 def test_a_run_puts_what_it_measured_beside(protocol: str, small_study: Make, tmp_path: Path) -> None:
     network = {"network__base_features": 16, "training__patch_size": [32, 32, 16]}  # headers weigh little

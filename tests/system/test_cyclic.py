@@ -27,6 +27,8 @@ from concilium.record import Record
 from concilium.schedule import settings
 from concilium.study import Study
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Study]
 SITES = ("north", "south", "west")
 

@@ -21,6 +21,8 @@ from concilium.finished import open_finished
 from concilium.line import Event, Outcome, run
 from concilium.study import Study, parse_study, read_study, to_toml
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Study]
 BOTH = [{"name": "project", "channels": 1}, {"name": "gaussian", "scale": 0.7}]
 

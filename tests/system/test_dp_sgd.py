@@ -18,6 +18,8 @@ from concilium.local_updates.dp_sgd import account
 from concilium.reports.html import write_report
 from concilium.study import Study
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Study]
 DP: dict[str, Any] = {
     "protocol__name": "federated", "protocol__cut": None, "protocol__rounds": 2, "protocol__compare": ["local"],

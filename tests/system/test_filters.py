@@ -17,6 +17,8 @@ from concilium.line import Event, run
 from concilium.messages import Front, Train, Trained
 from concilium.study import Study, parse_study, to_toml
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Study]
 NORM = 0.01
 

@@ -24,6 +24,8 @@ from concilium.record import Record
 from concilium.reports.table import build, read_runs, to_text
 from concilium.study import Study
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Study]
 SITES = ("north", "south", "west")
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -26,6 +26,8 @@ from concilium.predict import predict
 from concilium.rehearsal import try_loss, try_rule
 from concilium.study import Study
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Study]
 
 

@@ -148,6 +148,7 @@ def test_sites_without_a_patient_in_common_are_told_so(sequences: Path, tmp_path
         run(study_on(data), tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(sequences: Path, tmp_path: Path, workers: int) -> None:
     study = study_on(sequences, protocol__drop=0.3, engine__workers=workers)
@@ -165,6 +166,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(sequences: Path, tmp
     assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_variants_with_fewer_parties_and_a_reader_of_labels(sequences: Path, tmp_path: Path) -> None:
     """Whoever has the labels holds no channel; one variant uses one sequence, one fuses at the labels."""
     raw = tables(sequences, validation__every=1)
@@ -197,6 +199,7 @@ def _without_first(source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_defences_end_every_front_and_no_baseline_has_them(sequences: Path, tmp_path: Path) -> None:
     raw: dict[str, Any] = tables(sequences, protocol__rounds=1, protocol__compare=["centralized"])
     raw["defences"] = [{"name": "gaussian", "scale": 0.5}, {"name": "project", "channels": 2}]

@@ -55,6 +55,7 @@ def go_on(study: Study, folder: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["federated", "local", "centralized", "centralized_long"])
 def test_four_rounds_are_two_and_a_new_process_and_two(
     model: str, study: Study, uninterrupted: dict[str, str], tmp_path: Path

@@ -32,6 +32,8 @@ from concilium.messages import Evaluate
 from concilium.site import Site
 from concilium.study import Study, parse_study, read_study, to_toml
 
+pytestmark = pytest.mark.slow
+
 SITES = ("north", "south", "west")
 
 

@@ -20,6 +20,8 @@ from concilium.site import Site
 from concilium.study import Study
 from concilium.wire import part
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Study]
 SECURE = {"collect__name": "secure_sum", "collect__threshold": 2}
 

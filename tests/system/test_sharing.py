@@ -24,6 +24,8 @@ from concilium.predict import predict
 from concilium.site import Site
 from concilium.study import Study
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Study]
 SITES = ("north", "south", "west")
 KEEP = {

@@ -145,6 +145,7 @@ def test_bytes_are_those_of_maps_gradients_and_the_weights_at_the_site(
         assert up <= site["bytes_up"] < 1.02 * up
 
 
+@pytest.mark.slow
 @every_variant
 def test_the_disk_does_not_fill_with_messages_in_a_long_round(
     variant: str, split_study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

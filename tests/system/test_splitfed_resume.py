@@ -100,6 +100,7 @@ def test_a_stop_within_a_round_loses_no_more_than_the_round(
     assert digests(tmp_path / "run") == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_body_that_forgets_its_momentum_would_be_noticed(
     study: Study, uninterrupted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
