@@ -5,7 +5,8 @@
 A plain U-Net of four resolutions on random patches, batch 2, AdamW. The updates take turns, step by step, in one process.
 Processor time, since it is not stretched by what else the machine does. Tensors are counted in sizes of the network's
 parameters, beside what every update needs (network, gradient, optimiser, the weights that came): what is held within a
-round on a CPU, what a snapshot holds, what is sent. On a GPU `proximal` and `ditto` hold a copy there of the weights that came.
+round on a CPU, what a snapshot holds, what is sent. Those that draw patients (`dp_sgd`) have batches of no fixed size, and
+are left out. On a GPU `proximal` and `ditto` hold a copy there of the weights that came.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from concilium import catalog
 from concilium.data.patches import Batch
 from concilium.local_updates import Local, exchanges, finish_of, has_personal, is_more_than_a_step
+from concilium.local_updates._besides import draws_patients
 from concilium.messages import PlugIn
 from concilium.networks.unet import build
 
@@ -70,7 +72,7 @@ def local_for(name: str, make: Callable[[], torch.nn.Module], asked: set[str]) -
 def measure(patch: Sequence[int], *, features: int, steps: int) -> dict[str, Any]:
     """Update -> seconds of each step, and tensors in sizes of the network."""
     make = partial(network, patch, features)
-    names = [n for n in catalog.names("local_updates") if not is_more_than_a_step(n)]
+    names = [n for n in catalog.names("local_updates") if not is_more_than_a_step(n) and not draws_patients(n)]
     asked: set[str] = set()
     locals_ = {name: local_for(name, make, asked) for name in names}
     take = {n: partial(catalog.load("local_updates", n), **catalog.fill("local_updates", n, {}, "")[0]) for n in names}
