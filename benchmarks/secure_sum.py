@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -33,7 +34,7 @@ from concilium.aggregation import one_block, weight_of
 from concilium.answers import Settings
 from concilium.answers.secure import Secure
 from concilium.collect import Collected, plain, secure_sum
-from concilium.messages import Failure, Hold, Mask, Reply, Request, SiteLost, Train, Trained
+from concilium.messages import Failure, Hold, Mask, PlugIn, Reply, Request, SiteLost, Train, Trained
 
 TARGET_BYTES, TARGET_TIME = 1.02, 4.0
 """Bytes of a round over those of plain, up; a site's seconds over the floor."""
@@ -78,6 +79,10 @@ class Figures:
 
 class Learner:
     """A site's training, done before."""
+
+    job = SimpleNamespace(training=SimpleNamespace(local_update=PlugIn("plain")))
+    draws = None
+    """Of a local update that keeps an account, which `plain` does not."""
 
     def __init__(self, trained: Trained) -> None:
         self.trained = trained
