@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from concilium.data.dataset import open_dataset, read_case
 from concilium.data.draws import seed_all
-from concilium.data.patches import Batch, Batches, predict_logits, stream
+from concilium.data.patches import Batch, Batches, stream
 from concilium.data.plan import Plan
 from concilium.data.preprocess import Prepared, prepare, preprocess, restore
+from concilium.data.windows import predict_logits
 from concilium.errors import ContractError, DataError
 
 MakePlan = Callable[..., Plan]

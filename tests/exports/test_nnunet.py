@@ -18,8 +18,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from concilium.data.dataset import open_dataset, read_case
-from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess, restore
+from concilium.data.windows import predict_logits
 from concilium.errors import StudyError
 from concilium.exports import export_run
 from concilium.exports.nnunet import export

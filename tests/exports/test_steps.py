@@ -16,8 +16,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from concilium.data._resize import _linear
 from concilium.data.dataset import open_dataset, read_case
-from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess, restore
+from concilium.data.windows import predict_logits
 from concilium.exports import _steps
 from concilium.exports._sidecar import sidecar
 from concilium.finished import Finished, open_finished

@@ -25,8 +25,9 @@ from concilium.answers.statistics import examine, prepare
 from concilium.answers.train import Learner
 from concilium.data.augment import mirror_axes
 from concilium.data.draws import drawn_from, seed_all
-from concilium.data.patches import Batch, predict_logits
+from concilium.data.patches import Batch
 from concilium.data.plan import make_plans
+from concilium.data.windows import predict_logits
 from concilium.errors import ContractError, StudyError
 from concilium.exports.nnunet import export
 from concilium.finished import open_finished

@@ -23,8 +23,8 @@ import concilium
 from concilium.answers.evaluate import segment
 from concilium.cli import app
 from concilium.data.dataset import open_dataset, read_case
-from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess, restore
+from concilium.data.windows import predict_logits
 from concilium.errors import StudyError
 from concilium.finished import finished_models, open_finished
 from concilium.line import Event, Outcome, run

@@ -20,9 +20,9 @@ from concilium.data.dataset import Case, Dataset, pixel_size, read_case
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, foreground, ignored, looked_for, silenced
 from concilium.data.matching import Space
-from concilium.data.patches import predict_logits
 from concilium.data.plan import Plan
 from concilium.data.preprocess import preprocess, restore
+from concilium.data.windows import predict_logits
 from concilium.disclosure import MIN_CASES
 from concilium.errors import DataError
 from concilium.messages import Average, Evaluate, Evaluated, PlugIn, Score, Tensors

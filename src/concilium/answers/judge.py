@@ -19,8 +19,8 @@ from torch import Tensor
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Job, Settings
 from concilium.data.labels import Labels, foreground, has_regions, ignored
-from concilium.data.patches import predict_logits
 from concilium.data.preprocess import prepare
+from concilium.data.windows import predict_logits
 from concilium.disclosure import MIN_CASES
 from concilium.messages import Judge, Judged
 

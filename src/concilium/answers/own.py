@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Entry, Job, built
 from concilium.answers.train import Learner
-from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess
+from concilium.data.windows import predict_logits
 from concilium.errors import ContractError
 from concilium.messages import Personalize, PlugIn, Tensors, Train, Trained
 from concilium.networks import as_stages

@@ -20,8 +20,8 @@ from concilium.answers.statistics import Exclusions
 from concilium.answers.vertical import set_absent
 from concilium.data.draws import drawn_from
 from concilium.data.labels import n_heads
-from concilium.data.patches import predict_logits
 from concilium.data.preprocess import preprocess
+from concilium.data.windows import predict_logits
 from concilium.errors import ContractError
 from concilium.messages import Conclude, Done, Evaluated, Look, Looked, Tensors
 from concilium.networks import Stack
