@@ -39,6 +39,7 @@ from concilium.messages import (
     Keep,
     Looked,
     Maps,
+    Placed,
     PlugIn,
     Score,
     SiteError,
@@ -503,6 +504,7 @@ TENSOR_FIELDS = {
     "Blinded.points",
     "Maps.maps",
     "Looked.maps",
+    "Placed.places",  # whole numbers: where patches lie
     "Gradients.gradients",
     "ChannelStatistics.keys",
     "ChannelStatistics.masses",
@@ -542,7 +544,7 @@ def test_maps_and_gradients_hold_tensors_and_nothing_else() -> None:
     for cls in PER_VOXEL:
         assert set(typing.get_type_hints(cls).values()) == {tuple[Tensor, ...]}
     several = {cls for cls in REPLIES if any(h == tuple[Tensor, ...] for _, h in fields_of(cls))}
-    assert several == {*PER_VOXEL, Blinded}
+    assert several == {*PER_VOXEL, Blinded, Placed}
     assert {n: h for n, h in typing.get_type_hints(Looked).items() if h is not int} == {
         "maps": tuple[tuple[Tensor, ...], ...]
     }

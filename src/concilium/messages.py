@@ -350,6 +350,18 @@ class Front:
     are those of the site's own part, and steps in which it is not asked are left out."""
     absent: bool = False
     """Of a party: draw the batch, and send no maps. Where nothing is annotated in it, whoever has the labels answers `Done`."""
+    places: tuple[Tensor, ...] = ()
+    """Of a party without labels, with the first step that it takes in a round, where patches follow them: of every step of the
+    round as in `Placed`."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Say where the patches of these steps of a round lie: to whoever has the labels, where patches follow them."""
+
+    model: str
+    round: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -632,8 +644,8 @@ class Forget:
 
 
 Request: TypeAlias = (
-    Examine | Offer | Blind | Align | Prepare | Describe | Share | Train | Front | Tail | Finish | Introduce | Pass | Hand
-    | Take | Hold | Deal | Mask | Agree | Unmask | Evaluate | Look | Conclude | Judge | Keep | Personalize | Reestimate
+    Examine | Offer | Blind | Align | Prepare | Describe | Share | Train | Where | Front | Tail | Finish | Introduce | Pass
+    | Hand | Take | Hold | Deal | Mask | Agree | Unmask | Evaluate | Look | Conclude | Judge | Keep | Personalize | Reestimate
     | Fetch | Snapshot | Restore
     | Forget
 )  # fmt: skip
@@ -673,6 +685,14 @@ class Aligned:
 
     n_cases: int
     patients: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Of each step int32 (B, axes): the first voxel of each patch in its case, negative where it begins outside. Patches that
+    follow the labels lie around them."""
+
+    places: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -861,7 +881,7 @@ class SiteError:
 
 Failure: TypeAlias = SiteTimeout | SiteLost | SiteRefused | SiteError
 Reply: TypeAlias = (
-    Examined | Offered | Blinded | Aligned | Prepared | Described | Trained | Introduced | Passed | Handed | Held | Dealt
+    Examined | Offered | Blinded | Aligned | Prepared | Described | Placed | Trained | Introduced | Passed | Handed | Held | Dealt
     | Masked | Agreed | Unmasked | Maps | Gradients | Evaluated | Looked | Judged | Fetched | Done
 )  # fmt: skip
 

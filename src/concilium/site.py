@@ -32,6 +32,7 @@ from concilium.answers.relay import Carried, Relay
 from concilium.answers.secure import Secret, Secure
 from concilium.answers.service import Service
 from concilium.answers.statistics import Exclusions, examine, prepare
+from concilium.answers.vertical import place
 from concilium.errors import ContractError
 from concilium.messages import (
     REQUESTS,
@@ -68,6 +69,7 @@ from concilium.messages import (
     Tail,
     Train,
     Trained,
+    Where,
 )  # fmt: skip
 from concilium.optimization import device_named
 from concilium.sharing import all_but, described
@@ -138,7 +140,7 @@ class Site:
                 reply, excluded = examine(self.settings, request, cancelled)
                 note_cases(self.settings, excluded, request.holding)
                 return reply
-            case Offer() | Blind() | Align() | Look() | Conclude():
+            case Offer() | Blind() | Align() | Where() | Look() | Conclude():
                 return self._take_part(request, cancelled)
             case Prepare():
                 self._models.park()
@@ -156,7 +158,7 @@ class Site:
                 return self._make_own(request, cancelled)
         return Done()
 
-    def _take_part(self, request: Offer | Blind | Align | Look | Conclude, cancelled: Check) -> Reply:
+    def _take_part(self, request: Offer | Blind | Align | Where | Look | Conclude, cancelled: Check) -> Reply:
         """What a site does that holds channels of the same patients as others do."""
         settings, models, reply = self.settings, self._models, cast(Reply, Done())
         excluded: Exclusions = {}
@@ -167,6 +169,8 @@ class Site:
                 reply = blind(settings, request)
             case Align():
                 reply, excluded = align(settings, request)
+            case Where():
+                reply = place(self._prepared_job(), request)
             case Look():
                 reply = self._service.look(self._prepared_job(), models.finished, request)
             case Conclude():

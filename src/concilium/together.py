@@ -118,8 +118,8 @@ def held_requests(setting: Setting, plans: Plans, asked: Mapping[str, Prepare]) 
     held, taking = holdings(study), sites_of(study)
     found = {}
     for name, request in asked.items():
-        # patches that follow the labels would tell where these are
-        request = replace(request, training=replace(request.training, foreground=0.0))
+        if study.protocol.options["patches"] == "uniform":  # those that follow the labels would tell where these are
+            request = replace(request, training=replace(request.training, foreground=0.0))
         if name in held and name in taking:
             request = replace(request, plans=plans.of(name), holding=held[name], patients=plans.patients)
         if name not in held or name in taking:

@@ -9,7 +9,7 @@ import pytest
 from concilium.answers import Policy
 from concilium.answers.permission import check_policy
 from concilium.errors import PrivacyError
-from concilium.messages import Align, Blind, Fetch, Hold, Holding, Look, Masking, Offer, Request, Train
+from concilium.messages import Align, Blind, Fetch, Hold, Holding, Look, Masking, Offer, Request, Train, Where
 
 HOLDING = Holding(("T1",), False)
 TRAIN = Train("federated", 1, 0, 5, 10, {}, True)
@@ -24,6 +24,8 @@ TRAIN = Train("federated", 1, 0, 5, 10, {}, True)
         pytest.param("split", Offer(HOLDING), "Offer has to do with activations", id="offer"),
         pytest.param("split", Blind(()), "Blind has to do with activations", id="blind"),
         pytest.param("split", Align(HOLDING, (), ()), "Align has to do with activations", id="align"),
+        pytest.param("split", Where("vertical", 1, 1), "Where has to do with activations", id="where"),
+        pytest.param("labels", Where("vertical", 1, 1), "asks where patches lie that follow the labels", id="places"),
         pytest.param("split", Look("vertical", "validation", 0, 0, 1), "Look has to do with activations", id="look"),
     ],
 )

@@ -71,7 +71,14 @@ def parties(data: Path) -> Study:
     raw = {
         "study": {"name": "parties", "seed": 3},
         "sites": {name: {"data": str(data / name), "holds": [name]} for name in SEQUENCES},
-        "protocol": {"name": "vertical", "labels": "first", "cut": "shallow", "rounds": 1, "steps": 2},
+        "protocol": {
+            "name": "vertical",
+            "labels": "first",
+            "cut": "shallow",
+            "rounds": 1,
+            "steps": 2,
+            "patches": "labels",
+        },
         "network": {"name": "unet", "base_features": 4, "levels": 2},
         "training": {"optimizer": "adamw", "batch_size": 2, "patch_size": [8, 16, 16], "mirror": False},
         "engine": {"threads": 1, "device": "cpu", "pictures": False},

@@ -148,6 +148,19 @@ def test_sites_without_a_patient_in_common_are_told_so(sequences: Path, tmp_path
         run(study_on(data), tmp_path / "run")
 
 
+def test_patches_that_follow_the_labels_are_the_label_holders(sequences: Path, tmp_path: Path) -> None:
+    """Every party trains, and by other patches than uniform ones; a label holder whose settings do not allow it stops the run."""
+    changes: dict[str, Any] = {"protocol__rounds": 1, "protocol__drop": 0.3, "training__foreground": 1.0}
+    uniform = run(study_on(sequences, **changes), tmp_path / "uniform")
+    follow = run(study_on(sequences, **changes, protocol__patches="labels"), tmp_path / "follow")
+    assert (follow.exit_code, follow.results["problems"]) == (0, [])
+    assert digest(follow.folder) != digest(uniform.folder)
+    again = run(
+        study_on(sequences, **changes, protocol__patches="labels", training__loader_workers=1), tmp_path / "again"
+    )
+    assert digest(follow.folder) == digest(again.folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(sequences: Path, tmp_path: Path, workers: int) -> None:

@@ -37,7 +37,8 @@ class Policy:
     split: bool = True
     """Whether activations, functions of each voxel, may leave (split training)."""
     labels: bool = True
-    """Whether in split training heads may act on maps that the server made, whose gradients tell it the labels."""
+    """Whether in split training heads may act on maps that the server made, whose gradients tell it the labels; and whether the
+    places of patches may be told that follow the labels (`vertical`)."""
     open_weights: bool = True
     """Whether weights may leave as they are; otherwise only sealed for another site (`cyclic`), or masked (`secure_sum`)."""
     least_summed: int = 2

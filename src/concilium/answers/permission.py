@@ -25,10 +25,11 @@ from concilium.messages import (
     Request,
     Take,
     Train,
+    Where,
 )
 
-Splitting: TypeAlias = Front | Look | Offer | Blind | Align
-"""Requests whose answers are activations, or show which cases there are to make some of."""
+Splitting: TypeAlias = Front | Look | Offer | Blind | Align | Where
+"""Requests whose answers are activations, or show which cases or patches there are to make some of."""
 
 
 def check_names(request: Request) -> None:
@@ -64,6 +65,12 @@ def _check_split(request: Splitting, policy: Policy) -> None:
         raise PrivacyError(
             f"{request.model} would let the server compute labels. This site's policy does not allow it. Take reveal_labels "
             "out of the study, or allow it in the site's own settings.",
+            rule="labels",
+        )
+    if isinstance(request, Where) and not policy.labels:
+        raise PrivacyError(
+            f"{request.model} asks where patches lie that follow the labels. This site's policy does not tell it. Run the "
+            "study with [protocol] patches = 'uniform', or allow it in the site's own settings (labels = true).",
             rule="labels",
         )
 

@@ -202,6 +202,7 @@ def _batches(
         deep_supervision=training.deep_supervision,
         annotated={case: annotation_mask(dataset.labels, names) for case, names in annotated.items()},
         party=None if request.holding is None else site,
+        labelled=request.holding is None or request.holding.labelled,
     )
 
 

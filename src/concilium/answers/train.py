@@ -20,7 +20,8 @@ from concilium.answers.ledger import Draws, draws_of
 from concilium.answers.objective import Teacher, make_objective
 from concilium.answers.time_box import while_it_fits
 from concilium.data.draws import drawn_from, seed_all
-from concilium.data.patches import Batches, Key, stream
+from concilium.data.patches import Batches, stream
+from concilium.data.places import Key
 from concilium.errors import ContractError, DataError
 from concilium.local_updates import Brought, Local, brought_by, finish_of, has_personal, when_alone
 from concilium.messages import PlugIn, Tensors, Train, Trained

@@ -13,15 +13,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from concilium.answers import Cancelled, Check
+from concilium.answers import Cancelled, Check, Job
 from concilium.answers.objective import make_objective
 from concilium.answers.split import back_propagate, image_would_leave, leaf, shows
 from concilium.answers.train import Learner
 from concilium.data.draws import seed_all
 from concilium.data.patches import Batch, stream
+from concilium.data.places import Key
 from concilium.defences import penalty_of, undefended
 from concilium.errors import ContractError
-from concilium.messages import Done, Finish, Front, Gradients, Maps, Tail, Trained
+from concilium.messages import Done, Finish, Front, Gradients, Maps, Placed, Tail, Trained, Where
 from concilium.networks import Stack, Stages
 from concilium.networks._fusion import FUSE, Fuse, Own
 from concilium.optimization import are_of, autocast, clip_and_step, floats_of, gradient_of, set_rate
@@ -44,7 +45,9 @@ class Party:
         self.transport = request.transport
         job = learner.job
         batches = learner.begin(request.weights, site=site, model=request.model, begins=request.begins)
-        self._keys = [(job.seed, DRAWN, request.round, step) for step in range(request.steps)]
+        self._keys = keys_of(job, request.round, request.steps)
+        if request.places:
+            batches.tell(dict(zip(self._keys, request.places, strict=False)))
         self._batches: Iterator[Batch] = stream(batches, self._keys, workers=job.training.loader_workers)
         self._front, self._defences = undefended(self.own.front)
         self._secret = (job.secret,) if self._defences.names and job.secret else ()
@@ -180,6 +183,25 @@ class Party:
         return ContractError(
             f"The {what} was asked for. Expected {after}, of {self.model}, round {self.round}. Start the round again."
         )
+
+
+def keys_of(job: Job, round: int, steps: int) -> list[Key]:
+    """The keys of a round's batches, the same at all parties."""
+    return [(job.seed, DRAWN, round, step) for step in range(steps)]
+
+
+def place(job: Job, request: Where) -> Placed:
+    """Where the patches of a round lie.
+
+    Raises:
+        ContractError: the labels are not here, or there is nothing to train on.
+    """
+    if not job.labelled or job.batches is None:
+        raise ContractError(
+            f"{request.model}: places of patches were asked for where there are no labels to train on. Only who has labels can "
+            "tell. Report this."
+        )
+    return Placed(job.batches.places(keys_of(job, request.round, request.steps)))
 
 
 def set_absent(network: Stages, absent: Sequence[str]) -> None:

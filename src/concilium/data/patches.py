@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from concilium.data.augment import Transforms, in_step, training_transforms
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels
+from concilium.data.places import Key, Placing, places_of
 from concilium.data.plan import Plan
 from concilium.data.preprocess import Array, Prepared, label_rules, open_prepared
 from concilium.errors import ContractError, DataError
@@ -51,8 +52,6 @@ class Batch(NamedTuple):
         return Batch(self.image.to(device), tuple(x.to(device) for x in self.labels), annotated, self.patients)
 
 
-Key: TypeAlias = tuple[str | int, ...]
-
 Augment: TypeAlias = tuple[Transforms, tuple[int, ...]]
 """Transforms, and the size of the patch that they must be given [voxels]."""
 
@@ -69,6 +68,7 @@ class Batches:
         annotated: by channel of the logits what was looked for, of cases where that is not everything.
         party: who draws, where several parties draw the same patches of the same cases, each of its own channels: then places,
             rotations and mirrorings depend on the key alone, and noise on the party too.
+        labelled: of a party, whether it has the labels. Where `foreground` is not 0 another must be told the places (`tell`).
     """
 
     def __init__(  # noqa: PLR0913  (options of the study)
@@ -86,6 +86,7 @@ class Batches:
         probabilistic: bool = False,
         annotated: Mapping[str, tuple[bool, ...]] | None = None,
         party: str | None = None,
+        labelled: bool = True,
     ) -> None:
         if not prepared:
             raise DataError("There are 0 cases to train on. At least one is needed. Add cases, or use fewer folds.")
@@ -110,6 +111,16 @@ class Batches:
         )
         cases = _Cases(sorted(files), files)
         self._loader = self._load(cases, batch_size, probabilistic_oversampling=probabilistic)
+        self._placing = None if party is None else Placing(self._loader, follows=foreground > 0, labelled=labelled)
+
+    def places(self, keys: Sequence[Key]) -> tuple[Tensor, ...]:
+        """Of a party: where the patches of these batches lie, each int32 (B, axes of the prepared image)."""
+        return tuple(places_of(self._loader, key) for key in keys)
+
+    def tell(self, places: Mapping[Key, Tensor]) -> None:
+        """Of a party: take the patches of these batches there."""
+        if self._placing is not None:
+            self._placing.tell(places)
 
     def only(self, cases: Sequence[str], batch_size: int) -> Batches:
         """Batches of this size from these cases alone; each patch is centred on foreground by chance."""
@@ -123,6 +134,8 @@ class Batches:
 
     def draw_named(self, *key: str | int) -> tuple[Batch, tuple[str, ...]]:
         """The same, and the case of each patch: for whoever owns the cases, since a batch that names them must not travel."""
+        if self._placing is not None:
+            self._placing.begin(key)
         with drawn_from(*key), _one_thread():
             drawn = self._loader.generate_train_batch()
         target = drawn["target"]

@@ -122,14 +122,13 @@ class Subject:
 
         Parties draw anywhere: only one of them knows where there is foreground.
         """
-        t = job.training
-        there = plainly and not is_vertical(self.study)
+        t, share = job.training, 1.0 if plainly else job.training.foreground
         return Batches(
             {e.key: self.prepared(job, e) for e in entries},
             plan=job.plan,
             labels=job.labels,
             batch_size=1 if plainly else job.plan.batch_size,
-            foreground=1.0 if there else t.foreground,
+            foreground=0.0 if is_vertical(self.study) else share,
             mirror=t.mirror and not plainly,
             augmentation="none" if plainly else t.augmentation,
             deep_supervision=t.deep_supervision,

@@ -31,11 +31,13 @@ from concilium.messages import (
     Front,
     Gradients,
     Maps,
+    Placed,
     SiteError,
     Tail,
     Tensors,
     Trained,
     Training,
+    Where,
     as_failure,
     describe,
 )
@@ -65,6 +67,7 @@ def vertical(
     body: Literal["server", "labels"] = "server",
     parties: tuple[str, ...] = (),
     drop: float = 0.0,
+    patches: Literal["uniform", "labels"] = "uniform",
     transport: Transport = "float32",
     exchange_seconds: float | None = None,
     **_: Any,
@@ -78,6 +81,8 @@ def vertical(
         body: whether the server has what follows the fronts, up to the second stage of the cut, or the label holder has it all.
         parties: whose channels are used; omitted: those of all sites.
         drop: chance that a party is left out of a step (one at least stays), so that the network learns to do without.
+        patches: `uniform`: anywhere. `labels`: on foreground as often as `[training] foreground` says, which tells all where
+            labels lie.
         transport: as what maps and gradients travel, as in `splitfed`.
         exchange_seconds: deadline of each exchange; omitted: that of a round, `round_seconds`.
 
@@ -102,7 +107,9 @@ def vertical(
             model, number, (after,), False, 0, n_steps, (number - 1) * n_steps, rounds * n_steps, {}, (),
             begins=number == 1, transport=transport, party=True,
         )  # fmt: skip
-        exchange = _Steps(engine, middle, fronts, labels, request, deadline, seed=seed, drop=drop)
+        exchange = _Steps(
+            engine, middle, fronts, labels, request, deadline, seed=seed, drop=drop, follows=patches == "labels"
+        )
         mine = {site: {n: weights[n] for n in names} for site, names in owned.items()}
         answers, failures, made = exchange.run(mine)
         if failures:
@@ -134,35 +141,48 @@ class _Steps:
         *,
         seed: int,
         drop: float,
+        follows: bool,
     ) -> None:
         self.ask = partial(ask, engine, deadline_s=deadline)
         self.body, self.fronts, self.labels, self.request = body, fronts, labels, request
-        self.seed, self.drop = seed, drop
+        self.seed, self.drop, self.follows = seed, drop, follows
         self.failures: dict[str, Failure] = {}
 
     def run(self, weights: Mapping[str, Tensors]) -> tuple[dict[str, Answer], dict[str, Failure], Tensors]:
         """Take all steps with these weights of each site; what each told, how sites failed, and what the weights became."""
         due: dict[str, tuple[Tensor, ...]] = dict.fromkeys(weights, ())
         started: set[str] = set()
+        places = self._places()
         for step in range(self.request.steps):
+            if self.failures:
+                break
             absent = self._absent(step)
             asked = {}
             for site in weights:
                 if site in absent and site != self.labels and site in started:
                     continue
-                first = {} if site in started else weights[site]
+                begun = site in started
                 asked[site] = replace(
-                    self.request, step=step, weights=first, gradients=due[site], absent=site in absent
+                    self.request,
+                    step=step,
+                    weights={} if begun else weights[site],
+                    gradients=due[site],
+                    absent=site in absent,
+                    places=() if begun or site == self.labels else places,
                 )
             due |= dict.fromkeys(asked, ())
             started |= asked.keys()
             maps = self._all(asked, Maps, Done)
             if not self.failures and isinstance(maps[self.labels], Maps):  # else nothing is annotated, and nobody steps
                 due |= self._step(step, maps, absent)
-            if self.failures:
-                return {}, self.failures, {}
         finish = {site: Finish(self.request.model, self.request.round, due[site]) for site in weights}
-        return self._finished(self._all(finish, Trained), weights)
+        return self._finished({} if self.failures else self._all(finish, Trained), weights)
+
+    def _places(self) -> tuple[Tensor, ...]:
+        """Where the patches of the round lie, where they follow the labels."""
+        asked = {self.labels: Where(self.request.model, self.request.round, self.request.steps)}
+        told = self._all(asked, Placed) if self.follows else {}
+        return told[self.labels].places if told else ()
 
     def _absent(self, step: int) -> tuple[str, ...]:
         """The parties that are left out of a step; one at least is not."""

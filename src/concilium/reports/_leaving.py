@@ -16,7 +16,7 @@ from concilium.reports._bytes import Bytes, Forecast, Measured
 from concilium.reports._elements import size
 from concilium.reports._permissions import WHY, needed
 from concilium.reports._sheet import Content, Grid, Lines, Part
-from concilium.reports._talk import Exchange, Trained, exchanges, how_often, replies_of, trained_in
+from concilium.reports._talk import OF_LABELS, Exchange, Trained, exchanges, how_often, replies_of, trained_in
 from concilium.reports._words import ORDER, VOXELS, WORDS, fields_of, first_words
 from concilium.schedule import is_partly_shared
 from concilium.study import Study
@@ -60,7 +60,7 @@ def _also(x: Exchange, of: Sequence[Trained]) -> str:
     if x.reply.__name__ == "Trained" and judged:
         return "; every other site, as it is"
     holders = [m.study.protocol.options for m in of if m.protocol == "vertical"]
-    if x.reply.__name__ == "Gradients" and holders:
+    if x.reply in OF_LABELS and holders:
         return f" (from {', '.join(sorted({options['labels'] for options in holders}))} alone, which has the labels)"
     labels = {options["labels"] for options in holders if options["body"] == "labels"}
     return f"; {', '.join(sorted(labels))}, through the server" if labels and WORDS[x.reply][0] == VOXELS else ""

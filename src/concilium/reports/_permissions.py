@@ -14,7 +14,7 @@ from concilium.study import Study
 
 WHY: Mapping[str, str] = {
     "split": "values of single voxels leave (maps of the network's first layers, and gradients)",
-    "labels": "the server can compute label maps from what it gets",
+    "labels": "the server can compute label maps from what it gets, or is told where patches lie that follow the labels",
     "open_weights": "weights leave the site as they are, readable by the server",
     "least_summed": "masked updates are added up, and the server reads the sum of this many sites",
     "reveal": "the server gets the finished model in the end",
@@ -57,7 +57,7 @@ def _of_model(model: Trained) -> dict[str, Any]:
     found: dict[str, Any] = {"open_weights": True}
     if model.splits:
         found["split"] = True
-    if options.get("reveal_labels"):
+    if options.get("reveal_labels") or options.get("patches") == "labels":
         found["labels"] = True
     if model.collects == "judged":
         found["shown"] = True

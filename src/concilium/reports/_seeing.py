@@ -60,6 +60,8 @@ def _sight(model: Trained) -> Iterator[tuple[str, ...]]:
         yield "maps: values of single voxels", OWN, "each site's, in every step", holder, NOBODY
         computes = f"{labels}: those that it computes" if labels else NOBODY
         yield "gradients of maps", OWN, "each site's, in every step", computes, NOBODY
+    if options.get("patches") == "labels":
+        yield "where patches lie, around the labels", f"{labels}: its own", "all", "all parties", NOBODY
     yield from _weights(model)
     yield (
         "that it takes part, when, how many bytes",

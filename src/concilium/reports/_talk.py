@@ -88,6 +88,10 @@ COLLECTED: Mapping[str, tuple[Exchange, ...]] = {
 }
 """How updates are collected -> what is asked beside; `secure_sum` asks it in place of `Train`."""
 
+_FOLLOWED = (Exchange(m.Where, m.Placed, ROUND, "the server and all parties"),)
+"""Where patches follow the labels (`vertical`)."""
+OF_LABELS = (m.Gradients, m.Placed)
+"""What of several parties (`vertical`) one alone answers, which has the labels."""
 _OWN_PLANS = (Exchange(m.Describe, m.Described, SETTING), Exchange(m.Share, m.Done, SETTING))
 _MADE_BESIDE: Mapping[str, tuple[Exchange, ...]] = {
     PERSONAL: (),
@@ -163,6 +167,8 @@ def exchanges(model: Trained) -> tuple[Exchange, ...]:
         own = TALK.get(model.protocol, _ANYTHING) + COLLECTED.get(model.collects, _ANYTHING)
     if model.protocol == "centralized":  # in one place, from which nothing leaves
         own = TALK["centralized"]
+    if model.protocol == "vertical" and study.protocol.options["patches"] == "labels":
+        own = (*own, *_FOLLOWED)
     plans = _OWN_PLANS if study.plan.fingerprint == "site" else ()
     return (*_STUDY, *plans, *own, *_MODEL)
 
@@ -202,6 +208,6 @@ def how_often(often: str, model: Trained) -> str:
 def n_messages(model: Trained, site: str, rounds: int, steps: int) -> int:
     """How many answers a site gives in so many rounds and steps of training, scoring not counted."""
     tail = model.protocol != "vertical" or site == model.study.protocol.options["labels"]
-    asked = [x for x in exchanges(model) if x.sure and (tail or x.reply is not m.Gradients)]
+    asked = [x for x in exchanges(model) if x.sure and (tail or x.reply not in OF_LABELS)]
     judged = (len(model.study.sites) - 1) * any(x.often == OTHERS for x in exchanges(model))
     return rounds * (judged + sum(x.often == ROUND for x in asked)) + steps * sum(x.often == STEP for x in asked)

@@ -52,6 +52,7 @@ WORDS: Mapping[type, tuple[str, str]] = {
     m.Evaluated: (SCORES, "How well the model segments the site's cases: averages over patients; or, where the site "
                           "allows it, the "
                           "scores and volumes of each case under a made-up number."),
+    m.Placed: (VOXELS, "Where patches lie that follow the labels: about where the structures are in each case."),
     m.Looked: (VOXELS, "What the first layers make of every place of a case that is to be segmented; how many cases "
                        "there are."),
     m.Judged: (SCORES, "How well another site's update segments a few of this site's cases: one number, and of how "
