@@ -2,14 +2,15 @@
 
     python benchmarks/vertical.py data/glioma --out data/glioma-parties
     concilium run studies/glioma-vertical.toml --out runs/glioma-vertical
-    python benchmarks/vertical.py data/glioma --out data/glioma-mixed --mix FLAIR
+    python benchmarks/vertical.py data/glioma --out data/glioma-mixed --mix FLAIR --study studies/glioma-vertical.toml
+    concilium run data/glioma-mixed/study.toml --out runs/glioma-mixed
     python benchmarks/vertical.py --out data/sequences        # a phantom whose lesions need two sequences
     concilium run studies/two-sequences.toml --out runs/two-sequences
 
 The first command lays `glioma` out as three folders, one for each sequence, of the patients of all its institutions (links, no
 copies); the institute with the T1 images has the label maps. `--leave` holds an institution out: its patients are the test set.
 `--mix` gives one sequence's images to other patients, at the institute only: what happens where identifiers
-do not mean the same.
+do not mean the same. `--study` writes that study beside the data, on them and without its variants.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import os
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from concilium.data.phantom_sequences import write_sequences
+from concilium.study import read_study, to_toml
 
 SEQUENCES = ("T1", "FLAIR", "T1ce")
 INSTITUTIONS = ("du", "ht", "cs", "fg")
@@ -94,11 +97,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the institutes; replaced")
     parser.add_argument("--leave", choices=INSTITUTIONS, help="institution whose patients become the test set")
     parser.add_argument("--mix", choices=SEQUENCES, help="sequence whose images go to other patients")
+    parser.add_argument("--study", type=Path, help="study to write beside the data, without its variants")
     given = parser.parse_args(arguments)
     if given.data is None:
         write_sequences(given.out, n_cases=30, n_test=10)
     else:
         lay_out(given.data, given.out, leave=given.leave, mix=given.mix)
+    if given.study is not None:
+        study = read_study(given.study)
+        sites = {
+            n: replace(site, data=given.out.resolve() / str(site.data and site.data.name))
+            for n, site in study.sites.items()
+        }
+        test = replace(study.test, data=given.out.resolve() / "test") if study.test else None
+        (given.out / "study.toml").write_text(
+            to_toml(replace(study, sites=sites, test=test, variants={})), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
