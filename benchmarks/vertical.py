@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         lay_out(given.data, given.out, leave=given.leave, mix=given.mix)
     if given.study is not None:
-        study = read_study(given.study)
+        study = read_study(given.study, check_data=False)
         sites = {
             n: replace(site, data=given.out.resolve() / str(site.data and site.data.name))
             for n, site in study.sites.items()
