@@ -16,6 +16,7 @@ import SimpleITK as sitk
 import concilium as cc
 from concilium import cli
 from concilium.data.phantom import PhantomSite, write_phantom
+from concilium.data.phantom_sequences import SEQUENCES, write_sequences
 from concilium.errors import StudyError
 
 Command = Callable[..., tuple[int, str, str]]
@@ -193,3 +194,22 @@ def test_what_stays_at_a_site_is_not_shared(uneven: Path) -> None:
     assert (
         cc.plan(study(uneven, *two, sharing={"keep": ["decoder"]}), forecast=False).sites["shared"] < everything
     ).all()
+
+
+def test_parties_of_the_same_patients_have_one_plan(tmp_path: Path, command: Command) -> None:
+    """No plan of a party alone, each its own channels only, and what training costs."""
+    write_sequences(tmp_path, n_cases=8, n_test=2, size=16)
+    file = tmp_path / "study.toml"
+    file.write_text(
+        "[study]\nname = 'parties'\n"
+        + "".join(f"[sites.{n}]\ndata = '{tmp_path / n}'\nholds = ['{n}']\n" for n in SEQUENCES)
+        + "[protocol]\nname = 'vertical'\nlabels = 'first'\ncut = 'shallow'\nrounds = 1\nsteps = 1\n"
+        "[network]\nname = 'unet'\nbase_features = 4\nlevels = 2\n[training]\npatch_size = [8, 16, 16]\n"
+        "[forecast]\nsite_gflops = 10\nserver_gflops = 10\n"
+    )
+    code, out, err = command(file)
+    assert (code, "Warning" in out + err) == (0, False)
+    assert "alone" not in out
+    assert "no foreground" not in out
+    assert all(f"vertical shallow │ {kind:>8}" in out for kind in ("float32", "float16", "bfloat16", "int8"))
+    assert "One plan for all parties" in out + err

@@ -29,12 +29,20 @@ from concilium.preparation import Event, Ledger, ask_sites, on_folders, plan_for
 from concilium.record import Record
 from concilium.schedule import Setting, settings
 from concilium.sharing import Table, described, kept_of, shared_now, table_of
-from concilium.study import ForecastTable, StartTable, Study, divide, names_of
+from concilium.study import ForecastTable, StartTable, Study, divide, is_vertical, names_of, places
 from concilium.suitability import Advice, Axes, Outline, View, advise, view_of
 
 AXES = ("z", "y", "x")
 """Names of the file's axes, its last first, as arrays have them."""
 Range = tuple[float, float]
+OF_PARTIES = Advice(
+    "one",
+    (),
+    "One plan for all parties: they have the same patients, whose geometry whoever has the labels tells.",
+    (),
+    (),
+    (),
+)
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,9 @@ def _plans(
     own: dict[str, Plans] = {}
     why_not: dict[str, str] = {}
     for site, fingerprint in told.fingerprints.items():
+        if is_vertical(study):
+            why_not[site] = "its channels are of the same patients as the others'"
+            continue
         watch(Event("stage", f"Planning for {site} alone"))
         record.write_text(f"fingerprints/{site}.json", to_json(fingerprint))
         try:
@@ -173,18 +184,21 @@ def _plans(
     networks = {site: _table(study, plans) for site, plans in own.items()}
     of_all = _table(study, joint_plans)
     shared = _shared(study, joint_plans, own, networks)
-    views = {}
+    views, held = {}, places(study) if is_vertical(study) else {}
     for site in (s for s in study.sites if s in told.fingerprints):
         fingerprint = told.fingerprints[site]
         shape, spacing = _medians(fingerprint, joint.axes)
         outline = _outline(study, own[site], fingerprint) if site in own else None
         views[site] = view_of(
-            joint, n_cases=fingerprint.n_cases, shape=shape, spacing=spacing, ranges=_ranges(fingerprint), own=outline,
-            why_not=why_not.get(site, ""), differs=networks.get(site, of_all) != of_all, shared=shared.get(site),
+            joint, n_cases=fingerprint.n_cases, shape=shape, spacing=spacing,
+            ranges=_ranges(fingerprint, held.get(site)), own=outline, why_not=why_not.get(site, ""),
+            differs=networks.get(site, of_all) != of_all, shared=shared.get(site),
         )  # fmt: skip
+    n_cases = len(told.patients) if is_vertical(study) else sum(v.n_cases for v in views.values())
+    advice = OF_PARTIES if is_vertical(study) else advise(joint, views)
     return Planned(
-        study.study.name, study.plan.configuration, sum(v.n_cases for v in views.values()), told.channels, joint, views,
-        advise(joint, views), tuple(ledger.warnings), tuple(ledger.problems), tuple(record.excluded(study.sites)),
+        study.study.name, study.plan.configuration, n_cases, told.channels, joint, views, advice,
+        tuple(ledger.warnings), tuple(ledger.problems), tuple(record.excluded(study.sites)),
     )  # fmt: skip
 
 
@@ -257,6 +271,9 @@ def _medians(fingerprint: Fingerprint, axes: Sequence[str]) -> tuple[Axes, Axes]
     return tuple(map(float, shape)), tuple(map(float, spacing))
 
 
-def _ranges(fingerprint: Fingerprint) -> tuple[Range | None, ...]:
-    """From 0.5 to 99.5 % of the foreground of each channel."""
-    return tuple((percentile(c, 0.5), percentile(c, 99.5)) if len(c.keys) else None for c in fingerprint.channels)
+def _ranges(fingerprint: Fingerprint, held: Sequence[int] | None = None) -> tuple[Range | None, ...]:
+    """From 0.5 to 99.5 % of the foreground of each channel; of a party, of those that it holds."""
+    return tuple(
+        (percentile(c, 0.5), percentile(c, 99.5)) if len(c.keys) and (held is None or i in held) else None
+        for i, c in enumerate(fingerprint.channels)
+    )

@@ -8,6 +8,8 @@ the study tells (`[forecast]`), or which is timed on this one; then what the lin
                          end a reply and the weights of front and tail; but no less than the server needs for the steps of all
     v2                   the same one site after the other, but for the fronts, which sites compute while they wait
     sequential           one site after the other
+    vertical             its steps, each the slowest front with its maps and their gradients, the server's share, and the tail
+                         with what it takes and gives back; four replies a step; at the end a reply and the weights
 
 Every site has a link of its own, of the same speed both ways; the server's is taken to be wide enough for all. Reading and
 augmenting patches, headers of messages, and validation are not in it.
@@ -23,18 +25,21 @@ from torch import Tensor
 
 from concilium.data.plan import open_plan
 from concilium.errors import StudyError
-from concilium.forecast import crossing_of, step_bytes
-from concilium.loads import split_loads, whole_load
+from concilium.forecast import crossing_of, party_bytes, step_bytes
+from concilium.loads import Load, party_loads, split_loads, whole_load
 from concilium.local_updates import exchanges
+from concilium.networks._fusion import FRONTS, tail_of
 from concilium.planning import Plans, batch_size_of, initial_weights, network_of
 from concilium.protocols.splitfed import ONE_BODY
 from concilium.record import Record
 from concilium.schedule import Setting, models
 from concilium.sharing import EVERYTHING, Sharing
-from concilium.speed import speed_of, time_split, time_whole
-from concilium.study import ForecastTable, Study, training_of, undefended
+from concilium.speed import speed_of, time_parties, time_split, time_whole
+from concilium.study import ForecastTable, Study, is_vertical, training_of, undefended
 from concilium.transport import KINDS
 
+FORECAST = ("federated", "splitfed", "vertical")
+"""Protocols whose costs can be told."""
 SUM = 28
 """Bytes that the server holds of each value while it averages: the weights before and after, the pair of the sum, an update."""
 
@@ -86,6 +91,9 @@ def every_way(
     """
     study = setting.study
     p = study.protocol
+    if is_vertical(study):
+        watch("Forecasting vertical")
+        return vertical_costs(setting, plans, cases, kinds=KINDS)
     splits = p.name == "splitfed"
     network = network_of(undefended(study), replace(plans, by_site={}))
     named = network(deep_supervision=False)
@@ -106,21 +114,31 @@ def every_way(
 def note_cost(setting: Setting, plans: Plans, cases: Mapping[str, int], record: Record) -> list[str]:
     """Write down for the report what the setting's own model will cost, if the study has `[forecast]`; why that cannot be told.
 
-    It is told of `federated` and `splitfed`, with local updates that exchange nothing but weights.
+    It is told of `federated`, `splitfed` and `vertical`, with local updates that exchange nothing but weights.
     """
     study = setting.study
     p = study.protocol
-    if study.forecast is None or exchanges(study.local_update.name) or p.name not in ("federated", "splitfed"):
+    if study.forecast is None or exchanges(study.local_update.name) or p.name not in FORECAST:
         return []
     try:
-        if p.name == "federated":
-            cost = federated_cost(setting, plans, cases)
-        else:
-            (cost,) = splitfed_costs(setting, plans, cases, cut=_cut(study), kinds=(p.options["transport"],))
+        cost = own_cost(setting, plans, cases)
     except Exception as e:  # a network from outside need not run on shapes alone, and training goes on all the same
         return [f"{setting.title}: what training costs could not be forecast ({type(e).__name__}: {e})."]
     record.write_json(f"forecast/{setting.title}{setting.suffix}.json", asdict(cost))
     return []
+
+
+def own_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> Cost:
+    """Of the setting's own protocol, one of `FORECAST`."""
+    p = setting.study.protocol
+    if p.name == "federated":
+        return federated_cost(setting, plans, cases)
+    kinds = (p.options["transport"],)
+    if is_vertical(setting.study):
+        (cost,) = vertical_costs(setting, plans, cases, kinds=kinds)
+    else:
+        (cost,) = splitfed_costs(setting, plans, cases, cut=_cut(setting.study), kinds=kinds)
+    return cost
 
 
 def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> Cost:
@@ -182,6 +200,55 @@ def splitfed_costs(
         memory = server_load.memory * (1 if variant in ONE_BODY else len(sites))
         seconds, of_server = _split_seconds(study, variant, sites, at_server), at_server * sum(steps.values())
         found.append(Cost("splitfed", variant, cut, kind, sites, memory, of_server, seconds, study.protocol.rounds))
+    return found
+
+
+def vertical_costs(setting: Setting, plans: Plans, cases: Mapping[str, int], *, kinds: Sequence[str]) -> list[Cost]:
+    """Of vertical training as each of these kinds of transport; of a party that is left out of steps, those that it takes.
+
+    Raises:
+        StudyError: the network cannot be cut so.
+    """
+    study, training = setting.study, training_of(setting.study)
+    options, steps = study.protocol.options, _steps(setting, plans, cases)
+    network, batch = network_of(study, plans), _batch(study, plans, "")
+    labels = str(options["labels"])
+    after = FRONTS if options["body"] == "labels" else tail_of(network(deep_supervision=False))
+    loads, at_server, tail = party_loads(network, batch, training, after=after, labels=labels)
+    of_all = Load(sum(load.flops for load in loads.values()), 0)
+    clock = partial(time_parties, network, training, after=after, labels=labels)
+    speed = speed_of(hardware_of(study), study.engine.device, clock, batch, of_all, at_server)
+    at_tail, server_s, link = speed.site * tail, speed.of_server(at_server), _link(study)
+    found = []
+    for kind in kinds:
+        told = party_bytes(
+            network, batch=batch, precision=training.precision, after=after, labels=labels, transport=kind
+        )
+        sites = {}
+        for site, n in steps.items():
+            taken = n if site == labels else round(n * (1 - options["drop"]))
+            up, down = told[site].round(taken)
+            sites[site] = SiteCost(up, down, loads[site].memory, taken * speed.of_site(loads[site]), taken)
+        (n_steps,) = set(steps.values())
+        fronts = [
+            speed.of_site(loads[site]) - at_tail * (site == labels) + link(b.step_up + b.step_down, 2)
+            for site, b in told.items()
+        ]
+        weights = max(link(2 * b.weights, 1) for b in told.values())
+        seconds = n_steps * (max(fronts) + server_s + at_tail + link(0, 2)) + weights
+        found.append(
+            Cost(
+                "vertical",
+                "",
+                _cut(study),
+                kind,
+                sites,
+                at_server.memory,
+                n_steps * server_s,
+                seconds,
+                study.protocol.rounds,
+            )
+        )
     return found
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from concilium.loads import parties_of
 from concilium.networks import Stages, cut_apart
+from concilium.networks._fusion import FRONTS
 from concilium.optimization import autocast
 from concilium.transport import size_of
 
@@ -78,6 +80,38 @@ def split_bytes(
     crossing = crossing_of(network, cut, **how)
     weights = sum(t.numel() * t.element_size() for t in crossing.at_site.values())
     return SplitBytes(*step_bytes(crossing.sent, crossing.left, transport), weights)
+
+
+def party_bytes(
+    network: Callable[..., Stages],
+    *,
+    batch: tuple[int, ...],
+    precision: str,
+    after: str,
+    labels: str,
+    transport: str = "float32",
+) -> dict[str, SplitBytes]:
+    """Of each party what it sends and receives in vertical training; `after`, `labels`: as for `loads.party_loads`.
+
+    A party sends its maps and receives their gradients. Whoever has the labels receives besides what the tail takes, and sends
+    the gradient of that. A step that a party is left out of is not in it.
+    """
+    with FakeTensorMode(), torch.device("cpu"):
+        whole = network() if after == FRONTS else network(deep_supervision=False)
+        cut = parties_of(whole, after=after, labels=labels)
+        image = torch.empty(batch)
+        with autocast(torch.device("cpu"), precision):
+            sent = {name: cut.own[name].front.run((image[:, list(places)],)) for name, places in cut.channels.items()}
+            left = cut.body.run(tuple(m for maps in sent.values() for m in maps))
+        found = {}
+        for name, own in cut.own.items():
+            up, down = step_bytes(sent.get(name, ()), (), transport)
+            if name == labels:
+                more_down, more_up = step_bytes(left, (), transport)
+                up, down = up + more_up, down + more_down
+            weights = sum(t.numel() * t.element_size() for t in own.held.state_dict().values())
+            found[name] = SplitBytes(up, down, weights)
+        return found
 
 
 def step_bytes(sent: Sequence[Tensor], left: Sequence[Tensor], transport: str = "float32") -> tuple[int, int]:

@@ -8,11 +8,11 @@ kernels need besides is not in it. The stand-in is a soft Dice, which keeps abou
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from concilium.errors import ContractError
 from concilium.messages import Training
 from concilium.networks import Parts, Stack, Stages, cut_apart
+from concilium.networks._fusion import FRONTS, Own, fronts_of, own_part
 from concilium.optimization import autocast
 
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
@@ -80,6 +82,87 @@ def split_loads(
         split_step(parts, torch.empty(*batch), training, at_site=site.watched, at_server=server.watched)
         del kept
     return Load(site.flops, site.most), Load(server.flops, server.most)
+
+
+def party_loads(
+    build: Callable[..., Stages], batch: Sequence[int], training: Training, *, after: str, labels: str
+) -> tuple[dict[str, Load], Load, int]:
+    """Of each party of a network of several, of the server, and the operations of the label holder's tail alone.
+
+    Args:
+        after: the stage after which the tail begins; of the fronts, where the server has no part.
+        labels: who has the tail.
+    """
+    server, tail = _Held(), _Held()
+    with FakeTensorMode(), CPU:
+        whole = build(deep_supervision=training.deep_supervision and after == FRONTS)
+        cut = parties_of(whole, after=after, labels=labels)
+        held = {name: _Held() for name in cut.own}
+        kept = []
+        for one, part in (*((held[n], own.held) for n, own in cut.own.items()), (server, cut.body)):
+            with one.watched():
+                one.note(part.state_dict().values())
+                kept += _moments(part, training)
+        at = {name: one.watched for name, one in held.items()}
+        party_step(cut, torch.empty(*batch), training, at=at, at_tail=tail.watched, at_server=server.watched)
+        del kept
+    loads = {name: Load(one.flops, one.most) for name, one in held.items()}
+    return loads, Load(server.flops, server.most), tail.flops
+
+
+@dataclass(frozen=True)
+class Parties:
+    """A network of several parties, by who has what."""
+
+    own: Mapping[str, Own]
+    channels: Mapping[str, Sequence[int]]
+    body: Stages
+    labels: str
+    each: int
+    """Maps of a party."""
+
+
+def parties_of(whole: Stages, *, after: str, labels: str) -> Parties:
+    """Cut it.
+
+    Raises:
+        ContractError: it is none of several parties.
+    """
+    fronts = fronts_of(whole)
+    if fronts is None:
+        raise ContractError(
+            f"A network of stages {', '.join(whole.names[:3])}, ... has no fronts. Expected some. Report this."
+        )
+    names = dict.fromkeys([*fronts.parties, labels])
+    own = {name: own_part(whole, name, tail_after=after, labelled=name == labels) for name in names}
+    body = whole.split(FRONTS, after)[1] if after != FRONTS else Stages({})
+    return Parties(own, fronts.channels, body, labels, fronts.each)
+
+
+def party_step(
+    cut: Parties, images: Tensor, training: Training, *, at: Mapping[str, Watch], at_tail: Watch, at_server: Watch
+) -> None:
+    """Forward and back of several parties, each owner's share within its context; that of the tail in one of its own besides."""
+    with autocast(images.device, training.precision):
+        sent = {}
+        for name, channels in cut.channels.items():
+            with at[name]():
+                sent[name] = cut.own[name].front.run((images[:, list(channels)],))
+        with at_server():
+            came = _leaves([m for maps in sent.values() for m in maps])
+            left = cut.body.run(came)
+        tail = cast(Stages, cut.own[cut.labels].tail)
+        with at[cut.labels](), at_tail():
+            mine = _leaves(left)
+            torch.autograd.backward(_loss(tail.run(mine)))
+        with at_server():
+            if cut.body.names:
+                _back(left, mine)
+            else:
+                came = mine
+        for i, (name, maps) in enumerate(sent.items()):
+            with at[name]():
+                _back(maps, came[i * cut.each : (i + 1) * cut.each])
 
 
 def whole_step(network: Stages, images: Tensor, training: Training, *, at_site: Watch) -> None:

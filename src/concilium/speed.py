@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
@@ -12,9 +12,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from concilium.loads import Load, split_step, whole_step
+from concilium.loads import Load, parties_of, party_step, split_step, whole_step
 from concilium.messages import Training
 from concilium.networks import Stages, cut_apart
+from concilium.networks._fusion import FRONTS
 from concilium.optimization import device_named, make_optimizer
 from concilium.study import ForecastTable
 
@@ -102,6 +103,24 @@ def time_whole(network: Callable[..., Stages], training: Training, images: Tenso
     with of_optimizer.running():
         optimizer.step()
     return clock.seconds, 0.0, of_optimizer.seconds, 0.0
+
+
+def time_parties(
+    network: Callable[..., Stages], training: Training, images: Tensor, *, after: str, labels: str
+) -> Seconds:
+    """The same of a network of several parties: of them all together, and of one's optimiser in the mean."""
+    built = network(deep_supervision=training.deep_supervision and after == FRONTS).to(images.device)
+    cut = parties_of(built, after=after, labels=labels)
+    clocks = [_Clock(images.device) for _ in range(4)]
+    at = dict.fromkeys(cut.own, clocks[0].running)
+    party_step(cut, images, training, at=at, at_tail=nullcontext, at_server=clocks[1].running)
+    for part, clock in (*((own.held, clocks[2]) for own in cut.own.values()), (cut.body, clocks[3])):
+        if any(True for _ in part.parameters()):
+            optimizer = make_optimizer(part, training)
+            with clock.running():
+                optimizer.step()
+    at_sites, at_server, of_sites, of_server = (clock.seconds for clock in clocks)
+    return at_sites, at_server, of_sites / len(cut.own), of_server
 
 
 def time_split(

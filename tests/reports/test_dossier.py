@@ -174,7 +174,7 @@ def test_what_is_forecast_is_what_is_sent(ran: list[tuple[Study, Path, Sent]]) -
                 least = said * (m.rounds - (name == "chain")) / m.rounds
                 assert least <= is_ < 1.05 * said + 12_000 * m.rounds, (name, site, is_, said)
     assert isinstance(told["local"], str)
-    assert isinstance(forecasts(ran[1][0])["vertical"], str)
+    assert forecasts(ran[1][0])["vertical"].keys() == set(SEQUENCES)
 
 
 def test_messages_are_counted_as_they_were_sent(ran: list[tuple[Study, Path, Sent]]) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from safetensors.torch import load_file
 import concilium
 from concilium import wire
 from concilium.data.phantom_sequences import SEQUENCES, write_sequences
+from concilium.data.plan import open_plan
 from concilium.errors import DataError, StudyError
 from concilium.line import Event, Outcome, run
+from concilium.loads import whole_load
+from concilium.planning import Plans, network_of
 from concilium.predict import predict
-from concilium.study import Study, parse_study, read_study, to_toml
+from concilium.study import Study, parse_study, read_study, to_toml, training_of
 
 Make = Callable[..., Study]
 N = 8
@@ -57,6 +62,13 @@ def whole(sequences: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Three institutes, with the baseline in one place."""
     study = study_on(sequences, protocol__compare=["centralized"], training__mirror=True)
     return run(study, tmp_path_factory.mktemp("parties") / "run")
+
+
+def plans_of(outcome: Outcome, data: Path) -> Plans:
+    text = (outcome.folder / "plans.json").read_text()
+    plan = open_plan(text, "3d_fullres")
+    labels = json.loads((data / "first/dataset.json").read_text())["labels"]
+    return Plans(text, SEQUENCES, labels, plan.patch_size, plan.batch_size)
 
 
 def digest(folder: Path) -> str:
@@ -159,6 +171,29 @@ def test_patches_that_follow_the_labels_are_the_label_holders(sequences: Path, t
         study_on(sequences, **changes, protocol__patches="labels", training__loader_workers=1), tmp_path / "again"
     )
     assert digest(follow.folder) == digest(again.folder)
+
+
+@pytest.mark.parametrize(("body", "transport"), [("server", "float32"), ("labels", "int8")])
+def test_what_is_forecast_is_what_is_sent(sequences: Path, tmp_path: Path, body: str, transport: str) -> None:
+    """Bytes of every party, and operations of all owners together those of the whole network."""
+    changes = {"protocol__rounds": 1, "protocol__steps": 4, "protocol__body": body, "protocol__transport": transport}
+    study = study_on(
+        sequences, forecast__mbit=100.0, forecast__site_gflops=10.0, forecast__server_gflops=10.0, **changes
+    )
+    outcome = run(study, tmp_path / "run")
+    assert outcome.results["warnings"] == []
+    told = json.loads((outcome.folder / "forecast/vertical.json").read_text())
+    line = json.loads((outcome.folder / "rounds.jsonl").read_text().splitlines()[0])
+    for name, site in told["sites"].items():
+        headers = 1200 * (4 * (3 if name == "first" else 1) + 2)
+        for key in ("up", "down"):
+            assert site[key] <= line["sites"][name][f"bytes_{key}"] <= 1.02 * site[key] + headers, (name, key)
+    build, training = network_of(study, plans_of(outcome, sequences)), training_of(study)
+    if body == "server":  # no head but the finest acts on maps of the server
+        build, training = partial(build, deep_supervision=False), replace(training, deep_supervision=False)
+    whole = whole_load(lambda deep_supervision: build(), (2, 3, 8, 16, 16), training)
+    flops = sum(site["seconds"] for site in told["sites"].values()) / 4 + told["server_seconds"] / 4
+    assert flops * 10e9 == pytest.approx(whole.flops)
 
 
 @pytest.mark.slow

@@ -30,12 +30,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from concilium import catalog
 from concilium.messages import Guard, PlugIn
 from concilium.networks import GUARD, Kinds, Stack, Stage, Stages, cut_apart
-from concilium.networks._fusion import FRONTS, Fronts, Received, fronts_of
+from concilium.networks._fusion import FRONTS, Fronts, Received, fronts_of, shapes_left
 
 RESTORE = "restore"
 """Begins the name of the stages in which the receiver undoes what of a defence can be undone."""
@@ -105,7 +104,7 @@ def defended(network: Stages, guard: Guard, *, image: tuple[int, ...]) -> Stages
     if (fronts := fronts_of(network)) is not None:
         return _defended_fronts(network, fronts, guard, image)
     parts = cut_apart(network, guard.cut, reveal_labels=guard.reveal_labels)
-    left = _left(parts.front, image)[-len(parts.taken) :]
+    left = shapes_left(parts.front, image)[-len(parts.taken) :]
     at_site, at_server = guards_of(parts.taken, left, guard.defences)
     front = {n: parts.front[n] for n in parts.front.names}
     rest = {n: part[n] for part in (parts.body, parts.tail) for n in part.names}
@@ -119,7 +118,7 @@ def _defended_fronts(network: Stages, fronts: Fronts, guard: Guard, image: tuple
     ends, receives = {}, {}
     for party in fronts.parties:
         front = fronts.of(party)
-        left = _left(front, (1, len(fronts.channels[party]), *image[2:]))
+        left = shapes_left(front, (1, len(fronts.channels[party]), *image[2:]))
         at_site, at_server = guards_of(front.kinds_after(("image",)), left, guard.defences)
         ends[party] = Stages({**{n: front[n] for n in front.names}, **at_site})
         receives[party] = Stages(at_server)
@@ -161,17 +160,6 @@ def guards_of(
 
 def _module(send: Callable[[Tensor], Tensor]) -> nn.Module:
     return send if isinstance(send, nn.Module) else _Called(send)
-
-
-def _left(front: Stages, image: tuple[int, ...]) -> Stack:
-    """What a front leaves of such images: shapes, and no values."""
-    tensors = {n: t.to("meta") for n, t in front.state_dict().items()}
-    was = front.training
-    try:  # a norm over the batch refuses to train on one image
-        logits = functional_call(front.eval(), tensors, (torch.empty(image, device="meta"),))
-    finally:
-        front.train(was)
-    return cast(Stack, logits[::-1])
 
 
 def undefended(front: Stages) -> tuple[Stages, Stages]:

@@ -7,13 +7,13 @@ trains in one place; `vertical` gives each front to its party.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from concilium.errors import ContractError, StudyError
 from concilium.networks import Kinds, Stack, Stage, Stages, cut_apart
@@ -145,9 +145,7 @@ def fused(
             f"of whole numbers ({', '.join(kinds)}), which have no mean. Allowed: a cut above, or a network without them, such "
             "as unet. Choose one."
         )
-    with torch.no_grad():
-        image = torch.zeros(1, len(next(iter(parties.values()))), *patch_size, device="meta")
-        features = [m.shape[1] for m in copy.deepcopy(first.front).to("meta").run((image,))]
+    features = [m.shape[1] for m in shapes_left(first.front, (1, len(next(iter(parties.values()))), *patch_size))]
     stages: dict[str, Stage] = {FRONTS: Fronts({name: c.front for name, c in cuts.items()}, parties)}
     stages[FUSE] = Fuse(tuple(parties), features, len(patch_size), how)
     stages |= {name: part[name] for part in (first.body, first.tail) for name in part.names}
@@ -205,6 +203,17 @@ def without(networks: Sequence[Stages], parties: Sequence[str], channels: Sequen
         cast(Fuse, network[FUSE]).absent = frozenset(parties)
         lacking |= {channels[place] for party in parties for place in fronts.channels[party]}
     return tuple(lacking)
+
+
+def shapes_left(front: Stages, image: tuple[int, ...]) -> Stack:
+    """What a front leaves of images of this shape (B, C, *spatial), the lowest first: shapes, and no values."""
+    tensors = {n: t.to("meta") for n, t in front.state_dict().items()}
+    was = front.training
+    try:  # a norm over the batch refuses to train on one image
+        logits = functional_call(front.eval(), tensors, (torch.empty(image, device="meta"),))
+    finally:
+        front.train(was)
+    return cast(Stack, logits[::-1])
 
 
 def _left(front: Stages) -> Kinds:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from concilium import catalog
 from concilium.advice import examined
-from concilium.costs import Cost, federated_cost, splitfed_costs
+from concilium.costs import FORECAST, Cost, federated_cost, own_cost
 from concilium.disclosure import without_paths
 from concilium.errors import ConciliumError
 from concilium.local_updates import exchanges
@@ -16,7 +16,7 @@ from concilium.preparation import Event, Ledger, plan_for
 from concilium.reports._found import Row
 from concilium.reports._talk import Trained, first_settings, n_messages, trained_in
 from concilium.schedule import Setting
-from concilium.study import ForecastTable, StartTable, Study, is_vertical
+from concilium.study import ForecastTable, StartTable, Study
 
 Watch: TypeAlias = Callable[[Event], None]
 TOLD = ForecastTable(site_gflops=1.0, server_gflops=1.0)
@@ -65,7 +65,7 @@ def why_not(model: Trained) -> str:
         return "All cases lie in one place, and nothing is sent."
     if study.engine.name == "flare":
         return "The network is planned from what the sites tell of their cases first; until then its size is not known."
-    if protocol not in ("federated", "splitfed", "cyclic"):
+    if protocol not in (*FORECAST, "cyclic"):
         return f"No forecast exists for the protocol {protocol}. Run it in a simulation, which counts every byte."
     if study.plan.fingerprint == "site":
         return (
@@ -85,8 +85,6 @@ def _of_titles(study: Study, watch: Watch) -> dict[str, Forecast]:
         share = 1 - 1 / there.validation.folds
         cases = {site: max(1, round(share * f.n_cases)) for site, f in told.fingerprints.items()}
         for title, setting in first_settings(there).items():
-            if is_vertical(setting.study):
-                continue
             watch(Event("stage", f"Forecasting {title}"))
             try:
                 plans = plan_for(setting, told, record, Ledger())
@@ -106,13 +104,9 @@ def _bare(study: Study) -> Study:
 
 
 def _cost(setting: Setting, plans: Any, cases: Mapping[str, int]) -> Cost:
-    p = setting.study.protocol
-    if p.name != "splitfed":
-        return federated_cost(setting, plans, cases)
-    cut = p.options["cut"]
-    after = (cut,) if isinstance(cut, str) else tuple(cut)
-    (cost,) = splitfed_costs(setting, plans, cases, cut=after, kinds=(p.options["transport"],))
-    return cost
+    if setting.study.protocol.name in FORECAST:
+        return own_cost(setting, plans, cases)
+    return federated_cost(setting, plans, cases)
 
 
 def _as_sent(model: Trained, told: Forecast) -> Forecast:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from concilium.advice import Planned
+from concilium.advice import OF_PARTIES, Planned
 from concilium.costs import Cost
 from concilium.reports._elements import duration, size
 from concilium.suitability import Outline, View, runs, spell
@@ -65,7 +65,7 @@ def _images(planned: Planned) -> Grid:
     rows = [
         (
             name, str(v.n_cases), numbers(v.shape), numbers(v.spacing), f"{v.anisotropy:.3g}",
-            _ranges(v.ranges, planned.channels if named else ()),
+            _ranges(v.ranges, planned.channels if named else (), held_only=planned.advice == OF_PARTIES),
         )
         for name, v in planned.sites.items()
     ]  # fmt: skip
@@ -89,12 +89,13 @@ def _plans(planned: Planned) -> Grid:
             name, patch, str(plan.batch_size), str(len(plan.strides)), runs(plan.kernels), runs(plan.strides[1:]), share
         )  # fmt: skip
 
+    alone = {} if planned.advice == OF_PARTIES else planned.sites
     rows = [row("joint plan", planned.joint, None)]
-    rows += [row(f"{name} alone", v.own, v.shared) for name, v in planned.sites.items()]
-    notes = [
-        "Strides: from the second stage on. Shared: of the parameters, those that a run by own plans would average."
-    ]
-    notes += [f"{name} has no plan of its own: {v.why_not}" for name, v in planned.sites.items() if v.own is None]
+    rows += [row(f"{name} alone", v.own, v.shared) for name, v in alone.items()]
+    notes = ["Strides: from the second stage on."]
+    if alone:
+        notes.append("Shared: of the parameters, those that a run by own plans would average.")
+    notes += [f"{name} has no plan of its own: {v.why_not}" for name, v in alone.items() if v.own is None]
     header = ("plan", "patch", "batch", "stages", "kernels", "strides", "shared")
     return Grid("Plans", header, tuple(rows), tuple(notes))
 
@@ -121,7 +122,10 @@ def _voxels(view: View) -> str:
     return f"×{view.voxels:.2f}, {change}"
 
 
-def _ranges(ranges: Sequence[tuple[float, float] | None], channels: Sequence[str]) -> str:
+def _ranges(ranges: Sequence[tuple[float, float] | None], channels: Sequence[str], *, held_only: bool = False) -> str:
+    if held_only:  # a party tells of its own channels
+        channels = [name for name, r in zip(channels, ranges, strict=True) if r is not None]
+        return "\n".join(f"{name} {spell(r)}" for name, r in zip(channels, filter(None, ranges), strict=True))
     told = ["no foreground" if r is None else spell(r) for r in ranges]
     if len(set(told)) == 1:
         return told[0]
