@@ -68,6 +68,7 @@ def account(
         for told in took.values():
             told |= {key: told[key] + (model.setting.study.personalize.steps or 0) for key in ("n_steps", "n_asked")}
     n_steps = [t["n_steps"] for t in took.values()]
+    seen = [n * batch_size(site) for n, site in zip(n_steps, took, strict=True)]
     return {
         "name": model.name,
         "seed": model.seed,
@@ -76,7 +77,7 @@ def account(
         "rounds": len(rounds),
         "selected_round": None if own else best.get(POOL, len(rounds)),
         "updates": max(n_steps),
-        "patches": sum(took[site]["n_steps"] * batch_size(site) for site in took),
+        "patches": max(seen) if model.protocol == "vertical" else sum(seen),  # parties see the same ones
         "batch_size": max(batch_size(site) for site in took),
         "seconds": round(sum(line["seconds"] for line in rounds), 3),
         "sites": took,

@@ -82,7 +82,7 @@ def scores(results: Any, model: str, subset: str) -> dict[str, float]:
 def test_it_ends_as_asked_and_each_has_its_own_part(whole: Outcome) -> None:
     results = whole.results
     assert (whole.exit_code, results["problems"]) == (0, [])
-    assert [m["name"] for m in results["models"]] == ["vertical", "centralized"]
+    assert [(m["name"], m["patches"]) for m in results["models"]] == [("vertical", 8), ("centralized", 8)]
     assert {c["site"] for c in results["cases"]} == {"first", "test"}
     assert scores(results, "vertical", "validation").keys() == scores(results, "centralized", "validation").keys()
     server = set(load_file(whole.folder / "weights/vertical.safetensors"))
