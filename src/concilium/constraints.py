@@ -51,6 +51,7 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[training] foreground": (lambda x: 0 <= x <= 1, "0 to 1"),
     "[training] clip_norm": (lambda x: x > 0, "more than 0"),
     "[training] loader_workers": (lambda x: x >= 0, "0 or more"),
+    "[training] views": (lambda x: x >= 0, "0 or more"),
     "[personalize] steps": (lambda x: x >= 1, "1 or more"),
     "[personalize] learning_rate": (lambda x: x > 0, "more than 0"),
     "[validation] folds": (lambda x: x >= 2, "2 or more"),

@@ -57,6 +57,8 @@ class Training:
     loader_workers: int
     loss: PlugIn
     local_update: PlugIn
+    views: int = 0
+    """Augmented patches of each case; 0: new ones in every step."""
 
 
 @dataclass(frozen=True)

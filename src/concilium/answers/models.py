@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from concilium.answers import Cut, Job
+from concilium.answers.features import FOLDER
 from concilium.answers.split import Session
 from concilium.answers.train import Learner
 from concilium.answers.vertical import Party
@@ -40,7 +41,7 @@ class Models:
             self._write_working()  # a request that fails goes back to the state on disk
             return self._resident[1]
         self.park()
-        learner = Learner(job, self.device, cut)
+        learner = Learner(job, self.device, cut, self._folder)
         if self._working(model).is_file():
             learner.load(self._working(model))
         self._resident, self._dirty = (model, learner), False
@@ -134,6 +135,7 @@ class Models:
         """Drop state and snapshots, and with `finished` the finished weights."""
         self.drop(model)
         shutil.rmtree(self._states(model), ignore_errors=True)
+        shutil.rmtree(self._folder / FOLDER, ignore_errors=True)  # a model that has use for it makes it again
         if finished:
             self._finished(model).unlink(missing_ok=True)
 

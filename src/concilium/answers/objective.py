@@ -42,7 +42,7 @@ class Teacher:
             self._network.load_state_dict(dict(self._weights))
             self._network.eval()
         with torch.no_grad(), self._precision():
-            return in_parts(self._network, image, self._micro_batch)
+            return in_parts(self._network, (image,), self._micro_batch)
 
 
 def make_objective(job: Job) -> Callable[[Sequence[Tensor], Batch], Tensor]:

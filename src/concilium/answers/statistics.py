@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
-from concilium.data.labels import annotation_mask, flaw, foreground, n_heads, unknown_labels
+from concilium.data.labels import Labels, annotation_mask, flaw, foreground, n_heads, unknown_labels
 from concilium.data.matching import Names, Space
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
@@ -141,7 +142,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         request.training,
         request.seed,
         parts,
-        _batches(own, request, plan, dataset, _partly(parts["training"]), settings.name) if own else None,
+        _batches(own, request, plan, dataset, _partly(parts["training"]), settings) if own else None,
         dataset.channels,
         _kept(request, network),
         unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
@@ -177,7 +178,7 @@ def _batches(
     plan: Plan,
     dataset: Dataset,
     annotated: Mapping[str, tuple[str, ...]],
-    site: str,
+    settings: Settings,
 ) -> Batches:
     """Where the batches of these cases come from. `annotated`: what was looked for, in cases where that is not all."""
     training = request.training
@@ -201,9 +202,17 @@ def _batches(
         augmentation=training.augmentation,
         deep_supervision=training.deep_supervision,
         annotated={case: annotation_mask(dataset.labels, names) for case, names in annotated.items()},
-        party=None if request.holding is None else site,
+        party=None if request.holding is None else settings.name,
         labelled=request.holding is None or request.holding.labelled,
+        views=training.views,
+        views_in=settings.cache / ".views" / _views_of(request, dataset.labels) if training.views else None,
     )
+
+
+def _views_of(request: Prepare, labels: Labels) -> str:
+    """A digest of what views depend on, beside seed and case."""
+    told = [request.plans, request.configuration, repr(request.training), repr(labels)]
+    return blake2b("\0".join(told).encode(), digest_size=16).hexdigest()
 
 
 def _partly(entries: Sequence[Entry]) -> dict[str, tuple[str, ...]]:

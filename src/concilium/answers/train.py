@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from concilium import catalog
 from concilium.aggregation import check_like
 from concilium.answers import Cancelled, Check, Cut, Job
+from concilium.answers.features import features_of
 from concilium.answers.leaving import leaving
 from concilium.answers.ledger import Draws, draws_of
 from concilium.answers.objective import Teacher, make_objective
@@ -34,13 +35,12 @@ from concilium.wire import part, read_tensors, write_tensors
 class Learner:
     """A model that trains at a site: network, optimiser, and in float16 the loss scale.
 
-    With a cut it is the front and the tail only; the body between them is the server's.
+    With a cut it is the front and the tail only; the body between them is the server's. In `folder` lies what does not change
+    from step to step.
     """
 
-    def __init__(self, job: Job, device: torch.device, cut: Cut | None = None) -> None:
-        self.job = job
-        self.device = device
-        self.cut = cut
+    def __init__(self, job: Job, device: torch.device, cut: Cut | None = None, folder: Path | None = None) -> None:
+        self.job, self.device, self.cut, self.folder = job, device, cut, folder
         self.parts: Parts | None = None
         self.own: Own | None = None
         self.brought: Brought | None = None
@@ -246,8 +246,7 @@ class Learner:
 
     def _lend(self, request: Train) -> Local:
         """What the steps of this round work on."""
-        training = self.job.training
-        received = self.weights()
+        training, received = self.job.training, self.weights()
         precision = partial(autocast, self.device, training.precision)
         lend = partial(
             Local,
@@ -263,6 +262,7 @@ class Learner:
             scaler=self.scaler,
             brought=self.brought,
             teacher=Teacher(self.job.network, received, self.device, precision, self.job.micro_batch),
+            kept=features_of(self.job, self.network, self.folder),
             control=request.control,
             memory=self.memory,
             personal=lend(own.network, own.optimizer, scaler=own.scaler) if (own := self.personal) else None,

@@ -18,12 +18,16 @@ from torch.utils.data import DataLoader
 
 from concilium.data.augment import Transforms, in_step, training_transforms
 from concilium.data.draws import drawn_from
+from concilium.data.kept import kept
 from concilium.data.labels import Labels
 from concilium.data.places import Key, Placing, places_of
 from concilium.data.plan import Plan
 from concilium.data.preprocess import Array, Prepared, label_rules, open_prepared
 from concilium.errors import ContractError, DataError
 from concilium.nnunet_parts import nnUNetDataLoader
+
+View: TypeAlias = tuple[str, int]
+"""A case, and the number of the view."""
 
 
 class Batch(NamedTuple):
@@ -40,6 +44,8 @@ class Batch(NamedTuple):
     patients: Tensor | None = None
     """int64 (B,), where patients were drawn, not patches: whose each patch is. Such a batch may be empty, and is a step all the
     same."""
+    views: tuple[View, ...] = ()
+    """Where cases have a fixed number of views: which each patch is. Never leaves the site."""
 
     @property
     def is_unknown(self) -> bool:
@@ -49,7 +55,8 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         annotated = None if self.annotated is None else self.annotated.to(device)
-        return Batch(self.image.to(device), tuple(x.to(device) for x in self.labels), annotated, self.patients)
+        labels = tuple(x.to(device) for x in self.labels)
+        return Batch(self.image.to(device), labels, annotated, self.patients, self.views)
 
 
 Augment: TypeAlias = tuple[Transforms, tuple[int, ...]]
@@ -69,6 +76,9 @@ class Batches:
         party: who draws, where several parties draw the same patches of the same cases, each of its own channels: then places,
             rotations and mirrorings depend on the key alone, and noise on the party too.
         labelled: of a party, whether it has the labels. Where `foreground` is not 0 another must be told the places (`tell`).
+        views: how many patches there are of each case, each a function of its number and the first part of the key alone; 0: of
+            every key others. Each is centred on foreground by chance.
+        views_in: folder in which views are kept, for nothing else; omitted: each is drawn whenever it is needed.
     """
 
     def __init__(  # noqa: PLR0913  (options of the study)
@@ -87,6 +97,8 @@ class Batches:
         annotated: Mapping[str, tuple[bool, ...]] | None = None,
         party: str | None = None,
         labelled: bool = True,
+        views: int = 0,
+        views_in: Path | None = None,
     ) -> None:
         if not prepared:
             raise DataError("There are 0 cases to train on. At least one is needed. Add cases, or use fewer folds.")
@@ -98,7 +110,7 @@ class Batches:
         )
         if party is not None:
             transforms = in_step(transforms, party)
-        self._annotated = dict(annotated or {})
+        self._annotated, self._views, self.views_in = dict(annotated or {}), views, views_in
         files = {name: p.path if isinstance(p, Prepared) else p for name, p in prepared.items()}
         self._files = files
         self._load = partial(
@@ -134,14 +146,32 @@ class Batches:
 
     def draw_named(self, *key: str | int) -> tuple[Batch, tuple[str, ...]]:
         """The same, and the case of each patch: for whoever owns the cases, since a batch that names them must not travel."""
+        if self._views:
+            batch = self._of_views(key)
+            return batch, tuple(case for case, _ in batch.views)
         if self._placing is not None:
             self._placing.begin(key)
-        with drawn_from(*key), _one_thread():
-            drawn = self._loader.generate_train_batch()
-        target = drawn["target"]
-        labels = tuple(target) if isinstance(target, list) else (target,)
-        cases = tuple(str(case) for case in drawn["keys"])
-        return Batch(drawn["data"], labels, self._mask(cases)), cases
+        image, labels, cases = _drawn(self._loader, key)
+        return Batch(image, labels, self._mask(cases)), cases
+
+    def _of_views(self, key: Key) -> Batch:
+        """Of the cases that would be drawn without views, views that are drawn."""
+        with drawn_from(*key):
+            cases = [str(case) for case in self._loader.get_indices()]
+            views = tuple((case, int(np.random.randint(self._views))) for case in cases)
+        each = [self._view(key[0], *view) for view in views]
+        image, *labels = (torch.cat(tensors) for tensors in zip(*each, strict=True))
+        return Batch(image, tuple(labels), self._mask(cases), None, views)
+
+    def _view(self, seed: str | int, case: str, number: int) -> list[Tensor]:
+        """Image and label maps of a view, kept or drawn."""
+
+        def make() -> list[Tensor]:
+            alone = self._load(_Cases([case], self._files), 1, probabilistic_oversampling=True)
+            image, labels, _ = _drawn(alone, (seed, "view", case, number))
+            return [image, *labels]
+
+        return kept(self.views_in, (seed, case, number, self._files[case].stat().st_mtime_ns), make)
 
     def _mask(self, cases: Sequence[str]) -> Tensor | None:
         """What was looked for in each of these cases; `None` where that is everything in all that there are."""
@@ -149,6 +179,15 @@ class Batches:
             return None
         every = (True,) * len(next(iter(self._annotated.values())))
         return torch.tensor([self._annotated.get(case, every) for case in cases])
+
+
+def _drawn(loader: Any, key: Key) -> tuple[Tensor, tuple[Tensor, ...], tuple[str, ...]]:
+    """The batch of this key: image, label maps, and the case of each patch."""
+    with drawn_from(*key), _one_thread():
+        drawn = loader.generate_train_batch()
+    target = drawn["target"]
+    labels = tuple(target) if isinstance(target, list) else (target,)
+    return drawn["data"], labels, tuple(str(case) for case in drawn["keys"])
 
 
 def stream(batches: Batches, keys: Sequence[Key], *, workers: int) -> Iterator[Batch]:

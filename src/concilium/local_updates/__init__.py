@@ -132,6 +132,8 @@ class Local:
     """What the channels of the logits stand for."""
     micro_batch: int | None = None
     """How many patches the network sees at once; `None`: all of a batch."""
+    kept: Callable[[Batch, int | None], Sequence[Tensor]] | None = None
+    """Logits of a batch of views, so many at a time, of which stages that do not train have kept what they make."""
     progress: float = 0.0
     """From 0 in the first round to 1 in the last."""
     n_patients: int = 0
@@ -218,20 +220,22 @@ def logits_of(local: Local, batch: Batch) -> Sequence[Tensor]:
     """Forget the gradient of the step before, and run the network on the batch, in micro-batches where the site says so."""
     local.optimizer.zero_grad(set_to_none=True)
     with local.autocast():
-        return in_parts(local.network, batch.image, local.micro_batch)
+        if local.kept is not None and batch.views:
+            return local.kept(batch, local.micro_batch)
+        return in_parts(local.network, (batch.image,), local.micro_batch)
 
 
-def in_parts(network: nn.Module, image: Tensor, size: int | None) -> Sequence[Tensor]:
+def in_parts(network: Callable[..., Sequence[Tensor]], maps: Sequence[Tensor], size: int | None) -> Sequence[Tensor]:
     """Logits of the whole batch, of which the network sees `size` patches at a time; of each part the logits alone are kept.
 
     Back-propagation then runs the network on each part once more, with the same draws of chance, and forgets it again. So the
     gradient is that of the whole batch, for a loss that counts over it too: gradients of parts, added up, are not (nnU-Net's
     Dice). Chen et al. 2016 (arXiv:1604.06174), over the batch as Gao et al. 2021 (arXiv:2101.06983).
     """
-    if size is None or size >= len(image):
-        whole: Sequence[Tensor] = network(image)
-        return whole
-    parts = [checkpoint(network, part, use_reentrant=False) for part in torch.split(image, size)]
+    if size is None or size >= len(maps[0]):
+        return network(*maps)
+    each = zip(*(torch.split(m, size) for m in maps), strict=True)
+    parts = [checkpoint(network, *part, use_reentrant=False) for part in each]
     return tuple(torch.cat(scale) for scale in zip(*parts, strict=True))
 
 

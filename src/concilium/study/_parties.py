@@ -158,6 +158,10 @@ def _not_with(found: Mapping[str, Any]) -> list[str]:
             f"[training] precision = 'float16' {given}: the scale of the loss would have to travel. Allowed: 'float32', "
             "'bfloat16'. Choose one."
         )
+    if t and t.views:
+        wrong.append(
+            f"[training] views = {t.views} {given}, whose parties draw every patch together. Allowed: 0. Take it out."
+        )
     if r is not None:
         wrong.append(
             f"[partition] data = '{r.data}' {given}: it divides patients. Allowed: none, and holds. Remove it."

@@ -13,7 +13,7 @@ from concilium.study.tables import Study, TrainingTable
 
 _DECIDED = (
     "optimizer", "learning_rate", "weight_decay", "momentum", "precision", "foreground", "augmentation", "clip_norm",
-    "deep_supervision",
+    "deep_supervision", "views",
 )  # fmt: skip
 """Keys of [training] that a trainer decides."""
 _RESOLVED = {"learning_rate": 0.01}

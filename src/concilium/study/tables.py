@@ -158,6 +158,9 @@ class TrainingTable:
     """Also compute the loss at the coarser resolutions of the decoder."""
     loader_workers: int = 0
     """Processes that make batches ahead; 0: none."""
+    views: int = 0
+    """How many augmented patches there are of each case, drawn once and for all; 0: new ones in every step. What stages at the
+    network's beginning that do not train make of each is computed once."""
 
 
 @dataclass(frozen=True)
@@ -271,5 +274,5 @@ def training_of(study: Study) -> Training:
     rate = t.learning_rate if t.learning_rate is not None else (0.01 if t.optimizer == "sgd" else 0.001)
     return Training(
         t.optimizer, rate, t.weight_decay, t.momentum, t.precision, t.foreground, t.mirror, t.augmentation, t.clip_norm,
-        t.deep_supervision, t.loader_workers, study.loss, study.local_update,
+        t.deep_supervision, t.loader_workers, study.loss, study.local_update, t.views,
     )  # fmt: skip
