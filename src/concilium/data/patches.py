@@ -171,7 +171,7 @@ class Batches:
             image, labels, _ = _drawn(alone, (seed, "view", case, number))
             return [image, *labels]
 
-        return kept(self.views_in, (seed, case, number, self._files[case].stat().st_mtime_ns), make)
+        return kept(self.views_in, (seed, case, number, self._files[case].stem), make)
 
     def _mask(self, cases: Sequence[str]) -> Tensor | None:
         """What was looked for in each of these cases; `None` where that is everything in all that there are."""
