@@ -65,7 +65,8 @@ class Features:
 
     def __init__(self, front: Stages, rest: Stages, folder: Path, *, about: Sequence[str]) -> None:
         self._front, self._rest = front, rest
-        made_by = blake2b("\0".join([digest_of(front.state_dict()), *about]).encode(), digest_size=16).hexdigest()
+        tensors = {**dict(front.named_parameters()), **dict(front.named_buffers())}
+        made_by = blake2b("\0".join([digest_of(tensors), *about]).encode(), digest_size=16).hexdigest()
         self._folder = folder / FOLDER / made_by
         for old in (folder / FOLDER).glob("*"):
             if old != self._folder:  # of other weights, or of other views
