@@ -33,7 +33,7 @@ def full() -> dict[str, NetworkSizes]:
 
 
 def test_all_ten_are_there(full: dict[str, NetworkSizes]) -> None:
-    assert full.keys() == TEN | {"nnunet"}
+    assert full.keys() == TEN | {"nnunet", "sam"}
     assert full.keys() | {"nnunet_trainer", "fused"} == set(catalog.names("networks"))
 
 
@@ -47,7 +47,7 @@ def test_parts_add_up_to_the_whole(full: dict[str, NetworkSizes]) -> None:
                 assert min(parts) > 0
 
 
-@pytest.mark.parametrize("name", sorted(TEN))
+@pytest.mark.parametrize("name", sorted(TEN | {"sam"}))
 def test_stages_add_up_to_what_runs(name: str) -> None:
     """PyTorch's counter, over a network that does run, forward as a whole."""
     network = sizes_of(name, size=(64, 48), options=small(name))
@@ -60,6 +60,8 @@ def test_stages_add_up_to_what_runs(name: str) -> None:
 
 
 def small(name: str) -> dict[str, Any]:
+    if name == "sam":
+        return {"size": "vit_t", "width": 16, "depth": 3, "heads": 2, "decoder_features": 16, "adapt": "adapters"}
     options = catalog.options("networks", name)
     blocks = {"blocks": tuple(min(n, 4) for n in options["blocks"].default)} if "blocks" in options else {}
     return {"base_features": 32 if name == "swin_unet" else 8} | blocks
@@ -196,8 +198,11 @@ def test_options_that_only_some_have_reach_those() -> None:
     coarsest = {n.name: n.stages[-3].stack[-1][-1] for n in found if n.name == "deeplabv3"}
     assert coarsest == {"deeplabv3": 8}
     assert {text.split(":")[0] for text in missing} == {"attention_unet", "ducknet", "sunet", "unet"}
-    with pytest.raises(StudyError, match=r"heads is not known to any network\. .*Known: base_features, blocks"):
-        all_sizes(options={"heads": 3})
+    with pytest.raises(
+        StudyError,
+        match=r"wheels is not known to any network\. .*Known: adapt, adapter_features",
+    ):
+        all_sizes(options={"wheels": 3})
 
 
 # ----------------------------------------------------------------------------------------------------------- as it is shown
@@ -227,7 +232,7 @@ def test_the_page_tells_sizes_and_options(full: dict[str, NetworkSizes]) -> None
 
 def works_in_3d(name: str) -> bool:
     try:
-        sizes_of(name, size=(32, 32, 32), options=small(name) if name in TEN else {})
+        sizes_of(name, size=(32, 32, 32), options=small(name) if name in TEN | {"sam"} else {})
     except StudyError:
         return False
     return True

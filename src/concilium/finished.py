@@ -12,7 +12,7 @@ from typing import cast
 
 from concilium import catalog
 from concilium.data.augment import mirror_axes
-from concilium.data.labels import Labels, from_nnunet, n_heads, unknown_labels
+from concilium.data.labels import Labels, from_nnunet, n_heads, unknown_labels, with_labels
 from concilium.data.plan import Plan, open_plan
 from concilium.defences import guarded
 from concilium.errors import StudyError
@@ -73,7 +73,7 @@ class Finished:
             self.study.network,
             n_channels=len(self.channels),
             n_labels=n_heads(self.labels),
-            plan=self.plan.architecture,
+            plan=with_labels(self.plan.architecture, self.labels),
             deep_supervision=self.study.training.deep_supervision,
         )
         image = (1, len(self.channels), *self.plan.configuration.patch_size)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from concilium.optimization import all_finite
 PREFIXES = ("_orig_mod.", "module.")
 """Before a name, from torch.compile and DistributedDataParallel; ignored."""
 _SHOWN = 5
+Refit: TypeAlias = Callable[[str, Tensor, torch.Size], Tensor | None]
 
 
 @dataclass
@@ -28,17 +29,23 @@ class Matched:
     missing: list[str] = field(default_factory=list)
     other_shape: dict[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
     """Name -> shape there, shape here."""
+    refitted: dict[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
+    """Of `weights`, those that were made to fit: name -> shape there, shape here."""
     unused: list[str] = field(default_factory=list)
     fraction: float = 0.0
     """Of the values of this network, heads not counted: those may have other labels."""
 
 
-def match(fresh: Tensors, there: Tensors, elsewhere: Mapping[str, str], file: Path) -> Matched:
+def match(
+    fresh: Tensors, there: Tensors, elsewhere: Mapping[str, str], file: Path, *, refit: Refit | None = None
+) -> Matched:
     """Tensors of the same name and shape, in the type that they have here.
 
     Args:
         fresh: the network's.
         there: those of the file, in which `elsewhere` tells our name of some.
+        file: where they are, for errors.
+        refit: what of our name, a tensor and a shape gives the tensor in this shape, where it depends on the size of images.
 
     Raises:
         DataError: a tensor that fits is not finite, or two that are one here differ.
@@ -48,8 +55,13 @@ def match(fresh: Tensors, there: Tensors, elsewhere: Mapping[str, str], file: Pa
         old = given.pop(name, None)
         if old is None:
             found.missing.append(name)
-        elif old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
-            found.other_shape[name] = (old.shape, new.shape)
+            continue
+        shapes, alike = (old.shape, new.shape), old.is_floating_point() == new.is_floating_point()
+        fits = refit(name, old.to(new), new.shape) if refit and alike and old.shape != new.shape else None
+        if fits is not None:
+            old, found.refitted[name] = fits, shapes
+        if old.shape != new.shape or not alike:
+            found.other_shape[name] = shapes
         else:
             found.weights[name] = old.to(new.dtype, copy=True).contiguous()
             if not all_finite([found.weights[name]]):
@@ -86,18 +98,24 @@ def as_table(file: Path, digest: str, matched: Matched, fresh: Tensors) -> dict[
         "tensors": len(fresh),
         "matched": list(matched.weights),
         "missing": matched.missing,
-        "other_shape": [
-            {"name": name, "there": list(there), "here": list(here)}
-            for name, (there, here) in matched.other_shape.items()
-        ],
+        "other_shape": _shapes(matched.other_shape),
+        "refitted": _shapes(matched.refitted),
         "unused": matched.unused,
     }
+
+
+def _shapes(found: Mapping[str, tuple[torch.Size, torch.Size]]) -> list[dict[str, Any]]:
+    return [{"name": name, "there": list(there), "here": list(here)} for name, (there, here) in found.items()]
 
 
 def note_of(table: Mapping[str, Any]) -> str:
     """The same in a line."""
     new = [*table["missing"], *(f"{e['name']} ({_shape(e['there'])} there)" for e in table["other_shape"])]
     text = f"Starting from {table['file']}: {len(table['matched'])} of {table['tensors']} tensors"
+    refitted = [
+        f"{e['name']} ({_shape(e['there'])} there, {_shape(e['here'])} here)" for e in table.get("refitted", ())
+    ]
+    text += f"; interpolated from another size: {_first(refitted)}" if refitted else ""
     return text + (f"; drawn anew: {_first(new)}" if new else "")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from concilium import catalog
 from concilium.data.draws import drawn_from
-from concilium.data.labels import Labels, looked_for, n_heads
+from concilium.data.labels import Labels, looked_for, n_heads, with_labels
 from concilium.data.parties import uncropped
 from concilium.data.plan import make_plans, open_plan
 from concilium.defences import guarded
@@ -128,7 +128,7 @@ def network_of(
         study.network,
         n_channels=len(plans.channels),
         n_labels=n_heads(plans.labels),
-        plan=plan.architecture,
+        plan=with_labels(plan.architecture, plans.labels),
         deep_supervision=study.training.deep_supervision,
     )
     return guarded(build, guard_of(study, cut), image=(1, len(plans.channels), *plan.configuration.patch_size))
@@ -195,12 +195,9 @@ def share_own_plans(
     mode = study.sharing.match
     elsewhere = {}
     if mode == "published":
-        shape = {"n_channels": len(plans.channels), "n_labels": n_heads(plans.labels)}
+        known = partial(names_elsewhere, study.network, n_channels=len(plans.channels), n_labels=n_heads(plans.labels))
         elsewhere = {
-            site: names_elsewhere(
-                study.network, plan=open_plan(plans.of(site), study.plan.configuration).architecture, **shape
-            )
-            for site in tables
+            site: known(plan=open_plan(plans.of(site), study.plan.configuration).architecture) for site in tables
         }
     axes = {site: tuple(json.loads(plans.of(site))["transpose_forward"]) for site in tables}
     sharing = match(tables, mode=mode, elsewhere=elsewhere, axes=axes)

@@ -22,7 +22,7 @@ from concilium.errors import ConciliumError, DataError, StudyError
 from concilium.finished import finished_models, open_finished
 from concilium.matching import as_table, match, note_of, require
 from concilium.messages import Tensors
-from concilium.networks import names_elsewhere
+from concilium.networks import beside_build, names_elsewhere
 from concilium.pth import read_pth
 from concilium.record import Record
 from concilium.study import Study, read_study
@@ -82,10 +82,10 @@ def start_of(
     if table is not None:
         return Start(read_tensors(path)[0], note_of(table), _changed(given, table))
     source = find_source(given)
-    known = partial(names_elsewhere, study.network, n_channels=n_channels, n_labels=n_labels)
-    elsewhere = _names_beside(source, study.plan.configuration, known) or known(plan=plan)
     digest, there = source.sha256, read_source(source)
-    matched = match(fresh, there, elsewhere, source.file)
+    known = partial(names_elsewhere, study.network, n_channels=n_channels, n_labels=n_labels, there=there.keys())
+    elsewhere = _names_beside(source, study.plan.configuration, known) or known(plan=plan)
+    matched = match(fresh, there, elsewhere, source.file, refit=beside_build(study.network, "refitted"))
     require(matched, study.start.min_matched, fresh=fresh, file=source.file)
     table = as_table(source.file, digest, matched, fresh) | {"min_matched": study.start.min_matched}
     write_tensors(path, matched.weights, {"sha256": digest})

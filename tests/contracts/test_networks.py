@@ -69,6 +69,9 @@ def small(name: str) -> dict[str, Any]:
     options = catalog.options("networks", name)
     if name == "fused":  # made of another network, of which it has all properties
         return {"of": "unet", "options": {"base_features": 4}}
+    if name == "sam":
+        encoder = {"width": 8, "depth": 3, "heads": 2, "window": 3, "whole_image_blocks": (1,), "patch": 4}
+        return encoder | {"image_size": 32, "decoder_features": 16}
     blocks = {"blocks": tuple(min(n, 4) for n in options["blocks"].default)} if "blocks" in options else {}
     return {option: n for option, n in few.items() if option in options} | blocks
 
@@ -263,9 +266,9 @@ def test_the_named_cuts_exist(name: str, cut: str) -> None:
     assert "image" not in (*parts.taken, *parts.left)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("deeplabv3",)])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("deeplabv3", "sam")])
 def test_the_finest_skip_stays_at_the_site_with_the_deep_cut(name: str) -> None:
-    """It lies beneath what the body reaches (SegNet's places too). DeepLabv3 has none."""
+    """It lies beneath what the body reaches (SegNet's places too). DeepLabv3 and Segment-Anything have none."""
     parts = cut_apart(made(name, deep_supervision=False), ("deep",))
     stack = parts.front.run((image(16, 24),))
     home = stack[: len(stack) - parts.body.reach()]

@@ -18,7 +18,7 @@ from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
-from concilium.data.labels import Labels, annotation_mask, flaw, foreground, n_heads, unknown_labels
+from concilium.data.labels import Labels, annotation_mask, flaw, foreground, n_heads, unknown_labels, with_labels
 from concilium.data.matching import Names, Space
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
@@ -264,7 +264,7 @@ def _builder(request: Prepare, plan: Plan, dataset: Dataset) -> Callable[..., St
         request.network,
         n_channels=len(dataset.channels if request.holding is None else request.channels),
         n_labels=n_heads(dataset.labels),
-        plan=plan.architecture,
+        plan=with_labels(plan.architecture, dataset.labels),
         deep_supervision=request.training.deep_supervision,
     )
 

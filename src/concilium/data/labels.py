@@ -103,6 +103,11 @@ def n_heads(labels: Labels) -> int:
     return n if has_regions(labels) else n + 1
 
 
+def with_labels(plan: Mapping[str, Any], labels: Labels) -> dict[str, Any]:
+    """A configuration of the plan with what networks are told of labels beside their number: whether they are regions."""
+    return {**plan, "regions": has_regions(labels)}
+
+
 def to_nnunet(labels: Labels) -> dict[str, Any]:
     """`labels`, and where there are regions `regions_class_order`, as in nnU-Net's `dataset.json`."""
     table: dict[str, Any] = {"labels": {n: sorted(v) if isinstance(v, tuple) else v for n, v in labels.items()}}

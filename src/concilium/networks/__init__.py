@@ -2,7 +2,8 @@
 
     build(*, n_channels: int, n_labels: int, plan: Mapping[str, Any], deep_supervision: bool, ...options) -> Stages
 
-`plan` is the configuration of nnU-Net's plan (`plans.json`); a network that does not need it ignores it. All other
+`plan` is the configuration of nnU-Net's plan (`plans.json`), and `regions`: whether labels are regions, which may overlap; a
+network that does not need it ignores it. All other
 keyword-only parameters are options of the study's `[network]` table.
 
 A stage takes the top `takes` maps of the stack and leaves `leaves` in their place. Names count resolution from the input:
@@ -17,14 +18,15 @@ point after it, nor after any later stage until the last such map is taken: thos
 (places within a pooling window) is uint8 and has no gradient. A map without channels (B, 0, *spatial), `_layers.frame_of`, only
 tells a size: that of the image, say, for a network whose finest map is coarser.
 
-A file may also have `names_elsewhere(*, plan, n_channels, n_labels) -> Mapping[str, str]`: our name of a tensor by each name that
-it has in published weights of this network, for studies that start from these.
+A file may also have, for studies that start from published weights, `names_elsewhere(*, plan, n_channels, n_labels, there)
+-> Mapping[str, str]`: our name of a tensor by each name that it has in these, of whose names `there` are the given file's; and
+`refitted(name, tensor, shape) -> Tensor | None`: a tensor of ours that was made for images of another size, in this shape.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias, cast
@@ -49,8 +51,6 @@ CUTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "deep": (("down1", "up1"),),
 }
 """Split points with a name: as near to the ends as may be, and one resolution deeper. The first pair that is allowed counts."""
-
-
 GUARD = "defence"
 """Begins the names of the stages with which a defended front ends (`concilium.defences`)."""
 
@@ -195,14 +195,15 @@ def cut_apart(network: Stages, cut: tuple[str, ...], *, reveal_labels: bool = Fa
         StudyError: the network cannot be cut so; the possible split points are listed.
     """
     points = network.split_points
-    heads = [name for name in points if _only_heads(network, name) and not reveal_labels]
+    last = next(
+        (name for name in reversed(network.names) if not name.startswith("head")), ""
+    )  # nothing but heads follows it
+    heads = [] if reveal_labels else [name for name in points if name == last]
     for after in network.cuts.get(cut[0], ()) if len(cut) == 1 else (cut,):
         fits = len(after) == 2 and list(after) == [name for name in points if name in after]
         if fits and after[-1] not in heads:
             return Parts(*network.split(_behind_guards(network, after[0]), after[1]))
-    leak = (
-        f" After {', '.join(heads)} only with reveal_labels = true: the server can compute the labels." if heads else ""
-    )
+    leak = f" After {', '.join(heads)} only with reveal_labels = true: the server can compute the labels." * bool(heads)
     if carrying := network.carrying:
         leak += f" After {', '.join(carrying)} the image itself, or a linear map of it, would cross: never."
     known = ", ".join(name for name in points if name not in heads) or "none, the network is one stage"
@@ -227,11 +228,6 @@ def _behind_guards(network: Stages, after: str) -> str:
             break
         after = name
     return after
-
-
-def _only_heads(network: Stages, after: str) -> bool:
-    """Whether nothing but heads comes after the stage."""
-    return all(name.startswith("head") for name in network.names[network.names.index(after) + 1 :])
 
 
 class Whole(Stage):
@@ -281,11 +277,17 @@ def make_network(
     return as_stages(cast(nn.Module, build(n_channels=n_channels, n_labels=n_labels, plan=plan, **options)))
 
 
-def names_elsewhere(network: PlugIn, *, n_channels: int, n_labels: int, plan: Mapping[str, Any]) -> Mapping[str, str]:
+def names_elsewhere(
+    network: PlugIn, *, n_channels: int, n_labels: int, plan: Mapping[str, Any], there: Collection[str] = ()
+) -> Mapping[str, str]:
     """Our names of the network's tensors by those of published weights, where the network knows such names."""
-    module = inspect.getmodule(catalog.load("networks", network.name))
-    known = getattr(module, "names_elsewhere", None)
-    return {} if known is None else known(plan=plan, n_channels=n_channels, n_labels=n_labels)
+    known = beside_build(network, "names_elsewhere")
+    return {} if known is None else known(plan=plan, n_channels=n_channels, n_labels=n_labels, there=there)
+
+
+def beside_build(network: PlugIn, function: str) -> Any:
+    """What the network's file has beside `build` by this name, or `None`."""
+    return getattr(inspect.getmodule(catalog.load("networks", network.name)), function, None)
 
 
 def bare(name: str) -> str:

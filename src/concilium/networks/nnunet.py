@@ -13,7 +13,7 @@ stages stay on the stack too, so that after `up0` it holds one map per head, coa
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -155,7 +155,9 @@ def from_library(
     return {name: given[first[name]] for name in shapes if name not in left_out}
 
 
-def names_elsewhere(*, plan: Mapping[str, Any], n_channels: int, n_labels: int) -> dict[str, str]:
+def names_elsewhere(
+    *, plan: Mapping[str, Any], n_channels: int, n_labels: int, there: Collection[str] = ()
+) -> dict[str, str]:
     """Our name of every tensor, by each of nnU-Net's names for it."""
     return _names(plan, n_channels, n_labels)[0]
 
