@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from concilium.errors import DataError, StudyError
-from concilium.matching import match, require
+from concilium.matching import as_table, match, note_of, require
 from concilium.messages import PlugIn
 from concilium.networks import names_elsewhere
 from concilium.start_from import Source, find_source, read_source
@@ -152,3 +152,34 @@ def test_a_damaged_safetensors_file_is_refused(content: bytes, tmp_path: Path) -
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(DataError, match="cannot be used as weights"):
         read_source(Source(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "files", "told"),
+    [
+        ({"license": "apache-2.0"}, {"README.md": "---\nlicense: mit\n---\n"}, "apache-2.0"),
+        (
+            {"format": "pt"},
+            {"README.md": '---\ntags:\n- x\nlicense: "mit"\nlibrary: y\n---\n# W\n', "LICENSE": "X"},
+            "mit",
+        ),
+        (
+            {},
+            {"README.md": "# W\n\nlicense: no front matter\n", "LICENSE": "\n  MIT License\n\nPermission"},
+            "MIT License",
+        ),
+        ({"licence": "a\x1b[31m\nb" + 200 * "c"}, {}, "a[31mb" + 74 * "c"),
+        ({}, {}, ""),
+    ],
+)
+def test_the_licence_is_what_the_file_or_what_lies_beside_it_says(
+    metadata: dict[str, str], files: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors", metadata=metadata)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert Source(tmp_path / "w.safetensors").licence == told
+    note = note_of(as_table(FILE, "0123456789abcdef", match(HERE, there(), {}, FILE), HERE) | {"licence": told})
+    assert note.endswith(
+        f"4 tensors (SHA-256 0123456789ab..., licence: {told or 'not told there; look where it came from'})"
+    )

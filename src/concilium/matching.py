@@ -116,7 +116,11 @@ def note_of(table: Mapping[str, Any]) -> str:
         f"{e['name']} ({_shape(e['there'])} there, {_shape(e['here'])} here)" for e in table.get("refitted", ())
     ]
     text += f"; interpolated from another size: {_first(refitted)}" if refitted else ""
-    return text + (f"; drawn anew: {_first(new)}" if new else "")
+    text += f"; drawn anew: {_first(new)}" if new else ""
+    if "licence" not in table:
+        return text
+    licence = table["licence"] or "not told there; look where it came from"
+    return f"{text} (SHA-256 {table['sha256'][:12]}..., licence: {licence})"
 
 
 def require(matched: Matched, least: float, *, fresh: Tensors, file: Path) -> None:

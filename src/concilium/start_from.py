@@ -8,6 +8,7 @@ a stop too, starts from the same.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,11 @@ CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
 """Of a fold of nnU-Net's model folder; the first that is there."""
 
 
+_LICENCE = re.compile(r"\A---\n(?:.*\n)*?licen[sc]e:[ \t]*(.+)\n(?:.*\n)*?---")
+_LONGEST = 80
+"""Characters of a licence's name that are shown."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Tensors of the study's network that take the place of drawn ones; `note` says in a line where they come from."""
@@ -48,12 +54,26 @@ class Source:
     file: Path
     plans: Path | None = None
     configuration: str = ""
+    of_run: bool = False
+    """Whether a run of Concilium wrote it."""
 
     @property
     def sha256(self) -> str:
         """Digest of the file."""
         with self.file.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def licence(self) -> str:
+        """What the file, the front matter of a README.md beside it or the first line of a LICENSE there says; else nothing."""
+        told = ""
+        if self.file.suffix == ".safetensors":
+            metadata = read_tensors(self.file)[1]
+            told = metadata.get("license", metadata.get("licence", ""))
+        if not told and (found := _LICENCE.search(_beginning(self.file.with_name("README.md")))):
+            told = found[1]
+        told = told or _beginning(self.file.with_name("LICENSE")).strip().partition("\n")[0]
+        return "".join(c for c in told.strip().strip("\"'") if c.isprintable())[:_LONGEST]
 
 
 def start_of(
@@ -88,6 +108,7 @@ def start_of(
     matched = match(fresh, there, elsewhere, source.file, refit=beside_build(study.network, "refitted"))
     require(matched, study.start.min_matched, fresh=fresh, file=source.file)
     table = as_table(source.file, digest, matched, fresh) | {"min_matched": study.start.min_matched}
+    table |= {} if source.of_run else {"licence": source.licence}
     write_tensors(path, matched.weights, {"sha256": digest})
     record.write_json(f"{name}.json", table)
     return Start(matched.weights, note_of(table))
@@ -137,7 +158,7 @@ def _in_run(run: Path, choice: str) -> Source:
             f"[network] weights: the run {run} holds no finished model {name!r}. {allowed(name, known)} "
             "Choose one with RUN#MODEL."
         )
-    return Source(open_finished(run, name).files[0])
+    return Source(open_finished(run, name).files[0], of_run=True)
 
 
 def _in_model_folder(folder: Path, folds: Sequence[Path], choice: str) -> Source:
@@ -170,6 +191,15 @@ def read_source(source: Source) -> dict[str, Tensor]:
         raise DataError(
             f"{source.file} cannot be used as weights ({type(e).__name__}). Expected a safetensors file. Copy it again."
         ) from e
+
+
+def _beginning(file: Path) -> str:
+    """The first text in a file; nothing where there is none."""
+    try:
+        with file.open("rb") as there:
+            return there.read(1 << 12).decode(errors="replace").replace("\r", "")
+    except OSError:
+        return ""
 
 
 def _names_beside(

@@ -63,6 +63,8 @@ def study_of(data: Path, name: str, cut: str, **changes: Any) -> Study:
     small = {"base_features": 32 if name == "swin_unet" else 4} if "base_features" in options else {}
     small |= {"refine_features": 8} if "refine_features" in options else {}
     small |= {"blocks": [min(n, 4) for n in options["blocks"].default]} if "blocks" in options else {}
+    if name == "sam":
+        small = {"size": "vit_t", "width": 16, "depth": 3, "patch": 8, "image_size": 32, "decoder_features": 16}
     tables: dict[str, Any] = {
         "study": {"name": "canary"},
         "sites": {site: {"data": str(data / site)} for site in ("north", "south")},

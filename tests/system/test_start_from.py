@@ -91,6 +91,7 @@ def test_every_model_starts_from_a_run_and_its_loss_is_lower(
         "matched": list(starts[0]),
         "missing": [],
         "other_shape": [],
+        "refitted": [],
         "unused": [],
         "min_matched": 0.9,
     }

@@ -65,7 +65,7 @@ class Embed(Through):
         self.pixels = Pixels(scales)
         self.patches = nn.Conv2d(COLOURS, sizes.width, sizes.patch, sizes.patch)
         self.position = nn.Parameter(torch.empty(1, sizes.grid, sizes.grid, sizes.width))
-        nn.init.trunc_normal_(self.position, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
         self.patch = sizes.patch
 
     def forward(self, *maps: Tensor) -> Stack:
