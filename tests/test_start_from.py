@@ -44,6 +44,16 @@ def test_what_does_not_fit_is_told_and_counted_by_values() -> None:
     assert found.fraction == 6 / 13
 
 
+def test_what_was_added_does_not_count_where_it_is_not_there() -> None:
+    def added(name: str) -> bool:
+        return name == "up0.w"
+
+    assert match(HERE, there(up0_w=None), {}, FILE, added=added).fraction == 1
+    assert match(HERE, there(up0_w=None), {}, FILE, added=added).missing == ["up0.w"]
+    assert match(HERE, there(up0_w=None, down0_w=None), {}, FILE, added=added).fraction == 1 / 7
+    assert match(HERE, there(down0_w=None), {}, FILE, added=added).fraction == 7 / 13
+
+
 @pytest.mark.parametrize("head", [None, torch.ones(5)])
 def test_a_head_that_does_not_fit_does_not_count(head: Tensor | None) -> None:
     found = match(HERE, there(head0_w=head), {}, FILE)

@@ -33,11 +33,17 @@ class Matched:
     """Of `weights`, those that were made to fit: name -> shape there, shape here."""
     unused: list[str] = field(default_factory=list)
     fraction: float = 0.0
-    """Of the values of this network, heads not counted: those may have other labels."""
+    """Of the values of this network, heads not counted, which may have other labels, nor what was added and is not there."""
 
 
 def match(
-    fresh: Tensors, there: Tensors, elsewhere: Mapping[str, str], file: Path, *, refit: Refit | None = None
+    fresh: Tensors,
+    there: Tensors,
+    elsewhere: Mapping[str, str],
+    file: Path,
+    *,
+    refit: Refit | None = None,
+    added: Callable[[str], bool] | None = None,
 ) -> Matched:
     """Tensors of the same name and shape, in the type that they have here.
 
@@ -46,6 +52,7 @@ def match(
         there: those of the file, in which `elsewhere` tells our name of some.
         file: where they are, for errors.
         refit: what of our name, a tensor and a shape gives the tensor in this shape, where it depends on the size of images.
+        added: whether a tensor of this name was added to the network that the file is of, and so cannot be there.
 
     Raises:
         DataError: a tensor that fits is not finite, or two that are one here differ.
@@ -69,7 +76,8 @@ def match(
                     f"{name} in {file} is not finite. Expected numbers. Give weights that were trained well."
                 )
     found.unused = list(given)
-    body = {name: t.numel() for name, t in fresh.items() if not name.startswith("head")}
+    own = [n for n in fresh if n in found.weights or added is None or not added(n)]
+    body = {name: fresh[name].numel() for name in own if not name.startswith("head")}
     found.fraction = sum(n for name, n in body.items() if name in found.weights) / max(1, sum(body.values()))
     return found
 

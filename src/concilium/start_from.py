@@ -105,7 +105,8 @@ def start_of(
     digest, there = source.sha256, read_source(source)
     known = partial(names_elsewhere, study.network, n_channels=n_channels, n_labels=n_labels, there=there.keys())
     elsewhere = _names_beside(source, study.plan.configuration, known) or known(plan=plan)
-    matched = match(fresh, there, elsewhere, source.file, refit=beside_build(study.network, "refitted"))
+    refit, added = (beside_build(study.network, name) for name in ("refitted", "added"))
+    matched = match(fresh, there, elsewhere, source.file, refit=refit, added=added)
     require(matched, study.start.min_matched, fresh=fresh, file=source.file)
     table = as_table(source.file, digest, matched, fresh) | {"min_matched": study.start.min_matched}
     table |= {} if source.of_run else {"licence": source.licence}

@@ -148,6 +148,21 @@ def test_the_table_as_interpolated_is_what_the_network_does_for_such_images(tmp_
     assert torch.allclose(*logits, atol=1e-6)
 
 
+def test_tables_are_stretched_in_place() -> None:
+    """What is linear in the place stays so; positions bicubically, with their middles where they were."""
+    table = torch.linspace(0, 1, 9)[:, None].expand(9, 2)
+    rows = refitted("block1.block.attention.relative_rows", table, (5, 2))
+    assert rows is not None
+    assert torch.allclose(rows[:, 0], torch.tensor([0.05, 0.275, 0.5, 0.725, 0.95]), atol=1e-6)
+    position = torch.zeros(1, 4, 4, 1)
+    position[0, 1] = 1
+    finer = refitted("embed.position", position, (1, 8, 8, 1))
+    assert finer is not None
+    assert torch.allclose(finer[0, 2:6, 3, 0], torch.tensor([0.8789, 0.8789, 0.2617, -0.1055]), atol=1e-3)
+    assert refitted("block1.block.linear.0.weight", torch.ones(4, 2), (8, 2)) is None
+    assert refitted("embed.position", position, (1, 8, 8, 2)) is None
+
+
 def test_prefixes_and_wrapped_checkpoints(tmp_path: Path) -> None:
     """As DistributedDataParallel names them, within a checkpoint that has more."""
     for layout in LAYOUTS:

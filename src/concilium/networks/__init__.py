@@ -20,7 +20,8 @@ tells a size: that of the image, say, for a network whose finest map is coarser.
 
 A file may also have, for studies that start from published weights, `names_elsewhere(*, plan, n_channels, n_labels, there)
 -> Mapping[str, str]`: our name of a tensor by each name that it has in these, of whose names `there` are the given file's; and
-`refitted(name, tensor, shape) -> Tensor | None`: a tensor of ours that was made for images of another size, in this shape.
+`refitted(name, tensor, shape) -> Tensor | None`: a tensor of ours that was made for images of another size, in this shape; and
+`added(name) -> bool`: whether the tensor is one that published weights cannot have.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -223,11 +224,8 @@ def are_of_kinds(maps: Sequence[Tensor], kinds: Kinds) -> bool:
 def _behind_guards(network: Stages, after: str) -> str:
     """The last of the defences that follow the stage, or the stage itself."""
     names = network.names
-    for name in names[names.index(after) + 1 :]:
-        if not name.startswith(GUARD):
-            break
-        after = name
-    return after
+    guards = takewhile(lambda name: name.startswith(GUARD), names[names.index(after) + 1 :])
+    return (after, *guards)[-1]
 
 
 class Whole(Stage):

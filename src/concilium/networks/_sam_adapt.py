@@ -62,6 +62,11 @@ class LowRank(nn.Module):
         return y
 
 
+def added(name: str) -> bool:
+    """Whether the tensor of this name is one of those that are added."""
+    return ".adapter" in name or ".lora" in name
+
+
 def beside(x: Tensor) -> Tensor:
     """The mean of the slice before and the one after, (B, D, ...) to the same; beyond the ends there is 0."""
     edge = torch.zeros_like(x[:, :1])

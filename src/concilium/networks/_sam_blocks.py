@@ -76,20 +76,23 @@ class Attention(nn.Module):
             q, v = q + self.lora_q(x), v + self.lora_v(x)
         q, k, v = (t.reshape(b, h * w, self.heads, -1).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        scores = (scores.reshape(-1, h, w, h, w) + self._distances(q.reshape(-1, h, w, q.shape[-1]))).flatten(1, 2)
-        y = scores.flatten(2).softmax(dim=-1) @ v
+        rows, columns = self._distances(q.reshape(-1, h, w, q.shape[-1]))
+        scores = (
+            scores.reshape(-1, h, w, h, w) + rows[..., None] + columns[:, :, :, None]
+        )  # one by one: half the memory
+        y = scores.reshape(-1, h * w, h * w).softmax(dim=-1) @ v
         z: Tensor = self.output(y.reshape(b, self.heads, h, w, -1).permute(0, 2, 3, 1, 4).reshape(b, h, w, n))
         return z
 
-    def _distances(self, q: Tensor) -> Tensor:
-        """What each query (N, h, w, c) adds for each key, (N, h, w, h, w)."""
+    def _distances(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """What each query (N, h, w, c) adds for the row of a key, (N, h, w, h), and for its column, (N, h, w, w)."""
         rows, columns = (
             _by_distance(table, size)
             for table, size in zip((self.relative_rows, self.relative_columns), q.shape[1:3], strict=True)
         )
         of_rows = q @ rows.transpose(1, 2)  # (N, h, w, c) @ (h, c, h)
         of_columns = (q.transpose(1, 2) @ columns.transpose(1, 2)).transpose(1, 2)
-        return of_rows[..., None] + of_columns[:, :, :, None]
+        return of_rows, of_columns
 
 
 def _by_distance(table: Tensor, size: int) -> Tensor:

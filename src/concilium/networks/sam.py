@@ -26,14 +26,14 @@ from typing import Any, Literal, TypeAlias
 from concilium.errors import StudyError
 from concilium.networks import Stage, Stages
 from concilium.networks._layers import check_sizes, strides_of
-from concilium.networks._sam_adapt import Adapt, Adaptation, merged
+from concilium.networks._sam_adapt import Adapt, Adaptation, added, merged
 from concilium.networks._sam_decoder import Decoder
 from concilium.networks._sam_names import names, refitted
 from concilium.networks._sam_pixels import scales_of
 from concilium.networks._sam_prompted import Answers, prompted
 from concilium.networks._sam_stages import Embed, Head, Neck, OneBlock, Sizes
 
-__all__ = ["Answers", "build", "merged", "names_elsewhere", "prompted", "refitted"]
+__all__ = ["Answers", "added", "build", "merged", "names_elsewhere", "prompted", "refitted"]
 
 Size: TypeAlias = Literal["vit_b", "vit_l", "vit_t"]
 SIZES: Mapping[str, tuple[int, int]] = {"vit_b": (768, 12), "vit_l": (1024, 24), "vit_t": (192, 12)}
