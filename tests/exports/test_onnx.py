@@ -198,3 +198,19 @@ def test_the_script_on_real_cases(
     for script in ("predict.py", "plain.py") if configuration == "3d_fullres" else ("predict.py",):
         segment(folder, two / "imagesTr", tmp_path / script, script=script)
         same_label_maps(predicted(run, two), tmp_path / script, share=SHARE)
+
+
+def test_segment_anything_is_refused_with_the_reason(pictures: Path, tmp_path: Path) -> None:
+    """What it fills in, and how it stretches its tables, depends on the size of the image."""
+    network = {
+        "name": "sam",
+        "size": "vit_t",
+        "width": 16,
+        "depth": 2,
+        "patch": 8,
+        "image_size": 48,
+        "decoder_features": 16,
+    }
+    run = make_run(tmp_path / "run", pictures, configuration="2d", patch=[48, 48], network=network)
+    with pytest.raises(StudyError, match=r"etwork 'sam' .* ONNX.* Allowed is one .* export it as safetensors"):
+        export_run(run, tmp_path / "out", format="onnx")

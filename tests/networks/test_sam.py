@@ -245,7 +245,9 @@ def test_background_is_zero_and_regions_have_none() -> None:
 # ------------------------------------------------------------------------------------------------------------------ parts
 
 
-@pytest.mark.parametrize("options", [{}, *ADDED.values()], ids=["plain", *ADDED.keys()])
+@pytest.mark.parametrize(
+    "options", [{}, {"checkpointing": True}, *ADDED.values()], ids=["plain", "checkpointing", *ADDED.keys()]
+)
 def test_split_gradients_are_those_of_the_whole(options: dict[str, Any]) -> None:
     """Float64, cut at every pair of names, gradients handed over as between site and server."""
     plan = options.get("plan", PLAN)
