@@ -108,14 +108,15 @@ class Run:
 
     def predict(
         self, images: str | Path, out: str | Path, *, model: str | None = None, device: str = "auto",
-        precision: str | None = None, missing: Sequence[str] = (), watch: Callable[[str, int, int], None] = lambda *_: None,
+        precision: str | None = None, missing: Sequence[str] = (), boxes: str | Path | None = None,
+        watch: Callable[[str, int, int], None] = lambda *_: None,
     ) -> list[tuple[str, str]]:  # fmt: skip
         """Write a label map for every image of a folder; the cases that could not be segmented, with the reason."""
         from concilium.predict import predict
 
         return predict(
             self.folder, Path(images), Path(out), model=model, device=device, precision=precision, missing=missing,
-            watch=watch,
+            boxes=None if boxes is None else Path(boxes), watch=watch,
         )  # fmt: skip
 
     def leakage(self, **asked: Any) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from concilium.errors import DataError, StudyError
 from concilium.finished import open_finished
 from concilium.networks._fusion import without
 from concilium.optimization import device_named
+from concilium.prompts import answered, check_asked, check_cases, prompts_for, read_prompts
 
 
-def predict(
+def predict(  # noqa: PLR0913  (options of a command)
     run: Path,
     images: Path,
     out: Path,
@@ -26,6 +27,7 @@ def predict(
     device: str = "auto",
     precision: str | None = None,
     missing: Sequence[str] = (),
+    boxes: Path | None = None,
     watch: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[tuple[str, str]]:
     """Write a label map for every image of a folder; the cases that could not be segmented, with the reason.
@@ -37,6 +39,7 @@ def predict(
         model: as in results.json, such as `federated` or `local:north`; omitted: the study's own protocol.
         precision: to compute in, `float32`, `bfloat16` or `float16`; omitted: that of training, in which the model was scored.
         missing: of a network of several parties, those whose channels these images lack; their files need not be there.
+        boxes: a file of boxes and points (`prompts.py`), of a model of `sam`; a case that it does not name is not segmented.
         watch: is told each case, its number and how many there are.
 
     Raises:
@@ -56,22 +59,29 @@ def predict(
     dataset = images_as(images, finished.channels, finished.labels, ending, missing=lacking)
     cases = dataset.cases
     t = study.training
+    prompts = read_prompts(boxes) if boxes is not None else {}
+    if boxes is not None:
+        check_asked(networks, finished.plan)
+        check_cases(prompts, [case.name for case in cases], boxes)
+    chosen = precision or t.precision
     cut = partial(
         segment,
-        plan=finished.plan,
         labels=finished.labels,
         networks=[network.to(where) for network in networks],
-        device=where,
         mirror=t.mirror,
-        precision=precision or t.precision,
         unknown=finished.unknown,
+        plan=finished.plan,
+        device=where,
+        precision=chosen,
     )
+    ask = partial(answered, plan=finished.plan, device=where, precision=chosen)
     out.mkdir(parents=True, exist_ok=True)
     skipped: list[tuple[str, str]] = []
     for number, case in enumerate(cases, 1):
         watch(case.name, number, len(cases))
         try:
-            label_map, properties = cut(case, dataset)
+            asked = None if boxes is None else partial(ask, prompts=prompts_for(case.name, prompts))
+            label_map, properties = cut(case, dataset, asked=asked)
             reader(ending)().write_seg(label_map, str(out / f"{case.name}{ending}"), properties)
         except DataError as e:
             skipped.append((case.name, str(e)))

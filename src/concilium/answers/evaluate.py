@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from concilium import catalog
 from concilium.answers import Cancelled, Check, Entry, Job, Settings, pictures
@@ -204,14 +204,19 @@ def segment(  # noqa: PLR0913  (what a network needs, and what it does not know)
     mirror: bool,
     precision: str,
     unknown: Sequence[str] = (),
+    asked: Callable[..., Tensor] | None = None,
 ) -> tuple[NDArray[Any], dict[str, Any]]:
     """Label map (X, Y, Z) of a case in its original geometry, and that geometry. Its own label map is not looked at.
 
     The logits of several networks are averaged, as nnU-Net does with those of its folds. Labels that are `unknown` to them are
-    not in the label map.
+    not in the label map. `asked` (network, image, geometry) gives the logits in place of the sliding window.
     """
     image, properties = preprocess(case, dataset, plan)
-    see = partial(predict_logits, plan=plan, labels=labels, device=device, mirror=mirror, precision=precision)
+    see: Callable[..., Tensor] = partial(
+        predict_logits, plan=plan, labels=labels, device=device, mirror=mirror, precision=precision
+    )
+    if asked is not None:
+        see = partial(asked, properties=properties)
     with drawn_from("segment", case.name) as number:  # defences draw in prediction too
         if device.type == "cuda":
             torch.cuda.manual_seed_all(number)

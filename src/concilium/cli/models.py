@@ -29,6 +29,12 @@ def predict(
             "--missing", help="Of a vertical model: a site whose channels these images lack. Repeat for more."
         ),
     ] = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            "--boxes", help='Of a model of sam: JSON with boxes by case, {"CASE": [[12, 40, 80, 95]]}, or points.'
+        ),
+    ] = None,
 ) -> None:
     """Segment new images with a model of a run."""
     from concilium.api import Run
@@ -36,7 +42,7 @@ def predict(
     with progress_bar() as progress:
         task = progress.add_task("Segmenting", total=None, note="")
         skipped = Run(run).predict(
-            images, out, model=model, device=device, precision=precision, missing=missing or (),
+            images, out, model=model, device=device, precision=precision, missing=missing or (), boxes=boxes,
             watch=lambda case, n, total: progress.update(task, completed=n, total=total, note=case),
         )  # fmt: skip
     for case, reason in skipped:
