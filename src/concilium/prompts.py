@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +147,9 @@ def answered(
     """
     at = placed(prompts, image.shape, properties, plan)
     pixels = torch.from_numpy(image[:, 0].copy())[None].to(device)
-    assert isinstance(network, Stages)
     network.to(device).eval()
     with torch.no_grad(), autocast(device, precision):
-        found = prompted(network, pixels, boxes=at.boxes, points=at.points, positive=at.positive)
+        found = prompted(cast(Stages, network), pixels, boxes=at.boxes, points=at.points, positive=at.positive)
     logits = found.logits.float().cpu()  # (N, L, H, W)
     return logits.amax(0)[:, None]
 
