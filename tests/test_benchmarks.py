@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from skimage import io
 
 from concilium import wire
 from concilium.answers import time_box
@@ -500,3 +501,53 @@ def test_a_secure_sum_costs_the_bytes_of_a_plain_one(tmp_path: Path, capsys: pyt
     assert set(figures.rounds) == {"plain", "secure", "lost"}
     assert json.loads((tmp_path / "figures.json").read_text())[0]["sites"] == 3
     assert "Targets" in capsys.readouterr().out
+
+
+def test_pretraining_reads_other_federations_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut off after two of four steps, the file is the same; studies of `sam` with its options start from it."""
+    rng = np.random.default_rng(0)
+    for folder in ("skin/one", "skin/two", "skin/three", "lungs/shenzhen", "lungs/montgomery"):
+        for part in ("imagesTr", "labelsTr"):
+            (tmp_path / folder / part).mkdir(parents=True)
+        colours = (3,) if folder.startswith("skin") else ()
+        for i in range(3):
+            label = np.zeros((40, 30), np.uint8)
+            label[10:20, 8:20] = 1
+            image = rng.integers(0, 255, (40, 30, *colours), dtype=np.uint8)
+            io.imsave(tmp_path / folder / f"imagesTr/c{i}_0000.png", image, check_contrast=False)
+            io.imsave(tmp_path / folder / f"labelsTr/c{i}.png", label, check_contrast=False)
+        channels = {str(k): f"c{k}" for k in range(3 if colours else 1)}
+        about = {
+            "channel_names": channels,
+            "labels": {"background": 0, "x": 1},
+            "numTraining": 3,
+            "file_ending": ".png",
+        }
+        (tmp_path / folder / "dataset.json").write_text(json.dumps(about))
+    made = load("pretrain_encoder")
+    monkeypatch.setattr(made, "SAVE", 2)
+    monkeypatch.setattr(
+        made, "NETWORK", {**made.NETWORK, "width": 32, "heads": 2, "depth": 2, "whole_image_blocks": (0,)}
+    )
+    asked = [str(tmp_path), "--leave-out", "polyps", "--steps", "4", "--batch-size", "4"]
+    made.main([*asked, "--out", str(tmp_path / "whole.safetensors")])
+    told = capsys.readouterr().out
+    assert "step 4/4 loss" in told
+    assert "skin: Dice" in told
+    train, out = made.train, tmp_path / "twice.safetensors"
+
+    def cut_off(*given: Any, **how: Any) -> Any:
+        yield next(train(*given, **how))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made, "train", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        made.main([*asked, "--out", str(out)])
+    monkeypatch.setattr(made, "train", train)
+    made.main([*asked, "--out", str(out)])
+    assert (tmp_path / "whole.safetensors").read_bytes() == out.read_bytes()
+    assert "skin 4, lungs 3" in wire.read_tensors(out)[1]["data"]
+    with pytest.raises(SystemExit):
+        made.main([str(tmp_path / "skin"), "--out", str(out)])
