@@ -144,6 +144,23 @@ def test_what_to_start_from_stands_with_the_network_and_is_none_of_its_options()
     assert not {"weights", "min_matched"} & set(tomllib.loads(to_toml(parse()))["network"])
 
 
+def test_a_variant_may_start_from_nothing() -> None:
+    """Read, and written so that it is read again."""
+    study = parse(
+        network={"name": "unet", "weights": "w", "min_matched": 1},
+        variants={
+            "scratch": {"network": {"weights": ""}},
+            "other": {"network": {"name": "nnunet"}},
+            "same": {"training": {"foreground": 0.5}},
+        },
+    )
+    again = parse_study(tomllib.loads(to_toml(study)), folder=Path("/"), check_data=False)
+    for of in (study, again):
+        starts = {name: variant.start.weights for name, variant in of.variants.items()}
+        assert starts == {"scratch": None, "other": None, "same": study.start.weights}
+        assert of.variants["scratch"].start.min_matched == 0.9
+
+
 @pytest.mark.parametrize(
     ("network", "told"),
     [

@@ -98,3 +98,9 @@ def _changed(key: str, base: Any, table: Any) -> Any:
         if given in table:
             kept.pop(other, None)
     return kept | dict(table)
+
+
+def drawn_anew(study: Any, variant: Any) -> dict[str, Any]:
+    """What a variant's table of the network says beside its changes, where it has the study's network and not its weights."""
+    same = variant.network.name == study.network.name
+    return {"weights": ""} if same and study.start.weights and not variant.start.weights else {}

@@ -25,7 +25,7 @@ from concilium.study._lists import LISTS, read_lists
 from concilium.study._parties import is_vertical, misparted, parted, sites_of
 from concilium.study._sharing import misshared, spelled_out
 from concilium.study._trainers import network_of_trainer, overruled
-from concilium.study._variants import FIXED, variant_tables
+from concilium.study._variants import FIXED, drawn_anew, variant_tables
 from concilium.study.tables import ForecastTable, ProtocolTable, SiteTable, StartTable, Study, least_sites, training_of
 
 T = TypeVar("T")
@@ -153,7 +153,8 @@ def to_toml(study: Study) -> str:
         changed = {
             k: t for k, t in plain(variant).items() if k not in FIXED and t != tables.get(k, [] if k in LISTS else None)
         }
-        tables.setdefault("variants", {})[name] = changed
+        network = {**changed.pop("network", {}), **drawn_anew(study, variant)}
+        tables.setdefault("variants", {})[name] = {**changed, **({"network": network} if network else {})}
     return tomli_w.dumps(tables)
 
 
@@ -196,7 +197,8 @@ def _protocol(raw: Mapping[str, Any], problems: list[str]) -> ProtocolTable | No
 def _start(raw: Mapping[str, Any], problems: list[str]) -> tuple[Mapping[str, Any], StartTable | None]:
     """The table of the network without what is not the network's, and that."""
     keys = [f.name for f in dataclasses.fields(StartTable)]
-    start = _table(StartTable, {key: value for key, value in raw.items() if key in keys}, "[network]", problems)
+    given = {} if raw.get("weights") == "" else {key: value for key, value in raw.items() if key in keys}
+    start = _table(StartTable, given, "[network]", problems)
     if "min_matched" in raw and "weights" not in raw:
         problems.append(
             f"[network] min_matched = {raw['min_matched']!r} is not allowed without weights. Give weights, or leave it out."

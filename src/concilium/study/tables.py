@@ -115,7 +115,8 @@ class StartTable:
     """What stands in `[network]` beside the network's own options, and is the server's business."""
 
     weights: Path | None = None
-    """Start from these: a run folder (`RUN`, or `RUN#MODEL`), nnU-Net's model folder, a .safetensors or .pth file."""
+    """Start from these: a run folder (`RUN`, or `RUN#MODEL`), nnU-Net's model folder, a .safetensors or .pth file. Nothing (`""`)
+    in a variant: drawn weights, whatever the study starts from."""
     min_matched: float = 0.9
     """Smallest share of the network's values, heads not counted, that the weights must give."""
 
