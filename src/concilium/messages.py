@@ -57,6 +57,18 @@ class Training:
     loader_workers: int
     loss: PlugIn
     local_update: PlugIn
+    tensors: tuple[str, ...] = ()
+    """Which tensors train, by role or pattern; empty: as the network itself says, or all."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The tensors that do not train. They never travel: each site has them by itself, and compares their SHA-256, `digest`."""
+
+    digest: str = ""
+    file: str = ""
+    """SHA-256 of the file of weights that they are in, which calls some otherwise (`names`); empty: drawn from the seed."""
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,7 @@ class Prepare:
     """Of models that are split; those that train in one place have none of it."""
     filters: tuple[PlugIn, ...] = ()
     """What is done, in this order, to each update before it leaves."""
+    frozen: Frozen = Frozen()
 
 
 @dataclass(frozen=True)

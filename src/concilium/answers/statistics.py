@@ -13,6 +13,7 @@ import torch
 
 from concilium.answers import Cancelled, Check, Entry, Job, Settings, secret_of
 from concilium.answers._aligned import aligned, divided, limit
+from concilium.answers.frozen import frozen_part
 from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
 from concilium.data.draws import drawn_from
@@ -25,6 +26,7 @@ from concilium.data.preprocess import Prepared as PreparedCase
 from concilium.data.preprocess import prepare as prepare_case
 from concilium.defences import guarded
 from concilium.errors import ContractError, DataError
+from concilium.freezing import freezing
 from concilium.local_updates import brought_by
 from concilium.messages import Examine, Examined, Excluded, Fingerprint, Holding, Prepare, Prepared
 from concilium.networks import Stages, make_network
@@ -117,7 +119,9 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         found, excluded = aligned(settings, found), {}
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
-    bare = _builder(request, plan, found[0].dataset)
+    build = _builder(request, plan, found[0].dataset)
+    frozen = frozen_part(settings, request, build)  # before an hour of preprocessing
+    bare = freezing(build, request.training.tensors, frozen or None)
     image = (1, len(found[0].dataset.channels), *plan.configuration.patch_size)
     network = guarded(bare, request.guard, image=image)
     if trains and settings.micro_batch is not None:  # before an hour of preprocessing
@@ -152,6 +156,8 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         request.filters,
         settings.name,
         secret_of(settings),
+        frozen,
+        request.holding is None,
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})

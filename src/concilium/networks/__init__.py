@@ -49,8 +49,6 @@ CUTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "deep": (("down1", "up1"),),
 }
 """Split points with a name: as near to the ends as may be, and one resolution deeper. The first pair that is allowed counts."""
-
-
 GUARD = "defence"
 """Begins the names of the stages with which a defended front ends (`concilium.defences`)."""
 
@@ -78,6 +76,8 @@ class Stages(nn.Module):
 
     mirror_axes: tuple[int, ...] | None = None
     """Spatial axes along which images may be mirrored to predict; `None`: all."""
+    trains: tuple[str, ...] = ()
+    """Which tensors train where the study does not say, as in `[training] tensors`; empty: all."""
 
     def __init__(self, stages: Mapping[str, Stage], cuts: Mapping[str, tuple[tuple[str, str], ...]] = CUTS) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ def _aliases(network: nn.Module) -> dict[str, str]:
 
 def _drop_aliases(stage: Whole, tensors: dict[str, Any], prefix: str, _: Any) -> None:
     for name in stage._aliases:
-        del tensors[f"{prefix}network.{name}"]
+        tensors.pop(f"{prefix}network.{name}", None)  # it may be hidden already (`freezing.py`)
 
 
 def _add_aliases(stage: Whole, tensors: dict[str, Any], prefix: str, *_: Any) -> None:

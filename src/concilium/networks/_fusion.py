@@ -150,7 +150,9 @@ def fused(
     stages[FUSE] = Fuse(tuple(parties), features, len(patch_size), how)
     stages |= {name: part[name] for part in (first.body, first.tail) for name in part.names}
     last = first.body.names[-1]
-    return Stages(stages, {"shallow": ((FRONTS, last),), "deep": ((FUSE, last),)})
+    made = Stages(stages, {"shallow": ((FRONTS, last),), "deep": ((FUSE, last),)})
+    made.trains = next(iter(whole.values())).trains
+    return made
 
 
 def fronts_of(network: Stages) -> Fronts | None:
