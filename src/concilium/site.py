@@ -215,7 +215,9 @@ class Site:
                 own = weights or (models.finished(source) if source else None)
                 if merge:
                     own = merged(self._prepared_job(), models.in_training(model), weights)
-                if not own:
+                if not own and self._job is not None and not self._job.has_all:
+                    own = models.in_training(model)  # of a part that is frozen nothing was sent
+                elif not own:
                     own = models.learner(self._prepared_job(), personal or model).trained_weights(
                         personal=bool(personal)
                     )
