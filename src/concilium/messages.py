@@ -659,8 +659,7 @@ class Forget:
 Request: TypeAlias = (
     Examine | Offer | Blind | Align | Prepare | Describe | Share | Train | Where | Front | Tail | Finish | Introduce | Pass
     | Hand | Take | Hold | Deal | Mask | Agree | Unmask | Evaluate | Look | Conclude | Judge | Keep | Personalize | Reestimate
-    | Fetch | Snapshot | Restore
-    | Forget
+    | Fetch | Snapshot | Restore | Forget
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------- replies
@@ -906,6 +905,8 @@ FAILURES: tuple[type, ...] = get_args(Failure)
 HINTS = {
     "out_of_memory": "; in training, a smaller micro_batch at the site may help",
     "out_of_range": "; a value changed by more than [collect] range: raise it, and with it bits",
+    "no_weights": "; its site.toml must name a copy of the file that the study starts from (weights = 'PATH')",
+    "frozen_differs": "; what does not train differs from the server's: use one version everywhere, or [network] weights",
     "below_threshold": "; fewer sites than [collect] threshold were left, and nothing was unmasked",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -9,22 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sessions import quick
 from torch import Tensor
 
+import concilium.beginning
 import concilium.line
 from concilium import wire
 from concilium.answers import relay
 from concilium.answers.train import Learner
 from concilium.data.phantom_sequences import SEQUENCES, write_sequences
-from concilium.errors import ContractError, DataError, StudyError
+from concilium.errors import DataError, StudyError
+from concilium.exports import export_run
 from concilium.finished import open_finished
 from concilium.freezing import frozen_of
 from concilium.line import Event, run
 from concilium.protocols import Round, start_with
 from concilium.protocols._body import Body
-from concilium.site import Site
 from concilium.study import Study, parse_study, to_toml
 
 Make = Callable[..., Study]
@@ -76,7 +79,7 @@ def frozen(small_study: Make) -> Make:
         micro = changes.pop("sites__micro", None)
         study = quick(small_study, **small | changes)
         if lists or micro:
-            raw = concilium.study.reading.tomllib.loads(to_toml(study)) | lists  # type: ignore[attr-defined]
+            raw = tomllib.loads(to_toml(study)) | lists
             for site in raw["sites"].values() if micro else ():
                 site["micro_batch"] = micro
             study = parse_study(raw, folder=Path())
@@ -161,7 +164,9 @@ def drawn(small_study: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for norm in (None, "batch"):
         told: list[Any] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(concilium.line, "start_with", lambda weights, told=told: told.append(weights) or start_with(weights))
+            patch.setattr(
+                concilium.line, "start_with", lambda weights, told=told: told.append(weights) or start_with(weights)
+            )
             one = {"protocol__name": "federated", "protocol__cut": None, "protocol__rounds": 1, "test": False}
             study = quick(small_study, **one, **({} if norm is None else {"network__norm": norm}))
             run(study, tmp_path_factory.mktemp("drawn") / "run")
@@ -262,3 +267,191 @@ def test_parties_may_have_nothing_that_trains(tensors: list[str], seen: Seen, tm
     one, other = (load_file(tmp_path / "run/weights" / f"{name}.safetensors") for name in ("vertical", "centralized"))
     assert one.keys() == other.keys()
     assert {n for n in one if not torch.equal(one[n], other[n])} == {n for n in one if n.startswith(trains)}
+
+
+# ------------------------------------------------------------------------------------------------- the same as elsewhere
+
+
+def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_one_site_trains_as_alone_and_all_that_trains_is_all(frozen: Make, tmp_path: Path) -> None:
+    one = run(frozen(sites=("north",), protocol__compare=["local"], **BATCH), tmp_path / "one")
+    alone = load_file(one.folder / "sites/north/models/local.safetensors")
+    assert equal(load_file(one.folder / "weights/federated.safetensors"), alone)
+    every = run(frozen(training__tensors=["*"]), tmp_path / "every")
+    plain = run(frozen(training__tensors=None), tmp_path / "plain")
+    weights, expected = (load_file(o.folder / "weights/federated.safetensors") for o in (every, plain))
+    assert equal(weights, expected)
+    assert "trained" not in every.results["models"][0]
+    assert (
+        every.results["models"][0]["sites"]["north"]["bytes_up"]
+        == plain.results["models"][0]["sites"]["north"]["bytes_up"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["federated", "splitfed", "cyclic"])
+def test_stopped_and_resumed_is_uninterrupted(protocol: str, frozen: Make, tmp_path: Path) -> None:
+    study = frozen(protocol__name=protocol, protocol__compare=["local"], **BATCH)
+    run(study, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(study, tmp_path / "run", watch=stop_after(1))
+    assert run(study, tmp_path / "run", resume=True).exit_code == 0
+    found, expected = models(tmp_path / "run"), models(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(equal(found[where], expected[where]) for where in found)
+
+
+@pytest.mark.slow
+def test_worker_processes_draw_the_same(frozen: Make, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        study = frozen(engine__workers=workers, sites=("north", "south"), **BATCH)
+        assert run(study, tmp_path / str(workers)).exit_code == 0
+    assert equal(*(load_file(tmp_path / w / "weights/federated.safetensors") for w in ("1", "2")))
+
+
+class Stopped(Exception):
+    """A kill, without the process."""
+
+
+def stop_after(number: int) -> Callable[[Event], None]:
+    def stop(event: Event) -> None:
+        if event.kind == "round" and event.round == number:
+            raise Stopped
+
+    return stop
+
+
+# ----------------------------------------------------------------------------------------------- from a file at each site
+
+
+@pytest.fixture(scope="module")
+def first(frozen: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to start from, of another seed."""
+    study = frozen(training__tensors=None, study__seed=8, **BATCH)
+    return run(study, tmp_path_factory.mktemp("first") / "run").folder
+
+
+def test_frozen_tensors_are_read_from_a_copy_at_each_site(
+    frozen: Make, seen: Seen, first: Path, tmp_path: Path
+) -> None:
+    """Names in the file may differ, some tensors may not be in it, and a variant may start from another file."""
+    before = load_file(first / "weights/federated.safetensors")
+    other = tmp_path / "w.safetensors"
+    save_file({f"module.{n}": t for n, t in before.items() if not n.startswith("encode1")}, other)
+    study = frozen(network__weights=str(first), protocol__compare=["local"], **BATCH)
+    raw = tomllib.loads(to_toml(study)) | {
+        "variants": {"some": {"network": {"weights": str(other), "min_matched": 0.3}}}
+    }
+    outcome = run(parse_study(raw, folder=tmp_path), tmp_path / "run")
+    assert (outcome.exit_code, outcome.results["problems"]) == (0, [])
+    found = models(tmp_path / "run")
+    some = found.pop("weights/some.safetensors")
+    begin = {n: t for n, t in before.items() if not n.startswith(DECODER)}
+    assert all(equal({n: w[n] for n in begin}, begin) for where, w in found.items() if "some" not in where)
+    drawn_anew = {n for n in begin if not torch.equal(some[n], before[n])}
+    assert drawn_anew
+    assert all(n.startswith("encode1") for n in drawn_anew)
+    assert seen.named.isdisjoint(begin)
+
+
+@pytest.mark.parametrize("change", ["changed", "gone"])
+def test_a_run_goes_on_where_the_file_does_not_lie_any_more(
+    change: str, frozen: Make, first: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "w.safetensors"
+    shutil.copyfile(first / "weights/federated.safetensors", source)
+    study = frozen(network__weights=str(source), **BATCH)
+    expected = run(study, tmp_path / "whole").folder
+    with pytest.raises(Stopped):
+        run(study, tmp_path / "run", watch=stop_after(1))
+    if change == "gone":
+        source.unlink()
+    else:
+        save_file({n: t + 1 for n, t in load_file(source).items()}, source)
+    assert run(study, tmp_path / "run", resume=True).exit_code == 0
+    assert equal(*(load_file(f / "weights/federated.safetensors") for f in (tmp_path / "run", expected)))
+
+
+@pytest.mark.parametrize("fault", ["no copy", "another file", "another server"])
+def test_two_frozen_parts_never_meet(
+    fault: str, frozen: Make, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each site says what it lacks, before it preprocesses a case."""
+    other = tmp_path / "other.safetensors"
+    save_file({n: t + 1 for n, t in load_file(first / "weights/federated.safetensors").items()}, other)
+    if fault == "another server":
+        tell = concilium.beginning.digest_of
+        monkeypatch.setattr(concilium.beginning, "digest_of", lambda t: tell({n: x + 1 for n, x in t.items()}))
+    else:
+        at_sites = {"weights": (other,)} if fault == "another file" else {}
+        monkeypatch.setattr(concilium.line, "weights_at_sites", lambda study: at_sites)
+    told = {
+        "no copy": r"no_weights .*name a copy of the file.*site needs a copy; it has none.*name it in site\.toml",
+        "another file": r"no_weights.*it has .*other\.safetensors \([0-9a-f]{64}\)",
+        "another server": r"frozen_differs.*come out otherwise here than at the server",
+    }[fault]
+    with pytest.raises(DataError, match=f"(?s){told}"):
+        run(frozen(network__weights=str(first), **BATCH), tmp_path / "run")
+    assert not (tmp_path / "run" / "cache").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_model_is_whole_wherever_it_lies(frozen: Make, first: Path, tmp_path: Path) -> None:
+    """For prediction, export and the next study."""
+    study = frozen(network__weights=str(first), sharing__keep=["norms"], sharing__unseen="mean", **BATCH)
+    folder = run(study, tmp_path / "run").folder
+    for name in ("federated:north", "federated-elsewhere"):
+        (network,) = open_finished(folder, name).networks()
+        assert not frozen_of(network)
+    out = export_run(folder, tmp_path / "out", format="safetensors", model="federated-elsewhere")
+    assert out
+    again = run(frozen(network__weights=f"{folder}#federated-elsewhere", **BATCH), tmp_path / "again")
+    assert again.exit_code == 0
+
+
+# ----------------------------------------------------------------------------------------------------- what is not possible
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"training__tensors": ["adapters"]}, r"\[training\] tensors = \['adapters'\] is not possible: 'adapters' is no tensor"),
+        ({"training__tensors": ["statistics"], **BATCH}, r"none of these \d+ tensors trains, so nothing would"),
+        ({"training__tensors": ["decoder"], "sharing__keep": ["stem"]}, r"'stem' is no tensor of this network that trains"),
+        ({"training__tensors": ["heads"], "personalize__steps": 1, "personalize__tensors": ["stem"]}, "'stem' is no tensor"),
+        ({"training__tensors": ["decoder"], "sharing__keep": ["decoder"]}, "At least one must be shared"),
+        ({"training__tensors": ["*lonely"], "network__name": "faults:lonely"}, "logits depend on none of them"),
+    ],
+    ids=["no such role", "nothing trains", "kept and frozen", "fine-tuned and frozen", "nothing shared", "not reached"],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_before_anything_trains(
+    changes: dict[str, Any], told: str, frozen: Make, tmp_path: Path
+) -> None:
+    if "network__name" in changes:
+        changes |= {"network__levels": None, "network__norm": None, "network__base_features": None}
+    with pytest.raises(StudyError, match=told):
+        run(frozen(**changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "cache").exists()
+
+
+def test_a_trainer_that_brings_its_own_optimiser_freezes_nothing(frozen: Make) -> None:
+    with pytest.raises(StudyError, match=r"\[training\] tensors = \['heads'\] is not allowed with .*'nnunet_trainer'"):
+        frozen(
+            training__tensors=["heads"],
+            local_update__name="nnunet_trainer",
+            network__name="nnunet",
+            network__levels=None,
+        )
+
+
+def test_a_network_may_say_itself_what_trains_and_the_study_otherwise(frozen: Make, tmp_path: Path) -> None:
+    made = {"network__name": "faults:lonely", "network__levels": None, "network__base_features": None}
+    for name, wanted in (("own", None), ("all", ["*"])):
+        run(frozen(training__tensors=wanted, **made), tmp_path / name)
+    own, every = (state_of(tmp_path / name, "federated") for name in ("own", "all"))
+    assert own
+    assert all(n.startswith("head0.") for n in own)
+    assert every == set(load_file(tmp_path / "all/weights/federated.safetensors"))
