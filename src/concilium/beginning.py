@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
+from concilium.checkpoints import sha256_of
 from concilium.data.draws import drawn_from
 from concilium.data.labels import n_heads
 from concilium.data.plan import open_plan
@@ -51,6 +53,12 @@ def with_frozen(study: Study, plans: Plans) -> Plans:
         names = {there: ours for there, ours in start.names.items() if ours in values}
         told = Frozen(digest_of(values), start.sha256, names)
     return replace(plans, frozen=values, told=found | {"": told}) if values else plans
+
+
+def frozen_as(study: Study, plans: Plans, weights: Tensors, file: Path) -> Plans:
+    """The plans with what of finished weights did not train, wherever their run had it from: sites have it from their file."""
+    values = {name: weights[name] for name in drawn_weights(study, plans)[1]}
+    return replace(plans, frozen=values, told={"": Frozen(digest_of(values), sha256_of(file))}) if values else plans
 
 
 def complete(plans: Plans, weights: Tensors) -> Tensors:

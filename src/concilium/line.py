@@ -192,8 +192,7 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
         best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
         select = {site: number for site, (number, _) in best.items()}
         took = account(model, work.record.rounds(model.group[0]), batch_size=batch_size, selected=select)
-        about = took | n_parameters(model, work.plans)
-        finished = {"model": about} | asdict(scored) | _told(training, scoring)
+        finished = {"model": took | n_parameters(model, work.plans)} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
     if all(_finished(work.record, key) for key in model.group):  # told again on resumption
         tell(work.engine, dict.fromkeys(model.steps, Forget(model.group[0])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +50,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "ditto": {"local_update__name": "ditto"},
     "distill": {"local_update__name": "distill"},
     "fedadamw": {"local_update__name": "fedadamw", "training__optimizer": "adamw"},
-    "dp_sgd": BATCH | {"training__tensors": ["heads"], "local_update__name": "dp_sgd", "local_update__rate": 0.5, "local_update__delta": 0.01},
+    "dp_sgd": BATCH | {
+        "training__tensors": ["heads"], "local_update__name": "dp_sgd", "local_update__rate": 0.5, "local_update__delta": 0.01,
+    },
     "filters": {"filters": [{"name": "clip", "norm": 1.0}, {"name": "gaussian", "deviation": 1e-3}]},
     "secure_sum": {"collect__name": "secure_sum", "collect__threshold": 2},
     "judged": {"collect__name": "judged", "aggregation__name": "quality"},
@@ -455,3 +458,31 @@ def test_a_network_may_say_itself_what_trains_and_the_study_otherwise(frozen: Ma
     assert own
     assert all(n.startswith("head0.") for n in own)
     assert every == set(load_file(tmp_path / "all/weights/federated.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------------------ forecast
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"protocol__name": "splitfed", "protocol__cut": "deep"}], ids=["federated", "splitfed"]
+)
+def test_bytes_are_those_forecast_and_what_is_frozen_costs_less(
+    changes: dict[str, Any], frozen: Make, tmp_path: Path
+) -> None:
+    told = []
+    for name, wanted in (("some", ["decoder"]), ("all", None)):
+        made = {
+            "network__base_features": 16,
+            "network__levels": 3,
+            "protocol__rounds": 1,
+            "forecast__site_gflops": 10.0,
+        }
+        study = frozen(training__tensors=wanted, sites=("north", "south"), **made, **changes)
+        folder = run(study, tmp_path / name).folder
+        (forecast,) = (json.loads(p.read_text())["sites"]["north"] for p in (folder / "forecast").iterdir())
+        sent = json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])["sites"]["north"]
+        for way in ("up", "down"):
+            assert forecast[way] <= sent[f"bytes_{way}"] <= 1.02 * forecast[way]
+        told.append(forecast)
+    some, every = told
+    assert all(some[key] < every[key] for key in ("up", "down", "memory", "seconds"))

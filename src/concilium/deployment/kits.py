@@ -200,6 +200,11 @@ def _check_numbers(settings: SiteSettings, path: Path) -> None:
         raise StudyError(
             f"micro_batch = {settings.micro_batch} is not allowed. Allowed: 1 or more. Correct it in {path}."
         )
+    if settings.weights is not None and not settings.weights.is_file():
+        raise StudyError(
+            f"weights = '{settings.weights}' is no file. Expected a copy of the weights that a study starts from. Correct it in "
+            f"{path}, or leave it out."
+        )
     if settings.least_summed < 2:
         raise StudyError(
             f"least_summed = {settings.least_summed} is not allowed: a sum of one update is that update. Allowed: 2 or more. "

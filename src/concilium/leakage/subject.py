@@ -18,8 +18,7 @@ from concilium.answers._aligned import note_aligned
 from concilium.answers.align import patients_of
 from concilium.answers.statistics import find_cases, prepare
 from concilium.attacks import AUDITED
-from concilium.beginning import drawn_weights, initial_weights
-from concilium.checkpoints import sha256_of
+from concilium.beginning import frozen_as, initial_weights
 from concilium.data.matching import Names
 from concilium.data.parties import of_channels
 from concilium.data.patches import Batch, Batches
@@ -27,8 +26,7 @@ from concilium.data.preprocess import Array, Prepared
 from concilium.data.preprocess import prepare as prepare_case
 from concilium.errors import DataError, StudyError
 from concilium.finished import open_finished
-from concilium.freezing import digest_of
-from concilium.messages import Frozen, Prepare, Tensors
+from concilium.messages import Prepare, Tensors
 from concilium.planning import Plans
 from concilium.preparation import on_folders
 from concilium.schedule import Setting, is_partly_shared
@@ -229,16 +227,10 @@ def subject_of(
     if is_vertical(study):
         held = {name: of_channels(text, mine or (0,)) for name, mine in places(study).items()}
         plans = replace(plans, held=held, patients=_patients(study, run, sites))
-    plans = _with_frozen(study, plans, weights, finished.files[0])
+    plans = frozen_as(study, plans, weights, finished.files[0])
     if number is not None and number != done:
         weights, done = _after(run, finished.name, number, study, plans), number
     return Subject(run, finished.name, study, plans, weights, done, sites, own, names, work, finished.files)
-
-
-def _with_frozen(study: Study, plans: Plans, weights: Tensors, file: Path) -> Plans:
-    """The plans with what of these finished weights did not train, wherever the run had it from."""
-    values = {name: weights[name] for name in drawn_weights(study, plans)[1]}
-    return replace(plans, frozen=values, told={"": Frozen(digest_of(values), sha256_of(file))}) if values else plans
 
 
 def kept_at(run: Path, model: str, number: int) -> Path:
