@@ -25,10 +25,11 @@ import torch
 
 from concilium import catalog
 from concilium.aggregation import weight_of
+from concilium.beginning import initial_weights
 from concilium.demo import demo_study
 from concilium.engines.simulation import connect
 from concilium.forecast import split_bytes
-from concilium.preparation import Ledger, ask_sites, initial_weights, network_of, plan_for, prepare_sites
+from concilium.preparation import Ledger, ask_sites, network_of, plan_for, prepare_sites
 from concilium.protocols import Round, start_with
 from concilium.record import Record
 from concilium.schedule import settings

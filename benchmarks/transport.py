@@ -25,12 +25,13 @@ from torch import Tensor
 
 from concilium import catalog
 from concilium.aggregation import weight_of
+from concilium.beginning import initial_weights
 from concilium.demo import demo_study
 from concilium.engines import Engine
 from concilium.engines.simulation import connect
 from concilium.forecast import split_bytes
 from concilium.messages import Failure, Finish, Front, Gradients, Maps, Reply, Request, Tail
-from concilium.preparation import Ledger, ask_sites, initial_weights, network_of, plan_for, prepare_sites
+from concilium.preparation import Ledger, ask_sites, network_of, plan_for, prepare_sites
 from concilium.protocols import start_with
 from concilium.record import Record
 from concilium.schedule import settings

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "concilium"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc", "base", "manager"}
 MAX_LINES, MAX_FUNCTION_LINES = 300, 50
-LONGER = {"messages.py": 930, "data/plan.py": 310}
+LONGER = {"messages.py": 950, "data/plan.py": 310}
 """File -> lines it may have. `messages.py` is the one list of what may leave a site."""
 UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 UNSAFE_CALLS = {"torch.load", "torch.save", "eval", "exec"}

@@ -23,13 +23,13 @@ from functools import partial
 
 from torch import Tensor
 
-from concilium.data.plan import open_plan
+from concilium.beginning import drawn_weights
 from concilium.errors import StudyError
 from concilium.forecast import crossing_of, party_bytes, step_bytes
 from concilium.loads import Load, party_loads, split_loads, whole_load
 from concilium.local_updates import exchanges
 from concilium.networks._fusion import FRONTS, tail_of
-from concilium.planning import Plans, batch_size_of, initial_weights, network_of
+from concilium.planning import Plans, batch_size_of, image_of, network_of
 from concilium.protocols.splitfed import ONE_BODY
 from concilium.record import Record
 from concilium.schedule import Setting, models
@@ -145,7 +145,7 @@ def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> 
     """Of federated training, which sends what is shared of the whole network both ways."""
     study = undefended(setting.study)
     training = training_of(study)
-    weights = initial_weights(study, replace(plans, by_site={}))
+    weights, frozen = drawn_weights(study, replace(plans, by_site={}))
     sharing = plans.sharing if study.protocol.name == "federated" else EVERYTHING
     known: dict[tuple[str, int], tuple[int, float]] = {}
     sites = {}
@@ -153,7 +153,7 @@ def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> 
         at_once = study.sites[site].micro_batch or 0
         key = (plans.of(site), at_once)
         if key not in known:
-            network, batch = network_of(study, plans, site), _batch(study, plans, site)
+            network, batch = network_of(study, plans, site), image_of(study, plans, site)
             load = whole_load(network, batch, training, at_once=at_once)
             clock = partial(time_whole, network, training)
             speed = speed_of(hardware_of(study), study.engine.device, clock, batch, load, load)
@@ -163,7 +163,7 @@ def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> 
         sites[site] = SiteCost(size, size, memory, steps * a_step, steps)
     link = _link(study)
     seconds = max(s.seconds + link(s.up + s.down, 1) for s in sites.values())
-    at_server = SUM * sum(t.numel() for t in weights.values())
+    at_server = sum(SUM * t.numel() for t in weights.values()) + sum(t.nbytes for t in frozen.values())
     return Cost("federated", "", (), "float32", sites, at_server, 0.0, seconds, study.protocol.rounds)
 
 
@@ -180,7 +180,7 @@ def splitfed_costs(
     options = study.protocol.options if splits else {}
     variant, reveal = options.get("variant", "v1"), bool(options.get("reveal_labels", False))
     plans = replace(plans, by_site={}, sharing=plans.sharing if splits else EVERYTHING)
-    network, batch = network_of(study, plans, cut=cut), _batch(study, plans, "")
+    network, batch = network_of(study, plans, cut=cut), image_of(study, plans)
     site_load, server_load = split_loads(network, cut, batch, training, reveal_labels=reveal)
     clock = partial(time_split, network, training, cut=cut, reveal_labels=reveal)
     speed = speed_of(hardware_of(study), study.engine.device, clock, batch, site_load, server_load)
@@ -211,7 +211,7 @@ def vertical_costs(setting: Setting, plans: Plans, cases: Mapping[str, int], *, 
     """
     study, training = setting.study, training_of(setting.study)
     options, steps = study.protocol.options, _steps(setting, plans, cases)
-    network, batch = network_of(study, plans), _batch(study, plans, "")
+    network, batch = network_of(study, plans), image_of(study, plans)
     labels = str(options["labels"])
     after = FRONTS if options["body"] == "labels" else tail_of(network(deep_supervision=False))
     loads, at_server, tail = party_loads(network, batch, training, after=after, labels=labels)
@@ -282,11 +282,6 @@ def _link(study: Study) -> Callable[[int, int], float]:
 
 def _steps(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> Mapping[str, int]:
     return next(models(setting, cases, partial(batch_size_of, setting.study, plans))).steps
-
-
-def _batch(study: Study, plans: Plans, site: str) -> tuple[int, ...]:
-    plan = open_plan(plans.of(site), study.plan.configuration)
-    return (batch_size_of(study, plans, site), len(plans.channels), *plan.patch_size)
 
 
 def _shared(sharing: Sharing, weights: Mapping[str, Tensor], site: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from concilium.aggregation import Sum
+from concilium.beginning import complete
 from concilium.engines import Engine, ask
 from concilium.errors import EngineError
 from concilium.messages import (
@@ -55,7 +56,7 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
                 requests[site] = keep_at(work, model, site, part(last.tensors, WEIGHTS))
     elif not model.stays:
         weights = work.record.best_weights(model.key) or part(last.tensors, WEIGHTS)
-        work.record.save_weights(model.key, weights)
+        work.record.save_weights(model.key, complete(work.plans, weights))
         requests = keep_everywhere(work, model, weights)
     if not model.beside and (never := [s for s in model.steps if s not in asked_of(work, model)]):
         ledger.warnings.append(f"{model.key}: {', '.join(never)} took part in no round. More rounds would reach them.")

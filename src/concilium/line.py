@@ -19,13 +19,14 @@ import torch
 
 from concilium import catalog
 from concilium.aggregation import must_see_updates, weight_of
+from concilium.beginning import begin_with, n_parameters, start_weights
 from concilium.costs import note_cost
 from concilium.engines import Engine
 from concilium.errors import ConciliumError
 from concilium.giving import for_elsewhere, give, tell
 from concilium.messages import Forget, Restore, SiteError, SiteLost, Snapshot
 from concilium.optimization import device_named
-from concilium.planning import batch_size_of, begin_with, n_parameters, network_of, start_weights
+from concilium.planning import batch_size_of, network_of
 from concilium.preparation import (
     Event,
     Ledger,
@@ -43,6 +44,7 @@ from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
 from concilium.scoring import note_rounds, score, watch_validation
 from concilium.sharing import EVERYTHING
+from concilium.start_from import weights_at_sites
 from concilium.study import Study, divide, of_sites, training_of
 from concilium.together import pool_of
 
@@ -116,7 +118,7 @@ def _connect(study: Study, record: Record, connect: Callable[..., Engine]) -> En
         cache=e.cache,
         pictures=e.pictures,
         **of_sites(study),
-        **pool_of(study, record.folder),
+        **pool_of(study, record.folder) | weights_at_sites(study),
     )
 
 
@@ -190,8 +192,7 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
         best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
         select = {site: number for site, (number, _) in best.items()}
         took = account(model, work.record.rounds(model.group[0]), batch_size=batch_size, selected=select)
-        about = took | {"parameters": n_parameters(model, work.plans)}
-        finished = {"model": about} | asdict(scored) | _told(training, scoring)
+        finished = {"model": took | n_parameters(model, work.plans)} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
     if all(_finished(work.record, key) for key in model.group):  # told again on resumption
         tell(work.engine, dict.fromkeys(model.steps, Forget(model.group[0])))

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from concilium.errors import ContractError
+from concilium.freezing import frozen_of
 from concilium.messages import Training
 from concilium.networks import Parts, Stack, Stages, cut_apart
 from concilium.networks._fusion import FRONTS, Own, fronts_of, own_part
@@ -55,7 +56,7 @@ def whole_load(build: Callable[..., Stages], batch: Sequence[int], training: Tra
     with FakeTensorMode(), CPU:
         network = build(deep_supervision=training.deep_supervision)
         with site.watched():
-            site.note(network.state_dict().values())
+            site.note((*network.state_dict().values(), *frozen_of(network).values()))
             kept = [*_moments(network, training), *(torch.empty_like(t) for t in network.state_dict().values())]
         whole_step(network, torch.empty(n, *batch[1:]), training, at_site=site.watched)
         del kept  # the optimiser's state, and the weights as they came
@@ -77,7 +78,7 @@ def split_loads(
         kept = []
         for held, part in ((site, parts.at_site), (server, parts.body)):
             with held.watched():
-                held.note(part.state_dict().values())
+                held.note((*part.state_dict().values(), *frozen_of(part).values()))
                 kept += _moments(part, training)
         split_step(parts, torch.empty(*batch), training, at_site=site.watched, at_server=server.watched)
         del kept
@@ -101,7 +102,7 @@ def party_loads(
         kept = []
         for one, part in (*((held[n], own.held) for n, own in cut.own.items()), (server, cut.body)):
             with one.watched():
-                one.note(part.state_dict().values())
+                one.note((*part.state_dict().values(), *frozen_of(part).values()))
                 kept += _moments(part, training)
         at = {name: one.watched for name, one in held.items()}
         party_step(cut, torch.empty(*batch), training, at=at, at_tail=tail.watched, at_server=server.watched)
@@ -191,7 +192,7 @@ def split_step(parts: Parts, images: Tensor, training: Training, *, at_site: Wat
 
 def _moments(network: nn.Module, training: Training) -> list[Tensor]:
     n = 0 if training.optimizer == "sgd" and not training.momentum else MOMENTS[training.optimizer]
-    return [torch.empty_like(p) for p in network.parameters() for _ in range(n)]
+    return [torch.empty_like(p) for p in network.parameters() if p.requires_grad for _ in range(n)]
 
 
 def _leaves(maps: Iterable[Tensor]) -> Stack:

@@ -57,8 +57,20 @@ class Training:
     loader_workers: int
     loss: PlugIn
     local_update: PlugIn
+    tensors: tuple[str, ...] = ()
+    """Which tensors train, by role or pattern; empty: as the network itself says, or all."""
     views: int = 0
     """Augmented patches of each case; 0: new ones in every step."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The tensors that do not train. They never travel: each site has them by itself, and compares their SHA-256, `digest`."""
+
+    digest: str = ""
+    file: str = ""
+    """SHA-256 of the file of weights that they are in, which calls some otherwise (`names`); empty: drawn from the seed."""
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -281,6 +293,7 @@ class Prepare:
     """Of models that are split; those that train in one place have none of it."""
     filters: tuple[PlugIn, ...] = ()
     """What is done, in this order, to each update before it leaves."""
+    frozen: Frozen = Frozen()
 
 
 @dataclass(frozen=True)
@@ -648,8 +661,7 @@ class Forget:
 Request: TypeAlias = (
     Examine | Offer | Blind | Align | Prepare | Describe | Share | Train | Where | Front | Tail | Finish | Introduce | Pass
     | Hand | Take | Hold | Deal | Mask | Agree | Unmask | Evaluate | Look | Conclude | Judge | Keep | Personalize | Reestimate
-    | Fetch | Snapshot | Restore
-    | Forget
+    | Fetch | Snapshot | Restore | Forget
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------- replies
@@ -895,6 +907,8 @@ FAILURES: tuple[type, ...] = get_args(Failure)
 HINTS = {
     "out_of_memory": "; in training, a smaller micro_batch at the site may help",
     "out_of_range": "; a value changed by more than [collect] range: raise it, and with it bits",
+    "no_weights": "; its site.toml must name a copy of the file that the study starts from (weights = 'PATH')",
+    "frozen_differs": "; what does not train differs from the server's: use one version everywhere, or [network] weights",
     "below_threshold": "; fewer sites than [collect] threshold were left, and nothing was unmasked",
 }
 

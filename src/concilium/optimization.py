@@ -26,6 +26,7 @@ POWER = 0.9
 def make_optimizer(network: nn.Module, training: Training) -> torch.optim.Optimizer:
     """The optimiser, over the parameters that train; without `requires_grad` a parameter has no state."""
     parameters = [p for p in network.parameters() if p.requires_grad]
+    parameters = parameters or [nn.Parameter(torch.empty(0))]  # a part of a network may be frozen as a whole
     match training.optimizer:
         case "sgd":
             return torch.optim.SGD(

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
-from torch import Tensor
-
 from concilium import catalog
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, looked_for, n_heads, with_labels
@@ -18,9 +16,9 @@ from concilium.data.parties import uncropped
 from concilium.data.plan import make_plans, open_plan
 from concilium.defences import guarded
 from concilium.errors import StudyError
-from concilium.messages import Fingerprint, Prepare, Tensors
+from concilium.freezing import freezing
+from concilium.messages import Fingerprint, Frozen, Prepare, Tensors
 from concilium.networks import Stages, make_network, names_elsewhere
-from concilium.schedule import Model
 from concilium.sharing import EVERYTHING, ROLES, Sharing, Table, kept_of, match
 from concilium.start_from import Start
 from concilium.study import Study, guard_of, is_vertical, training_of
@@ -68,18 +66,22 @@ class Plans:
     """What of the setting's own model travels."""
     unknown: tuple[str, ...] = ()
     """Labels that no site which trains looked for."""
+    frozen: Tensors = field(default_factory=dict)
+    """The tensors of the network that do not train."""
+    told: Mapping[str, Frozen] = field(default_factory=dict)
+    """What a site with a plan of its own is told of these; under no name all others."""
 
     def of(self, site: str) -> str:
         """The plan by which a site prepares and trains."""
         return self.by_site.get(site) or self.held.get(site) or self.text
 
-    def request(self, study: Study) -> Prepare:
-        """What a site is asked to prepare by the plan of all; the study's fold is one."""
-        v = study.validation
+    def request(self, study: Study, site: str = "") -> Prepare:
+        """What a site is asked to prepare by the plan of all, or where each has one by its own; the study's fold is one."""
+        v, everywhere = study.validation, self.told.get("", Frozen())
         return Prepare(
-            self.text, study.plan.configuration, study.network, training_of(study), v.folds, cast(int, v.fold), study.study.seed,
-            study.study.max_excluded, self.channels, self.labels, study.sharing.keep, guard=guard_of(study),
-            filters=study.filters,
+            self.by_site.get(site, self.text), study.plan.configuration, study.network, training_of(study), v.folds,
+            cast(int, v.fold), study.study.seed, study.study.max_excluded, self.channels, self.labels, study.sharing.keep,
+            guard=guard_of(study), filters=study.filters, frozen=self.told.get(site, everywhere),
         )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def network_of(
 ) -> Callable[..., Stages]:
     """What builds the study's network, with new weights each time; `deep_supervision` may be given in place of the study's.
 
-    Defences are in it, where the study's cut is or this one.
+    What does not train is frozen in it. Defences are in it, where the study's cut is or this one.
     """
     plan = open_plan(plans.of(site), study.plan.configuration)
     build = partial(
@@ -131,15 +133,14 @@ def network_of(
         plan=with_labels(plan.architecture, plans.labels),
         deep_supervision=study.training.deep_supervision,
     )
-    return guarded(build, guard_of(study, cut), image=(1, len(plans.channels), *plan.configuration.patch_size))
+    frozen = freezing(build, study.training.tensors, None if site in plans.by_site else plans.frozen or None)
+    return guarded(frozen, guard_of(study, cut), image=(1, len(plans.channels), *plan.configuration.patch_size))
 
 
-def initial_weights(study: Study, plans: Plans, site: str = "") -> Tensors:
-    """The weights that every model of a run starts from: a function of the seed, the plan, and what the study starts from."""
-    network = network_of(study, plans, site)
-    with drawn_from(study.study.seed, "weights"):
-        drawn = network().state_dict()
-    return drawn if plans.start is None else {**drawn, **plans.start.weights}
+def image_of(study: Study, plans: Plans, site: str = "") -> tuple[int, ...]:
+    """The shape (B, C, *patch) of what the network takes in a step."""
+    plan = open_plan(plans.of(site), study.plan.configuration)
+    return (plan.batch_size, len(plans.channels), *plan.patch_size)
 
 
 # ------------------------------------------------------------------------------------------------------ what is shared
@@ -208,39 +209,3 @@ def share_own_plans(
             if _lie_in(network, network.state_dict().keys() - sharing.names(site).keys()):
                 own_heads.add(site)
     return replace(sharing, sizes=sizes or sharing.sizes, own_heads=frozenset(own_heads))
-
-
-def initial_shared(study: Study, plans: Plans) -> Tensors:
-    """What the shared tensors of the setting's own model start from; of own plans, those of the first site that has each."""
-    sharing = plans.sharing
-    if not sharing.blocks:
-        return sharing.of(initial_weights(study, plans))
-    values: dict[str, Tensors] = {}
-    start: dict[str, Tensor] = {}
-    for block in sharing.blocks:
-        first = min(block.sites)
-        own = values.setdefault(first, initial_weights(study, plans, first))
-        start |= {key: own[name] for key, name in block.names[first].items()}
-    return start
-
-
-def start_weights(model: Model, plans: Plans) -> Tensors:
-    """What the server begins a model with: all weights, or what is shared. A network that is a site's own begins there."""
-    study = model.study
-    if model.partly:
-        return initial_shared(study, plans)
-    return {} if plans.by_site and model.protocol == "local" else initial_weights(study, plans)
-
-
-def n_parameters(model: Model, plans: Plans) -> int:
-    """How many values a model has; where sites' networks differ, that of the largest."""
-    study = model.study
-    if plans.sharing.sizes and model.protocol != "centralized":
-        return max(plans.sharing.sizes.values())
-    return sum(t.numel() for t in initial_weights(study, plans).values())
-
-
-def begin_with(plans: Plans) -> Tensors:
-    """Of what stays at the sites, that which the study starts from."""
-    start = {} if plans.start is None else plans.start.weights
-    return {name: t for name, t in start.items() if name in plans.sharing.kept}

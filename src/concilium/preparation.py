@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from concilium._set_aside import told as set_aside
+from concilium.beginning import begun
 from concilium.data.fingerprint import merge, to_json
-from concilium.data.labels import looked_for, n_heads, to_nnunet, unknown_labels
+from concilium.data.labels import looked_for, to_nnunet, unknown_labels
 from concilium.data.matching import Space, agree, annotation_notes, reorder
 from concilium.data.parties import of_channels
 from concilium.data.partition import Layout, materialise
@@ -33,12 +34,12 @@ from concilium.messages import (
     SiteError,
     describe,
 )
-from concilium.planning import Plans, Told, initial_weights, network_of, plan_text, share_one_plan, share_own_plans
+from concilium.planning import Plans, Told, image_of, network_of, plan_text, share_one_plan, share_own_plans
 from concilium.record import Record
 from concilium.rehearsal import try_loss, try_network, try_rule, try_tensors
 from concilium.schedule import Setting
 from concilium.sharing import Sharing, table_of
-from concilium.start_from import Start, check_start, start_of
+from concilium.start_from import check_start
 from concilium.study import SiteTable, Study, holdings, is_vertical, places
 from concilium.together import align_parties, as_one, held_requests
 
@@ -162,7 +163,7 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
         _keep(record, f"plans/{setting.title}/{name}.json", own)
     for name in plans.by_site or ("",):
         try_network(study, network_of(study, plans, name))
-        try_tensors(study, network_of(study, plans, name))
+        try_tensors(study, network_of(study, plans, name), image_of(study, plans, name))
     check_batches(study.defences, plans.batch_size)
     check_labels(study.local_update, plans.labels)
     if told.partial:
@@ -172,7 +173,10 @@ def plan_for(setting: Setting, told: Told, record: Record, ledger: Ledger) -> Pl
         plans = replace(plans, sharing=share_one_plan(study, plans))
         _note_own_heads(setting, plans.sharing, record)
     unknown = _unknown_to(setting, told, ledger)
-    return replace(plans, start=_start(setting, plans, record, ledger), unknown=unknown)
+    name = "start_from" if setting.is_base else f"start/{setting.title}"
+    plans = begun(study, replace(plans, unknown=unknown), record, name=name)
+    ledger.warnings += plans.start.warnings if plans.start else ()
+    return plans
 
 
 def _unknown_to(setting: Setting, told: Told, ledger: Ledger) -> tuple[str, ...]:
@@ -189,20 +193,6 @@ def _note_own_heads(setting: Setting, sharing: Sharing, record: Record) -> None:
     if (record.folder / "annotated.json").is_file():
         known = record.read_json("own_heads.json") or {}
         record.write_json("own_heads.json", known | {setting.title: sorted(sharing.own_heads)})
-
-
-def _start(setting: Setting, plans: Plans, record: Record, ledger: Ledger) -> Start | None:
-    """What the study says to start from, matched with its network."""
-    study = setting.study
-    if study.start.weights is None:
-        return None
-    plan = open_plan(plans.text, study.plan.configuration).architecture
-    n_channels, n_labels = len(plans.channels), n_heads(plans.labels)
-    name = "start_from" if setting.is_base else f"start/{setting.title}"
-    fresh = initial_weights(study, plans)
-    start = start_of(study, fresh, record, n_channels=n_channels, n_labels=n_labels, plan=plan, name=name)
-    ledger.warnings += start.warnings
-    return start
 
 
 def _keep(record: Record, name: str, text: str) -> None:
@@ -229,7 +219,7 @@ def prepare_sites(
     pools = setting.is_base and "centralized" in study.protocol.compare
     roles = {"site", "test"} | ({"pooled"} if pools else set())
     there = [name for name, site in engine.sites.items() if site.role in roles]
-    asked = {name: replace(request, plans=plans.of(name)) if name in plans.by_site else request for name in there}
+    asked = {name: plans.request(study, name) if name in plans.by_site else request for name in there}
     if is_vertical(study):
         asked = held_requests(setting, plans, asked)
     ledger.warnings += site_level(setting.title, study.filters)

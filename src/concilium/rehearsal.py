@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from concilium import catalog
 from concilium.aggregation import compares_updates
 from concilium.data.draws import drawn_from
 from concilium.data.labels import Labels, has_regions, ignored, n_heads
 from concilium.errors import ContractError, StudyError
+from concilium.freezing import frozen_of
 from concilium.local_updates import is_more_than_a_step
 from concilium.local_updates._besides import check_network
 from concilium.networks import Stages
@@ -35,14 +37,17 @@ def try_network(study: Study, network: Callable[..., Stages]) -> None:
     check_network(study.local_update, built)
 
 
-def try_tensors(study: Study, network: Callable[..., Stages]) -> None:
-    """Look for the tensors that the study names in its network.
+def try_tensors(study: Study, network: Callable[..., Stages], image: Sequence[int]) -> None:
+    """Look for the tensors that the study names in its network, which takes images of this shape (B, C, *patch).
 
     Raises:
-        StudyError: it has none of them, none that trains, or no running statistics that could be estimated anew.
+        StudyError: it has none of them, none that trains or that the loss depends on, or no running statistics that could be
+            estimated anew.
     """
     with drawn_from("check"):
         built = network()
+        if frozen_of(built):
+            _try_loss_reaches(study, network, image)
     if study.personalize.tensors:
         _try_fine_tuning(built, study.personalize.tensors)
     if study.sharing.keep:
@@ -51,6 +56,19 @@ def try_tensors(study: Study, network: Callable[..., Stages]) -> None:
         raise StudyError(
             f"[sharing] unseen = 'reestimate' is not possible with network {study.network.name!r}: its norms have no running "
             "statistics. Allowed: 'none', 'mean'. Choose one, or norms that have, such as norm = 'batch' of unet."
+        )
+
+
+def _try_loss_reaches(study: Study, network: Callable[..., Stages], image: Sequence[int]) -> None:
+    try:
+        with FakeTensorMode(), torch.device("cpu"):
+            reached = any(m.requires_grad for m in network()(torch.empty(image)))
+    except Exception:  # a network from outside need not run on shapes alone; then the first step of training says so
+        return
+    if not reached:
+        raise StudyError(
+            f"[training] tensors = {list(study.training.tensors)} is not possible: the network's logits depend on none of them, "
+            "so the loss could not train them. Allowed: tensors between image and logits, such as 'heads'. Name some."
         )
 
 

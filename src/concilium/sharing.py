@@ -24,6 +24,10 @@ from concilium.networks import Stages, bare
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+ADDED = ("adapter", "lora")
+"""Begins the name of a module that was added to a network to be trained in place of the rest."""
+HIDDEN = "_frozen"
+"""Attribute of a module: the names of its own tensors that are frozen, and so none of the network's (`freezing.py`)."""
 
 
 Tensor: TypeAlias = tuple[str, tuple[int, ...], str, tuple[int, ...]]
@@ -43,6 +47,14 @@ def _statistics(network: Stages) -> Iterator[str]:
     return (name for name in _norms(network) if name.rpartition(".")[2] in STATISTICS)
 
 
+def _adapters(network: Stages) -> Iterator[str]:
+    return (n for n in network.state_dict() if any(part.startswith(ADDED) for part in n.split(".")))
+
+
+def _biases(network: Stages) -> Iterator[str]:
+    return (n for n in network.state_dict() if n.rpartition(".")[2].endswith("bias"))
+
+
 def named_statistics(network: Stages) -> frozenset[str]:
     """The network's running statistics."""
     return frozenset(_statistics(network))
@@ -58,9 +70,11 @@ ROLES: Mapping[str, Callable[[Stages], Iterable[str]]] = {
     "heads": lambda n: _of_stages(n, lambda stage: stage.startswith("head")),
     "stem": lambda n: _of_stages(n, lambda stage: stage == n.names[0]),
     "decoder": lambda n: _of_stages(n, lambda stage: stage.startswith(("up", "decode", "head"))),
+    "adapters": _adapters,
+    "biases": _biases,
 }
 """Names of many tensors: all of normalisation, its running statistics alone, the layers that make logits, the first stage, all
-stages on the way up with the heads."""
+stages on the way up with the heads, what was added to be trained in place of the rest, and all biases."""
 
 
 def named(network: Stages, wanted: Sequence[str], *, where: str) -> frozenset[str]:
@@ -75,8 +89,9 @@ def named(network: Stages, wanted: Sequence[str], *, where: str) -> frozenset[st
         fits = set(ROLES[one](network) if one in ROLES else (n for n in tensors if fnmatchcase(n, one)))
         if not fits:
             stages = ", ".join(network.names)
+            here = "network that trains" if any(hasattr(m, HIDDEN) for m in network.modules()) else "network"
             raise StudyError(
-                f"{where} = {list(wanted)} is not possible: {one!r} is no tensor of this network ({len(tensors)} tensors in the "
+                f"{where} = {list(wanted)} is not possible: {one!r} is no tensor of this {here} ({len(tensors)} tensors in the "
                 f"stages {stages}). Allowed: {', '.join(ROLES)}, as far as the network has them, or patterns of names, such as "
                 f"'{network.names[0]}.*'. Correct it, or take it out."
             )

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from concilium import wire
-from concilium.answers import Cancelled, Check, Job, Settings, built
+from concilium.answers import Cancelled, Check, Job, Settings, built, complete
 from concilium.answers.align import align, blind, offer
 from concilium.answers.evaluate import evaluate, subset_of
 from concilium.answers.failing import failure_of
@@ -198,13 +198,14 @@ class Site:
                 models.park()  # one network in memory at a time
                 weights = models.finished(source)
                 trained, own = personalize(job, weights, request, site=site, device=self.device, cancelled=cancelled)
-                models.keep(model, own)
+                models.keep(model, complete(job, own))
                 return trained
             case Reestimate(model):
                 models.park()
                 entries, _ = subset_of(self.settings, job, "test" if self.settings.role == "test" else "all")
                 weights = models.finished(model)
-                models.keep(model, reestimate(job, weights, entries, device=self.device, cancelled=cancelled))
+                own = reestimate(job, weights, entries, device=self.device, cancelled=cancelled)
+                models.keep(model, complete(job, own))
         return Done()
 
     def _store(self, request: Keep | Snapshot | Restore | Forget) -> None:
@@ -214,11 +215,13 @@ class Site:
                 own = weights or (models.finished(source) if source else None)
                 if merge:
                     own = merged(self._prepared_job(), models.in_training(model), weights)
-                if not own:
+                if not own and self._job is not None and not self._job.has_all:
+                    own = models.in_training(model)  # of a part that is frozen nothing was sent
+                elif not own:
                     own = models.learner(self._prepared_job(), personal or model).trained_weights(
                         personal=bool(personal)
                     )
-                models.keep(model, own)
+                models.keep(model, complete(self._job, own))
             case Snapshot(model, number):
                 models.snapshot(model, number)
             case Restore(model, number):

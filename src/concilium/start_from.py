@@ -7,10 +7,10 @@ a stop too, starts from the same.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +18,13 @@ from typing import Any, cast
 from torch import Tensor
 
 from concilium.catalog import allowed
+from concilium.checkpoints import read_checkpoint, sha256_of
 from concilium.data.plan import open_plan
-from concilium.errors import ConciliumError, DataError, StudyError
+from concilium.errors import ConciliumError, StudyError
 from concilium.finished import finished_models, open_finished
 from concilium.matching import as_table, match, note_of, require
 from concilium.messages import Tensors
 from concilium.networks import beside_build, names_elsewhere
-from concilium.pth import read_pth
 from concilium.record import Record
 from concilium.study import Study, read_study
 from concilium.wire import read_tensors, write_tensors
@@ -45,6 +45,10 @@ class Start:
     weights: Tensors
     note: str
     warnings: tuple[str, ...] = ()
+    sha256: str = ""
+    """Of the file."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Name there -> the network's, of those that differ."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,7 @@ class Source:
     @property
     def sha256(self) -> str:
         """Digest of the file."""
-        with self.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.file)
 
     @property
     def licence(self) -> str:
@@ -100,7 +103,8 @@ def start_of(
     path, table = record.folder / f"{name}.safetensors", _kept(record, name)
     given = cast(Path, study.start.weights)
     if table is not None:
-        return Start(read_tensors(path)[0], note_of(table), _changed(given, table))
+        kept = read_tensors(path)[0]
+        return Start(kept, note_of(table), _changed(given, table), table["sha256"], table.get("names", {}))
     source = find_source(given)
     digest, there = source.sha256, read_source(source)
     known = partial(names_elsewhere, study.network, n_channels=n_channels, n_labels=n_labels, there=there.keys())
@@ -110,15 +114,26 @@ def start_of(
     require(matched, study.start.min_matched, fresh=fresh, file=source.file)
     table = as_table(source.file, digest, matched, fresh) | {"min_matched": study.start.min_matched}
     table |= {} if source.of_run else {"licence": source.licence}
+    table["names"] = {there: ours for there, ours in elsewhere.items() if there != ours and ours in matched.weights}
     write_tensors(path, matched.weights, {"sha256": digest})
     record.write_json(f"{name}.json", table)
-    return Start(matched.weights, note_of(table))
+    return Start(matched.weights, note_of(table), sha256=digest, names=table["names"])
 
 
 def check_start(study: Study, record: Record) -> None:
     """Raise StudyError where a study starts from what is not there: before the sites read every case."""
     if study.start.weights is not None and not record.begun:
         find_source(study.start.weights)
+
+
+def weights_at_sites(study: Study) -> dict[str, tuple[Path, ...]]:
+    """What a simulation tells its sites: the files that the study and its variants start from, as far as they are still there."""
+    found = []
+    for one in (study, *study.variants.values()):
+        if one.start.weights is not None and study.engine.name == "simulation":
+            with suppress(ConciliumError, OSError):  # a run that was stopped goes on without it
+                found.append(find_source(one.start.weights).file)
+    return {"weights": tuple(dict.fromkeys(found))} if found else {}  # between hospitals each site names its own copy
 
 
 def _kept(record: Record, name: str) -> dict[str, Any] | None:
@@ -184,14 +199,7 @@ def read_source(source: Source) -> dict[str, Tensor]:
     Raises:
         DataError: it cannot be read.
     """
-    if source.file.suffix != ".safetensors":
-        return read_pth(source.file)
-    try:
-        return read_tensors(source.file)[0]
-    except Exception as e:  # whatever a stranger's bytes provoke
-        raise DataError(
-            f"{source.file} cannot be used as weights ({type(e).__name__}). Expected a safetensors file. Copy it again."
-        ) from e
+    return read_checkpoint(source.file)
 
 
 def _beginning(file: Path) -> str:

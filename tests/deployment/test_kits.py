@@ -239,6 +239,10 @@ def test_a_site_says_how_much_it_holds(kit: Path, phantom: Path) -> None:
     (kit / "local" / "site.toml").write_text(f"data = '{phantom / 'north'}'\nmicro_batch = 2\n")
     write_settings(kit, read_settings(kit, {"threads": 2}))
     assert settings_of_run(kit, read_about(kit), "0a1b").micro_batch == 2
+    assert settings_of_run(kit, read_about(kit), "0a1b").weights == ()
+    (kit / "w.pth").touch()
+    (kit / "local" / "site.toml").write_text(f"data = '{phantom / 'north'}'\nweights = '{kit / 'w.pth'}'\n")
+    assert settings_of_run(kit, read_about(kit), "0a1b").weights == (kit / "w.pth",)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +256,7 @@ def test_a_site_says_how_much_it_holds(kit: Path, phantom: Path) -> None:
         ("data = '{phantom}/north'\nthreads = 0", r"threads = 0"),
         ("data = '{phantom}/north'\nmicro_batch = 0", r"micro_batch = 0 is not allowed. Allowed: 1 or more"),
         ("data = '{phantom}/north'\nmicro_batch = true", r"micro_batch = True is not allowed"),
+        ("data = '{phantom}/north'\nweights = 'gone.pth'", r"weights = 'gone.pth' is no file"),
         ("data = '{phantom}/north'\nleast_summed = 1", r"least_summed = 1 is not allowed: a sum of one update"),
         ("data = '{phantom}/north'\nsplit = 'yes'", r"split = 'yes' is not allowed"),
         ("data = '{phantom}/north'\ndevice = 'tpu'", r"device = 'tpu'"),

@@ -454,18 +454,20 @@ def test_this_engine_is_not_started_without_a_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "collect"),
+    ("protocol", "collect", "tensors"),
     [
-        ("federated", "plain"),
-        ("federated", "secure_sum"),
-        ("splitfed", "plain"),
-        ("cyclic", "plain"),
-        ("vertical", "plain"),
+        ("federated", "plain", None),
+        ("federated", "plain", ["decoder"]),
+        ("federated", "secure_sum", None),
+        ("splitfed", "plain", None),
+        ("cyclic", "plain", None),
+        ("vertical", "plain", None),
     ],
 )
 def test_a_study_gives_the_bits_of_the_simulation(
-    protocol: str, collect: str, phantom: Path, tmp_path: Path, authority: Any, join: Any
+    protocol: str, collect: str, tensors: list[str] | None, phantom: Path, tmp_path: Path, authority: Any, join: Any
 ) -> None:
+    """Also where some tensors are frozen, which each site reads from its own copy of the file that the study starts from."""
     # in one process, server and sites share the libraries' generators: where both draw, they must take turns
     names = {"splitfed": ("north",), "vertical": ("first", "second")}.get(protocol, ("north", "west"))
     if protocol == "vertical":
@@ -484,6 +486,9 @@ def test_a_study_gives_the_bits_of_the_simulation(
         raw["protocol"] |= {"labels": "first", "cut": "shallow", "drop": 0.3}
         for name in names:
             raw["sites"][name]["holds"] = [name]
+    if tensors is not None:
+        raw["network"]["weights"] = str(begun_elsewhere(raw, phantom, tmp_path))
+        raw["training"]["tensors"] = tensors
     study = parse_study(raw, folder=phantom)
     run(study, tmp_path / "here")
     one_at_a_time = threading.Lock()
@@ -503,6 +508,7 @@ def test_a_study_gives_the_bits_of_the_simulation(
                         name, "site", {name: phantom / name}, None, tmp_path / name, tmp_path / "cache", 1, "cpu",
                         Policy(open_weights=collect == "plain"),
                         identity=Identity(files.authority, files.certificate, files.key, names),
+                        weights=tuple(tmp_path.glob("first/weights/*.safetensors")),
                     )  # fmt: skip
                     sites[name] = Site(s, run=envelope.run, epoch=envelope.epoch)
                 return sites[name].handle(packed, envelope, cancelled)
@@ -521,6 +527,12 @@ def test_a_study_gives_the_bits_of_the_simulation(
     before = json.loads((tmp_path / "here/results.json").read_text())
     assert scores_of(outcome.results) == scores_of(before)
     assert len(scores_of(before)) > 0
+
+
+def begun_elsewhere(raw: Mapping[str, Any], folder: Path, out: Path) -> Path:
+    """A run of the same study with another seed."""
+    study = parse_study({**raw, "study": {"name": "first", "seed": 4}}, folder=folder)
+    return run(study, out / "first").folder
 
 
 def scores_of(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:

@@ -20,7 +20,7 @@ from concilium.cli import app
 from concilium.engines._transcript import Keeping, read_transcript
 from concilium.errors import ContractError, DataError, StudyError
 from concilium.leakage import Amount, Asked, leakage
-from concilium.leakage.exchange import Sender, exchange, own_cases, split_way, truth_of
+from concilium.leakage.exchange import Sender, Way, exchange, own_cases, split_way, truth_of
 from concilium.leakage.scene import every_cut
 from concilium.leakage.subject import Subject, subject_of
 from concilium.line import run
@@ -242,3 +242,17 @@ def test_what_cannot_be_is_refused(split_run: Path, tmp_path: Path, arguments: l
     done = CliRunner().invoke(app, ["leakage", str(split_run), "--out", str(tmp_path), *arguments])
     assert isinstance(done.exception, StudyError)
     assert said in str(done.exception)
+
+
+def test_frozen_tensors_are_the_attackers_as_they_are_the_sites(small: Make, split_run: Path, tmp_path: Path) -> None:
+    """They are read from the finished model, wherever the run had them from, and updates without them are attacked."""
+    study = small("federated")
+    training = replace(study.training, tensors=("decoder",))
+    study = replace(study, training=training, start=replace(study.start, weights=split_run))
+    folder = run(study, tmp_path / "run").folder
+    told = found(folder, tmp_path / "out", "gradient_inversion", options={"gradient_inversion": {"steps": 2}})
+    assert {r["metric"] for r in told["rows"]} == {"ssim", "psnr"}
+    of = subject(folder, tmp_path)
+    (sent, *_) = exchange(of, Way("federated", {}, steps=1), "sent")
+    assert sent.update
+    assert all(n.startswith(("up", "decode", "head")) for n in sent.update)

@@ -269,6 +269,7 @@ def test_what_protects_is_named(tmp_path: Path, of: Callable[..., str]) -> None:
     assert "sealed, unreadable" in of("cyclic")
     assert "| differential privacy | dp_sgd" in of("dp-sgd")
     assert "| defences | nopeek" in of("defences")
+    assert "| frozen | all but norms, heads | What does not train does not leave" in of("frozen-encoder")
 
 
 @pytest.fixture

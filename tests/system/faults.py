@@ -164,3 +164,11 @@ def crawls(local: Local, batch: Batch, *, seconds: float) -> Tensor:
     """A step that takes long."""
     time.sleep(seconds)
     return plain(local, batch)
+
+
+def lonely(*, n_channels: int, n_labels: int, plan: Any, deep_supervision: bool) -> Stages:
+    """One of its parameters is used by nothing; and it says itself that its head alone trains."""
+    network = stages(n_channels=n_channels, n_labels=n_labels, first=nn.Conv3d(n_channels, n_channels, 1), dropout=0.0)
+    network["down0"].register_parameter("lonely", nn.Parameter(torch.zeros(4)))
+    network.trains = ("heads",)
+    return network

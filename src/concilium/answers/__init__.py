@@ -17,7 +17,7 @@ from concilium.data.labels import Labels
 from concilium.data.matching import Names
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan
-from concilium.messages import Guard, PlugIn, Training
+from concilium.messages import Guard, PlugIn, Tensors, Training
 from concilium.networks import Stages
 from concilium.sealing import Identity
 
@@ -80,6 +80,8 @@ class Settings:
     """Where it lies; omitted: in `folder`."""
     micro_batch: int | None = None
     """How many patches fit into this site's memory at once while it trains; `None`: a batch of any study."""
+    weights: tuple[Path, ...] = ()
+    """Files of weights that a study may start from, as far as it freezes tensors of them: those never travel."""
     secret: Path | None = None
     """File of what noise is drawn from that the server must not know, made where there is none; `None`: from the study's seed
     alone, as in a simulation."""
@@ -136,11 +138,20 @@ class Job:
     """Its name."""
     secret: str = ""
     """The site's own, from which it draws what the server must not know; empty in a simulation, where one owner has all."""
+    frozen: Tensors = field(default_factory=dict)
+    """The tensors that do not train, which `network` has as they are; a party's are those of all parties."""
+    has_all: bool = True
+    """Whether finished models here are whole networks; a party has its own part."""
 
     @property
     def in_one_place(self) -> Callable[..., Stages]:
         """Builds the network of models of which no map leaves."""
         return self.undefended or self.network
+
+
+def complete(job: Job | None, weights: Tensors) -> Tensors:
+    """A finished model with what of it does not train, so that it can be used elsewhere too; of a party its part as it is."""
+    return {**job.frozen, **weights} if job is not None and job.has_all else weights
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,20 @@ from torch import Tensor, nn
 from concilium.answers import Job
 from concilium.answers.ledger import digest_of
 from concilium.data.kept import kept
+from concilium.data.labels import Labels
 from concilium.data.patches import Batch
 from concilium.local_updates import in_parts
+from concilium.messages import Prepare
 from concilium.networks import Stack, Stages
 
 FOLDER = "features"
 """In the site's folder; what is in it goes when its model is forgotten."""
+
+
+def views_of(request: Prepare, labels: Labels) -> str:
+    """A digest of what views depend on, beside seed and case."""
+    told = [request.plans, request.configuration, repr(request.training), repr(labels)]
+    return blake2b("\0".join(told).encode(), digest_size=16).hexdigest()
 
 
 def front_of(network: nn.Module) -> tuple[Stages, Stages] | None:

@@ -18,6 +18,7 @@ from concilium.answers.train import Learner
 from concilium.data.preprocess import preprocess
 from concilium.data.windows import predict_logits
 from concilium.errors import ContractError
+from concilium.freezing import pin, trained_of
 from concilium.messages import Personalize, PlugIn, Tensors, Train, Trained
 from concilium.networks import as_stages
 from concilium.optimization import make_optimizer
@@ -44,7 +45,7 @@ def personalize(
     # of a model that was split with defences these are layers like others
     own = replace(job, training=training, kept=frozenset(), undefended=job.network)
     learner = Learner(own, device)
-    learner.load_weights(weights)
+    learner.load_weights(trained_of(learner.network, weights))
     if request.tensors:
         _train_only(learner, request.tensors)
     asked = Train(request.model, request.round, 0, request.steps, request.steps, {}, False, alone=True)
@@ -56,10 +57,10 @@ def _train_only(learner: Learner, wanted: Sequence[str]) -> None:
     """Leave all other tensors as they are, running statistics too."""
     names = named(as_stages(learner.network), wanted, where="[personalize] tensors")
     for name, parameter in learner.network.named_parameters():
-        parameter.requires_grad_(name in names)
+        parameter.requires_grad_(name in names)  # of what is frozen no name is there
     for prefix, module in learner.network.named_modules():
         if _has_statistics(module) and f"{prefix}.running_mean" not in names:
-            _pin(module, training=False)
+            pin(module, training=False)
     learner.own_optimizer = make_optimizer(learner.network, learner.job.training)
 
 
@@ -75,16 +76,17 @@ def reestimate(
     network = job.network().to(device)
     network.load_state_dict(dict(weights))
     network.eval()
-    norms = [module for module in network.modules() if _has_statistics(module)]
+    trains = network.state_dict().keys()
+    norms = [m for n, m in network.named_modules() if _has_statistics(m) and f"{n}.{STATISTICS[0]}" in trains]
     if not norms or not entries:
         raise ContractError(
             f"Running statistics of {len(norms)} layers were to be estimated on {len(entries)} cases. At least one of each is "
             "needed. Choose [sharing] unseen = 'mean'."
         )
     for norm in norms:
-        norm.reset_running_stats()  # type: ignore[operator]
-        norm.momentum = None  # type: ignore[assignment]  # then it counts every window alike
-        _pin(norm, training=True)
+        norm.reset_running_stats()
+        norm.momentum = None  # then it counts every window alike
+        pin(norm, training=True)
     for entry in entries:
         if cancelled():
             raise Cancelled
@@ -114,9 +116,3 @@ def merged(job: Job, trained: Tensors, shared: Tensors) -> Tensors:
 
 def _has_statistics(module: nn.Module) -> bool:
     return getattr(module, STATISTICS[0], None) is not None
-
-
-def _pin(module: nn.Module, *, training: bool) -> None:
-    """Put a module into a mode in which it stays, whatever is done to the network around it."""
-    module.train(training)
-    module.train = lambda mode=True: module  # type: ignore[method-assign]

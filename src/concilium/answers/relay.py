@@ -17,7 +17,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from torch import Tensor
 
-from concilium.answers import Check, Job, Settings
+from concilium.answers import Check, Job, Settings, complete
 from concilium.answers.models import Models
 from concilium.answers.train import Learner
 from concilium.errors import ContractError, PrivacyError
@@ -43,7 +43,7 @@ class Relay:
             case Hand():
                 return self.hand(models.learner(job(), request.model), request)
             case Take():
-                models.keep(request.model, self.take(request))
+                models.keep(request.model, complete(job(), self.take(request)))
         return Done()
 
     def introduce(self) -> Introduced:

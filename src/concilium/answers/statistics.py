@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,11 +13,13 @@ import torch
 
 from concilium.answers import Cancelled, Check, Entry, Job, Settings, secret_of
 from concilium.answers._aligned import aligned, divided, limit
+from concilium.answers.features import views_of
+from concilium.answers.frozen import frozen_part
 from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
-from concilium.data.labels import Labels, annotation_mask, flaw, foreground, n_heads, unknown_labels, with_labels
+from concilium.data.labels import annotation_mask, flaw, foreground, n_heads, unknown_labels, with_labels
 from concilium.data.matching import Names, Space
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan, open_plan
@@ -26,6 +27,7 @@ from concilium.data.preprocess import Prepared as PreparedCase
 from concilium.data.preprocess import prepare as prepare_case
 from concilium.defences import guarded
 from concilium.errors import ContractError, DataError
+from concilium.freezing import freezing
 from concilium.local_updates import brought_by
 from concilium.messages import Examine, Examined, Excluded, Fingerprint, Holding, Prepare, Prepared
 from concilium.networks import Stages, make_network
@@ -118,7 +120,9 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         found, excluded = aligned(settings, found), {}
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
-    bare = _builder(request, plan, found[0].dataset)
+    build = _builder(request, plan, found[0].dataset)
+    frozen = frozen_part(settings, request, build)  # before an hour of preprocessing
+    bare = freezing(build, request.training.tensors, frozen or None)
     image = (1, len(found[0].dataset.channels), *plan.configuration.patch_size)
     network = guarded(bare, request.guard, image=image)
     if trains and settings.micro_batch is not None:  # before an hour of preprocessing
@@ -153,6 +157,8 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         request.filters,
         settings.name,
         secret_of(settings),
+        frozen,
+        request.holding is None,
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
@@ -205,14 +211,8 @@ def _batches(
         party=None if request.holding is None else settings.name,
         labelled=request.holding is None or request.holding.labelled,
         views=training.views,
-        views_in=settings.cache / ".views" / _views_of(request, dataset.labels) if training.views else None,
+        views_in=settings.cache / ".views" / views_of(request, dataset.labels) if training.views else None,
     )
-
-
-def _views_of(request: Prepare, labels: Labels) -> str:
-    """A digest of what views depend on, beside seed and case."""
-    told = [request.plans, request.configuration, repr(request.training), repr(labels)]
-    return blake2b("\0".join(told).encode(), digest_size=16).hexdigest()
 
 
 def _partly(entries: Sequence[Entry]) -> dict[str, tuple[str, ...]]:

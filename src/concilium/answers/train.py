@@ -155,7 +155,7 @@ class Learner:
         self.kept = frozenset() if alone else self.job.kept
         if weights:
             self._take_over(weights, begins=begins)
-        self.trained |= begins
+        self.trained |= begins or not self.network.state_dict()  # a part of which nothing trains is there as it is
         if not self.trained:
             raise ContractError(
                 f"{site} has no weights of {model}. The first round must send them. Start the run again."

@@ -88,6 +88,8 @@ class SiteSettings:
     """Whether a picture of each scored case is kept in the run's folder here."""
     micro_batch: int | None = None
     """How many patches fit into this machine's memory at once; larger batches are trained in parts. Omitted: a batch fits."""
+    weights: Path | None = None
+    """This site's copy of the file that a study starts from, where some tensors of it do not train: those never travel."""
 
 
 def read_about(kit: Path) -> About:
@@ -160,6 +162,7 @@ def read_site(path: Path, given: dict[str, Any] | None = None) -> SiteSettings:
         "data": Path,
         "test": Path | None,
         "folder": Path | None,
+        "weights": Path | None,
         "threads": int,
         "micro_batch": int,
         "least_summed": int,
@@ -196,6 +199,11 @@ def _check_numbers(settings: SiteSettings, path: Path) -> None:
     if settings.micro_batch is not None and settings.micro_batch < 1:
         raise StudyError(
             f"micro_batch = {settings.micro_batch} is not allowed. Allowed: 1 or more. Correct it in {path}."
+        )
+    if settings.weights is not None and not settings.weights.is_file():
+        raise StudyError(
+            f"weights = '{settings.weights}' is no file. Expected a copy of the weights that a study starts from. Correct it in "
+            f"{path}, or leave it out."
         )
     if settings.least_summed < 2:
         raise StudyError(
@@ -248,5 +256,6 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
         identity=Identity(files.authority, files.certificate, files.key, about.sites),
         sealing_key=files.key.with_name("sealing.key"),  # beside the certificate's
         micro_batch=s.micro_batch,
+        weights=() if s.weights is None else (s.weights,),
         secret=folder / run / "secret",
     )

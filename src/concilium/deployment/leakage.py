@@ -34,6 +34,7 @@ def study_at_site(study: Study, settings: Path) -> Study:
         sites={OWN: _table(site, site.data)},
         test=None if site.test is None else SiteTable(data=site.test),
         partition=None,
+        start=replace(study.start, weights=site.weights) if study.start.weights and site.weights else study.start,
         protocol=replace(study.protocol, compare=(), min_sites=1, options=options),
         engine=replace(study.engine, name="simulation", workers=1, threads=site.threads, device=site.device),  # type: ignore[arg-type]
         variants={},

@@ -47,11 +47,12 @@ def connect(
     pictures: bool = True,
     micro_batch: Mapping[str, int] | None = None,
     pooled: Path | None = None,
+    weights: tuple[Path, ...] = (),
 ) -> Engine:
     """A simulation of these sites (name -> data); `folder` gets a folder for each of them. Whoever connects closes it.
 
     `names`: what a site, or the test set, calls otherwise than the study. `micro_batch`: how many patches a site holds at once.
-    `pooled`: the data of all together, where these are not simply the cases of all.
+    `pooled`: the data of all together, where these are not simply the cases of all. `weights`: files that a study starts from.
     """
     data: dict[str, Mapping[str, Path]] = {name: {name: path} for name, path in sites.items()}
     data |= {"pooled": sites if pooled is None else {"pooled": pooled}}
@@ -71,6 +72,7 @@ def connect(
             names=names or {},
             pictures=pictures,
             micro_batch=(micro_batch or {}).get(name),
+            weights=weights,
         )
         for name, members in data.items()
     ]

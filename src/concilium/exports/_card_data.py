@@ -237,7 +237,8 @@ def training_lines(record: Record) -> Sequence[str]:
         each = f"Each of {n} members: " if n > 1 else ""
         lines.append(
             f"{each}{took['rounds']} rounds, {updates} optimiser steps in sequence, {patches} patches in all (batches of "
-            f"{took['batch_size']}); {took['parameters']} parameters."
+            f"{took['batch_size']}); {took['parameters']} parameters"
+            + (f", of which {took['trained']} train: the others are as the model began." if "trained" in took else ".")
         )
     return lines
 

@@ -77,7 +77,7 @@ def exchange(subject: Subject, way: Way, where: str) -> Transcript:
         shutil.rmtree(old, ignore_errors=True)
     engine = catalog.load("engines", "simulation")(
         sites=subject.sites, test=None, folder=subject.work, run="leakage", workers=1, threads=study.engine.threads,
-        device=study.engine.device, cache=subject.cache, pictures=False, **of_sites(study),
+        device=study.engine.device, cache=subject.cache, pictures=False, weights=subject.files, **of_sites(study),
     )  # fmt: skip
     subject.align()
     try:
@@ -108,7 +108,8 @@ def one_round(subject: Subject, way: Way, engine: Engine, cases: Mapping[str, in
     steps = dict.fromkeys(subject.sites, way.steps)
     model = Model(MODEL, MODEL, setting, way.protocol, steps, cases=cases)
     record: Any = SimpleNamespace(folder=subject.work)  # all that the protocol's loop asks of it
-    begin = replace(start_with(subject.weights), number=number)
+    trains = {n: t for n, t in subject.weights.items() if n not in subject.plans.frozen}
+    begin = replace(start_with(trains), number=number)
     for _ in rounds_of(Work(setting.study, engine, record, subject.plans, lambda event: None), model, begin):
         pass
 

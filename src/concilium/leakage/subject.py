@@ -18,6 +18,7 @@ from concilium.answers._aligned import note_aligned
 from concilium.answers.align import patients_of
 from concilium.answers.statistics import find_cases, prepare
 from concilium.attacks import AUDITED
+from concilium.beginning import frozen_as, initial_weights
 from concilium.data.matching import Names
 from concilium.data.parties import of_channels
 from concilium.data.patches import Batch, Batches
@@ -26,7 +27,7 @@ from concilium.data.preprocess import prepare as prepare_case
 from concilium.errors import DataError, StudyError
 from concilium.finished import open_finished
 from concilium.messages import Prepare, Tensors
-from concilium.planning import Plans, initial_weights
+from concilium.planning import Plans
 from concilium.preparation import on_folders
 from concilium.schedule import Setting, is_partly_shared
 from concilium.study import Study, divide, holdings, is_vertical, of_sites, places, sites_of
@@ -53,6 +54,8 @@ class Subject:
     """The attacker's data."""
     own_names: Names | None
     work: Path
+    files: tuple[Path, ...] = ()
+    """Where sites have tensors from that do not train."""
 
     @property
     def cache(self) -> Path:
@@ -96,7 +99,7 @@ class Subject:
         names = dict(told.get("names", {})) | ({ATTACKER: self.own_names} if self.own_names else {})
         return Settings(
             name, "site", {name: data}, None, self.work / "sites" / name, self.cache, e.threads, e.device, names=names,
-            pictures=False,
+            pictures=False, weights=self.files,
         )  # fmt: skip
 
     @cached_property
@@ -224,9 +227,10 @@ def subject_of(
     if is_vertical(study):
         held = {name: of_channels(text, mine or (0,)) for name, mine in places(study).items()}
         plans = replace(plans, held=held, patients=_patients(study, run, sites))
+    plans = frozen_as(study, plans, weights, finished.files[0])
     if number is not None and number != done:
         weights, done = _after(run, finished.name, number, study, plans), number
-    return Subject(run, finished.name, study, plans, weights, done, sites, own, names, work)
+    return Subject(run, finished.name, study, plans, weights, done, sites, own, names, work, finished.files)
 
 
 def kept_at(run: Path, model: str, number: int) -> Path:

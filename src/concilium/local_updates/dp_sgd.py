@@ -26,6 +26,7 @@ from concilium.data.draws import drawn_from
 from concilium.data.patches import Batch, Batches
 from concilium.errors import ContractError, StudyError
 from concilium.local_updates import Local, logits_of, trained
+from concilium.sharing import HIDDEN, STATISTICS
 
 TOGETHER = True
 PROTOCOLS = ("federated",)
@@ -147,7 +148,8 @@ def check_network(network: nn.Module, **_: Any) -> None:
     mixing = [
         name
         for name, m in network.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(m, "running_mean", None) is not None
+        if (isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(m, STATISTICS[0], None) is not None)
+        and STATISTICS[0] not in getattr(m, HIDDEN, ())  # what is frozen stays as it is
     ]
     if mixing:
         raise StudyError(

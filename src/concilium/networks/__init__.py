@@ -79,6 +79,8 @@ class Stages(nn.Module):
 
     mirror_axes: tuple[int, ...] | None = None
     """Spatial axes along which images may be mirrored to predict; `None`: all."""
+    trains: tuple[str, ...] = ()
+    """Which tensors train where the study does not say, as in `[training] tensors`; empty: all."""
 
     def __init__(self, stages: Mapping[str, Stage], cuts: Mapping[str, tuple[tuple[str, str], ...]] = CUTS) -> None:
         super().__init__()
@@ -116,8 +118,7 @@ class Stages(nn.Module):
         return stack
 
     def forward(self, image: Tensor) -> Stack:
-        logits = self.run((image,))
-        return logits[::-1]
+        return self.run((image,))[::-1]
 
     @property
     def split_points(self) -> tuple[str, ...]:
@@ -196,9 +197,7 @@ def cut_apart(network: Stages, cut: tuple[str, ...], *, reveal_labels: bool = Fa
         StudyError: the network cannot be cut so; the possible split points are listed.
     """
     points = network.split_points
-    last = next(
-        (name for name in reversed(network.names) if not name.startswith("head")), ""
-    )  # nothing but heads follows it
+    last = next((n for n in reversed(network.names) if not n.startswith("head")), "")  # nothing but heads follows it
     heads = [] if reveal_labels else [name for name in points if name == last]
     for after in network.cuts.get(cut[0], ()) if len(cut) == 1 else (cut,):
         fits = len(after) == 2 and list(after) == [name for name in points if name in after]
@@ -257,7 +256,7 @@ def _aliases(network: nn.Module) -> dict[str, str]:
 
 def _drop_aliases(stage: Whole, tensors: dict[str, Any], prefix: str, _: Any) -> None:
     for name in stage._aliases:
-        del tensors[f"{prefix}network.{name}"]
+        tensors.pop(f"{prefix}network.{name}", None)  # it may be hidden already (`freezing.py`)
 
 
 def _add_aliases(stage: Whole, tensors: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -150,7 +150,9 @@ def fused(
     stages[FUSE] = Fuse(tuple(parties), features, len(patch_size), how)
     stages |= {name: part[name] for part in (first.body, first.tail) for name in part.names}
     last = first.body.names[-1]
-    return Stages(stages, {"shallow": ((FRONTS, last),), "deep": ((FUSE, last),)})
+    made = Stages(stages, {"shallow": ((FRONTS, last),), "deep": ((FUSE, last),)})
+    made.trains = next(iter(whole.values())).trains
+    return made
 
 
 def fronts_of(network: Stages) -> Fronts | None:
@@ -207,7 +209,7 @@ def without(networks: Sequence[Stages], parties: Sequence[str], channels: Sequen
 
 def shapes_left(front: Stages, image: tuple[int, ...]) -> Stack:
     """What a front leaves of images of this shape (B, C, *spatial), the lowest first: shapes, and no values."""
-    tensors = {n: t.to("meta") for n, t in front.state_dict().items()}
+    tensors = {n: t.to("meta") for n, t in (*front.named_parameters(), *front.named_buffers())}
     was = front.training
     try:  # a norm over the batch refuses to train on one image
         logits = functional_call(front.eval(), tensors, (torch.empty(image, device="meta"),))

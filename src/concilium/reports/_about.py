@@ -145,7 +145,7 @@ def plan(view: View) -> Element | None:
         return None
     network = found.study.get("network", {})
     models = found.results["models"]
-    parameters = models[0].get("parameters") if models else None
+    parameters, trained = (models[0].get(key) if models else None for key in ("parameters", "trained"))
     architecture = about.get("architecture", {}).get("arch_kwargs", {})
     stages = architecture.get("features_per_stage")
     training, trainer = found.study.get("training", {}), found.study.get("local_update", {}).get("trainer")
@@ -156,7 +156,8 @@ def plan(view: View) -> Element | None:
         ("intensities", ", ".join(dict.fromkeys(about.get("normalization_schemes", [])))),
         ("network", [f"{network.get('name')}",
                      f", {len(stages)} stages of {', '.join(map(str, stages))} features" if stages else None,
-                     f", {parameters / 1e6:.2f} million parameters" if parameters else None]),
+                     f", {parameters / 1e6:.2f} million parameters" if parameters else None,
+                     f", of which {trained / 1e6:.2f} million train" if trained else None]),
         ("training", f"by {trainer}" if trainer else
             f"{training.get('optimizer')}, learning rate {training.get('learning_rate')}, {training.get('precision')}"),
     ]  # fmt: skip

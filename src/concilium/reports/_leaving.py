@@ -213,19 +213,7 @@ def _measures(model: Trained) -> Iterator[tuple[str, str, str]]:
             "yes",
             "Weights are encrypted by one site for the next. The server carries what it cannot open.",
         )
-    kept = ", ".join(study.sharing.keep) if study.sharing.keep else ""
-    if is_partly_shared(study):
-        yield (
-            "kept at the site",
-            kept or "what other sites' networks do not have",
-            "These parts of the network do not leave.",
-        )
-    else:
-        yield (
-            "kept at the site",
-            "none",
-            "All that is trained at the site leaves, as is said above.",
-        )
+    yield from _not_sent(study)
     for field, folder in KINDS.items():
         given: Sequence[PlugIn] = getattr(study, field)
         for plug_in in given:
@@ -249,6 +237,30 @@ def _measures(model: Trained) -> Iterator[tuple[str, str, str]]:
             "rounding on the way",
             str(transport),
             "Maps and gradients travel so. It saves bytes and protects nothing.",
+        )
+
+
+def _not_sent(study: Study) -> Iterator[tuple[str, str, str]]:
+    """What of a network does not leave."""
+    kept = ", ".join(study.sharing.keep) if study.sharing.keep else ""
+    if is_partly_shared(study):
+        yield (
+            "kept at the site",
+            kept or "what other sites' networks do not have",
+            "These parts of the network do not leave.",
+        )
+    else:
+        yield (
+            "kept at the site",
+            "none",
+            "All that is trained at the site leaves, as is said above.",
+        )
+    if study.training.tensors:
+        where = "its own copy of the file that the study starts from" if study.start.weights else "the study's seed"
+        yield (
+            "frozen",
+            f"all but {', '.join(study.training.tensors)}",
+            f"What does not train does not leave, and comes to no site: each has it from {where}.",
         )
 
 

@@ -25,7 +25,7 @@ def misshared(found: Mapping[str, Any]) -> list[str]:
     if not (p and plan and s and v):
         return []
     by_site = plan.fingerprint == "site"
-    problems = [*(_plans_by_site(found) if by_site else []), *_unpersonal(found), *_untaught(found)]
+    problems = [*(_plans_by_site(found) if by_site else []), *_unpersonal(found), *_untaught(found), *_unfrozen(found)]
     if not by_site and s.match != "resolution":
         problems.append(
             f"[sharing] match = {s.match!r} is not used with one plan. Used there: none. Remove it, or set [plan] fingerprint = "
@@ -149,6 +149,17 @@ def _unpersonal(found: Mapping[str, Any]) -> list[str]:
             "brings batches and optimiser of its own. Allowed: the others. Take one of the two out."
         )
     return problems
+
+
+def _unfrozen(found: Mapping[str, Any]) -> list[str]:
+    """Tensors that are to be frozen where whoever trains them knows nothing of it."""
+    t, name = found["training"], found["local_update"].name
+    if not t or not t.tensors or not _brings(name):
+        return []
+    return [
+        f"[training] tensors = {list(t.tensors)} is not allowed with [local_update] name = {name!r}, which brings a network "
+        "and an optimiser of its own. Allowed: the others. Take one of the two out."
+    ]
 
 
 def _brings(name: str) -> bool:

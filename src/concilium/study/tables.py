@@ -90,8 +90,8 @@ class PlanTable:
 @dataclass(frozen=True)
 class SharingTable:
     keep: tuple[str, ...] = ()
-    """What stays at each site: `norms`, `statistics` (of norms), `heads`, `stem`, `decoder`, `ends` (front and tail in
-    `splitfed`), or patterns of tensors' names."""
+    """What stays at each site: `norms`, `statistics` (of norms), `heads`, `stem`, `decoder`, `adapters`, `biases`, `ends` (front
+    and tail in `splitfed`), or patterns of tensors' names."""
     unseen: Literal["none", "mean", "reestimate"] = "none"
     """What a site that did not train gets for what stays, and the test set: nothing, and every site's model is tested by itself;
     the mean of the sites', fetched once at the end; or this with running statistics estimated on its own images, unlabelled."""
@@ -159,6 +159,9 @@ class TrainingTable:
     """Also compute the loss at the coarser resolutions of the decoder."""
     loader_workers: int = 0
     """Processes that make batches ahead; 0: none."""
+    tensors: tuple[str, ...] = ()
+    """Which tensors train, by roles or patterns as in `[sharing] keep`; the others are frozen, and never travel. Omitted: as the
+    network itself says, or all; `["*"]`: all."""
     views: int = 0
     """How many augmented patches there are of each case, drawn once and for all; 0: new ones in every step. What stages at the
     network's beginning that do not train make of each is computed once."""
@@ -275,5 +278,5 @@ def training_of(study: Study) -> Training:
     rate = t.learning_rate if t.learning_rate is not None else (0.01 if t.optimizer == "sgd" else 0.001)
     return Training(
         t.optimizer, rate, t.weight_decay, t.momentum, t.precision, t.foreground, t.mirror, t.augmentation, t.clip_norm,
-        t.deep_supervision, t.loader_workers, study.loss, study.local_update, t.views,
+        t.deep_supervision, t.loader_workers, study.loss, study.local_update, t.tensors, t.views,
     )  # fmt: skip
