@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,10 +11,15 @@ from torch import Tensor, nn
 
 from concilium.errors import ContractError, StudyError
 from concilium.freezing import digest_of, freeze, freezing, frozen_names, frozen_of, trained_of
+from concilium.loads import whole_load
 from concilium.messages import PlugIn, Training
 from concilium.networks import Stage, Stages, Whole, as_stages
 from concilium.optimization import make_optimizer
 from concilium.sharing import kept_of, named
+
+TRAINING = Training(
+    "adamw", 0.1, 0.5, 0.9, "float32", 0.3, False, "none", 1.0, True, 0, PlugIn("dice_ce"), PlugIn("plain")
+)  # fmt: skip
 
 
 class Block(Stage):
@@ -50,11 +56,8 @@ def test_what_is_frozen_is_hidden_from_state_optimiser_and_parts() -> None:
     assert whole.state_dict().keys() == names
     assert frozen_of(whole).keys() == network().state_dict().keys() - names
     assert not whole.split("down0")[0].state_dict()
-    training = Training(
-        "adamw", 0.1, 0.5, 0.9, "float32", 0.3, False, "none", 1.0, True, 0, PlugIn("dice_ce"), PlugIn("plain")
-    )  # fmt: skip
     before = {n: t.clone() for n, t in frozen_of(whole).items()}
-    optimizer = make_optimizer(whole, training)
+    optimizer = make_optimizer(whole, TRAINING)
     for _ in range(2):
         (logits,) = whole.train()(torch.randn(2, 1, 4, 4))
         logits.square().sum().backward()
@@ -63,7 +66,7 @@ def test_what_is_frozen_is_hidden_from_state_optimiser_and_parts() -> None:
         "running statistics, and decay, among them"
     )
     assert len(optimizer.state) == 4  # of the head's convolution and norm; nothing reaches the others
-    nothing = make_optimizer(whole.split("down0")[0], training)
+    nothing = make_optimizer(whole.split("down0")[0], TRAINING)
     nothing.step()
     assert not nothing.state
 
@@ -113,6 +116,24 @@ def test_the_study_says_what_trains_or_the_network() -> None:
             freezing(network, wanted)()
     with pytest.raises(StudyError, match="'stem' is no tensor of this network that trains"):
         kept_of(freezing(network, ["heads"])(), ["stem"])
+
+
+def test_the_forecast_has_no_gradient_nor_moments_of_what_is_frozen() -> None:
+    """A tensor that nothing uses: weights, as they came, and two moments of Adam; frozen the weights alone."""
+    n_bytes = 4 * 10**6
+
+    def build(*, lonely: bool = True, **_: Any) -> Stages:
+        made = network()
+        if lonely:
+            made["down0"].register_parameter("lonely", nn.Parameter(torch.zeros(n_bytes // 4)))
+        return made
+
+    def memory(build: Any) -> int:
+        return whole_load(build, (2, 1, 8, 8), TRAINING).memory
+
+    without = memory(partial(build, lonely=False))
+    assert memory(build) == without + 4 * n_bytes
+    assert without < memory(freezing(build, ["*norm*", "*conv*"])) + 4000 < without + n_bytes + 8000
 
 
 def test_the_digest_knows_name_type_shape_and_every_bit() -> None:
