@@ -1,8 +1,8 @@
 """Segment-Anything without prompts: an image encoder, a mask decoder, and masks for any labels.
 
 Kirillov et al., Segment Anything, ICCV 2023 (arXiv:2304.02643), made automatic as Liu et al., FedFMS, MICCAI 2024
-(arXiv:2403.05408) do: the decoder gets no prompt. Trained whole it is their FedSAM; with `adapt = "adapters"` and only these and
-the decoder trained, their FedMSA. Deviations from FedFMS:
+(arXiv:2403.05408) do: the decoder gets no prompt. Trained whole it is their FedSAM; with `adapt = "adapters"`, where these and
+the decoder train, their FedMSA. Deviations from FedFMS:
 
 - Pixels are normalised as SAM's authors do (`_sam_pixels.py`); FedFMS leaves that out.
 - Labels exclude each other: the background's logit is 0, and a softmax goes over it and what the network says of the others. With
@@ -29,7 +29,7 @@ from concilium.networks._layers import check_sizes, strides_of
 from concilium.networks._sam_adapt import Adapt, Adaptation, added, merged
 from concilium.networks._sam_decoder import Decoder
 from concilium.networks._sam_names import names, refitted
-from concilium.networks._sam_pixels import scales_of
+from concilium.networks._sam_pixels import COLOURS, scales_of
 from concilium.networks._sam_prompted import Answers, prompted
 from concilium.networks._sam_stages import Embed, Head, Neck, OneBlock, Sizes
 
@@ -42,6 +42,11 @@ EVERYWHERE = frozenset({"vit_t"})
 """Sizes all of whose blocks look at the whole image."""
 HEAD = 64
 """Features of each head of attention."""
+DECODER = (
+    "decoder.quality", "decoder.masks", "decoder.layers.*", "decoder.to_image.*", "decoder.norm_to_image.*",
+    "decoder.enlarge.*", "head0.*",
+)  # fmt: skip
+"""What of the decoder trains beside what is added: all but what only prompts use."""
 MULTIPLE = 16
 """The decoder's features: its eight heads have half of them, its maps an eighth."""
 
@@ -86,7 +91,7 @@ def build(
         whole_image_blocks: blocks, from 0, whose attention has no windows; omitted: four, evenly spaced; of `vit_t` all.
         decoder_features: features of the neck and the decoder, a multiple of 16.
         adapt: what is added to be trained in place of the rest: `none`, `adapters` (two a block, in 3D perhaps a third) or
-            `lora` (low rank, on queries and values). It does not decide what is trained.
+            `lora` (low rank, on queries and values). Where the study does not say what trains, these do, and the decoder.
         rank: of `lora`.
         adapter_features: between the two layers of an adapter; omitted: a quarter of the width.
         through_plane: in 3D, a third adapter a block, which looks at the neighbouring slices; needs `adapt = "adapters"`.
@@ -115,7 +120,11 @@ def build(
         decoder_features, n_labels, patch=patch, background=n_labels > 1 and not plan.get("regions", False)
     )
     deep = f"block{(n_blocks - 1) // 2}" if n_blocks > 2 else "embed"
-    return Stages(stages, cuts={"shallow": (("embed", "neck"),), "deep": ((deep, "neck"),)})
+    made = Stages(stages, cuts={"shallow": (("embed", "neck"),), "deep": ((deep, "neck"),)})
+    if adapt != "none":
+        mixed = ("embed.pixels.mix.*",) * (n_channels not in (1, COLOURS))
+        made.trains = ("adapters", *DECODER, *mixed)
+    return made
 
 
 def _settled(
