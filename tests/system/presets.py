@@ -49,6 +49,7 @@ def shrunk(tables: Mapping[str, Any]) -> Tables:
 def on_phantoms(tables: Mapping[str, Any], folder: Path) -> Tables:
     """The shrunk study on phantoms in this folder: of its sites, of its test set, or of the data set that it divides."""
     raw = shrunk(tables)
+    raw.get("network", {}).pop("weights", None)  # of a file that whoever runs it makes first
     if raw["protocol"]["name"] == "vertical":
         return _on_sequences(raw, folder)
     flat = raw.get("plan", {}).get("configuration") == "2d"
