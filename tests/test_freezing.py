@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from concilium.errors import ContractError, StudyError
 from concilium.freezing import digest_of, freeze, freezing, frozen_names, frozen_of, trained_of
 from concilium.loads import whole_load
 from concilium.messages import PlugIn, Training
-from concilium.networks import Stage, Stages, Whole, as_stages
+from concilium.network_sizes import plan_for
+from concilium.networks import Stage, Stages, Whole, as_stages, make_network
 from concilium.optimization import make_optimizer
 from concilium.sharing import kept_of, named
 
@@ -134,6 +136,20 @@ def test_the_forecast_has_no_gradient_nor_moments_of_what_is_frozen() -> None:
     without = memory(partial(build, lonely=False))
     assert memory(build) == without + 4 * n_bytes
     assert without < memory(freezing(build, ["*norm*", "*conv*"])) + 4000 < without + n_bytes + 8000
+
+
+def test_of_segment_anything_adapters_and_decoder_are_sent() -> None:
+    """FedMSA in 2D at ViT-B, counted from the authors' shapes: 24 adapters of 295,872 and a decoder of 4,058,340."""
+    build = partial(
+        make_network, PlugIn("sam", {"adapt": "adapters"}), n_channels=3, n_labels=2, plan=plan_for((1024, 1024)),
+        deep_supervision=False,
+    )  # fmt: skip
+    with FakeTensorMode(), torch.device("cpu"):
+        whole = freezing(build, ["adapters", "decoder.[!p]*", "heads"])()  # all of the decoder but prompts
+    assert sum(t.numel() for t in whole.state_dict().values()) == 24 * 295_872 + 4_058_340 == 11_159_268
+    frozen = dict(whole.named_parameters()).keys() - whole.state_dict().keys()
+    assert frozen <= frozen_of(whole).keys()
+    assert not any("adapter" in n for n in frozen)
 
 
 def test_the_digest_knows_name_type_shape_and_every_bit() -> None:

@@ -68,6 +68,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "own plans": {"plan__fingerprint": "site", "network__name": "nnunet", "network__levels": None, "network__norm": None},
     "micro-batches": {"sites__micro": 1},
     "bfloat16": {"training__precision": "bfloat16"},
+    "maps of views kept": BATCH | {"training__views": 2},
 }  # fmt: skip
 
 SIMILAR = {
@@ -142,7 +143,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     def check(network: Any, optimizer: torch.optim.Optimizer) -> None:
         hidden = {id(p) for p in network.parameters() if not p.requires_grad}
-        assert hidden
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} | {id(p) for p in optimizer.state}
         assert hidden.isdisjoint(held)
         found.optimizers += 1
@@ -209,6 +209,7 @@ def must_not_have_moved(seen: Seen, folder: Path, begin: Mapping[str, Tensor], t
     assert told
     assert not any(content in packed for content in told.values() for packed in seen.packed), "its bytes travel"
     assert seen.optimizers
+    assert seen.hidden
     assert seen.hidden.keys() <= still
     assert all(torch.equal(t, begin[n]) for n, tensors in seen.hidden.items() for t in tensors), "it moved in training"
     found = models(folder)
@@ -399,6 +400,29 @@ def test_sites_find_tensors_by_the_names_that_the_file_has(frozen: Make, tmp_pat
     after = load_file(outcome.folder / "weights/federated.safetensors")
     still = {n for n in before if not n.startswith(DECODER)}
     assert equal({n: after[n] for n in still}, {n: before[n] for n in still})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["federated", "splitfed"])
+def test_segment_anything_by_its_adapters(protocol: str, frozen: Make, seen: Seen, tmp_path: Path) -> None:
+    """FedMSA: adapters and decoder are averaged, the encoder is each site's own copy of the file that has no adapters."""
+    options = {
+        "name": "sam", "levels": None, "base_features": None, "width": 16, "depth": 3, "heads": 2, "patch": 8,
+        "image_size": 32, "decoder_features": 16,
+    }  # fmt: skip
+    made = {f"network__{name}": value for name, value in options.items()} | {"sites": ("north", "south")}
+    plain = run(frozen(training__tensors=None, study__seed=8, protocol__rounds=1, **made), tmp_path / "plain").folder
+    before = load_file(plain / "weights/federated.safetensors")
+    seen.named.clear()
+    made |= {"network__adapt": "adapters", "network__weights": str(plain), "protocol__name": protocol}
+    wanted = ["adapters", "decoder.[!p]*", "heads"]
+    outcome = run(frozen(training__tensors=wanted, **made), tmp_path / "run")
+    assert (outcome.exit_code, outcome.results["problems"]) == (0, [])
+    after = load_file(outcome.folder / f"weights/{protocol}.safetensors")
+    still = {n for n in before if not n.startswith(("decoder.", "head")) or n.startswith("decoder.prompts")}
+    assert equal({n: after[n] for n in still}, {n: before[n] for n in still})
+    assert seen.named & after.keys() == after.keys() - still
+    assert any("adapter" in n for n in seen.named)
 
 
 @pytest.mark.parametrize("change", ["changed", "gone"])

@@ -42,11 +42,8 @@ EVERYWHERE = frozenset({"vit_t"})
 """Sizes all of whose blocks look at the whole image."""
 HEAD = 64
 """Features of each head of attention."""
-DECODER = (
-    "decoder.quality", "decoder.masks", "decoder.layers.*", "decoder.to_image.*", "decoder.norm_to_image.*",
-    "decoder.enlarge.*", "head0.*",
-)  # fmt: skip
-"""What of the decoder trains beside what is added: all but what only prompts use."""
+ADAPTED = ("adapters", "decoder.[!p]*", "heads")
+"""What trains where something is added: that, and all of the decoder but what only prompts use."""
 MULTIPLE = 16
 """The decoder's features: its eight heads have half of them, its maps an eighth."""
 
@@ -123,7 +120,7 @@ def build(
     made = Stages(stages, cuts={"shallow": (("embed", "neck"),), "deep": ((deep, "neck"),)})
     if adapt != "none":
         mixed = ("embed.pixels.mix.*",) * (n_channels not in (1, COLOURS))
-        made.trains = ("adapters", *DECODER, *mixed)
+        made.trains = (*ADAPTED, *mixed)
     return made
 
 
