@@ -16,7 +16,7 @@ from concilium.data.matching import Space, agree, annotation_notes, reorder
 from concilium.data.parties import of_channels
 from concilium.data.partition import Layout, materialise
 from concilium.data.plan import open_plan
-from concilium.defences import check_batches
+from concilium.defences import check_batches, lapses
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
 from concilium.filters import site_level
@@ -222,7 +222,7 @@ def prepare_sites(
     asked = {name: plans.request(study, name) if name in plans.by_site else request for name in there}
     if is_vertical(study):
         asked = held_requests(setting, plans, asked)
-    ledger.warnings += site_level(setting.title, study.filters)
+    ledger.warnings += [*site_level(setting.title, study.filters), *lapses(setting.title, study.defences)]
     ready: dict[str, Prepared] = {}
     for name, reply in _must(engine, record, asked, study, ledger):
         if isinstance(reply, Prepared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import replace
 from typing import Any
@@ -65,7 +66,15 @@ def scene(dims: int, n: int = 6) -> tuple[tuple[Release, ...], Known, Auxiliary]
     def loss(logits: Any, labels: Tensor) -> Tensor:
         return functional.cross_entropy(logits[0], labels)
 
-    return sent, Known(front, (0, 1), whole, loss), Auxiliary(own, asked, victims.labels)
+    def steer(answer: Any) -> tuple[Release, ...]:
+        """A site that takes no step, whatever it gets."""
+        for r in sent:
+            given = answer(r)
+            assert [g.shape for g in given] == [m.shape for m in r.maps if m.is_floating_point()]
+            assert not any(g.requires_grad for g in given)
+        return sent
+
+    return sent, Known(front, (0, 1), whole, loss, steer), Auxiliary(own, asked, victims.labels)
 
 
 def run(name: str, dims: int, seed: int = 0) -> Guess:
@@ -212,6 +221,62 @@ def test_label_inference_reads_labels_where_gradients_hold_them_and_nothing_else
         found.append(float(((guess.labels > 0.5) == labels[16:].bool()).float().mean()))
     assert found[0] > 0.95
     assert found[1] < 0.85
+
+
+def test_who_was_in_a_step_points_where_its_update_does() -> None:
+    sent, known, auxiliary = scene(2)
+    whole, loss = known.open_whole, known.loss
+    assert loss is not None
+    asked = Cases(torch.randn(8, 2, 12, 12), torch.randint(2, (8, 12, 12)))
+    updates = []
+    for i in (0, 2):  # two in each of two steps: the first four
+        gradients = torch.autograd.grad(
+            loss(whole(asked.images[i : i + 2]), asked.labels[i : i + 2]), list(whole.parameters())
+        )
+        updates.append({n: 0.01 * g for (n, _), g in zip(whole.named_parameters(), gradients, strict=True)})
+    attack = catalog.load("attacks", "membership_of_updates")
+    own = Cases(torch.randn(8, 2, 12, 12), torch.randint(2, (8, 12, 12)))
+    came = tuple(Release("a", 1, 0, update=u) for u in updates)
+    guess = attack(came, known, Auxiliary(own, asked), seed=0)
+    assert guess.members[:4].min() > guess.members[4:].max()
+
+
+def test_a_front_that_is_steered_makes_maps_that_the_attackers_decoder_reads() -> None:
+    """A front that is trained by the gradients that come tells the attacker more than one that is left as it was drawn."""
+    generator = torch.Generator().manual_seed(0)
+    images = functional.interpolate(torch.randn(40, 1, 4, 4, generator=generator), 12, mode="bicubic").exp()
+    torch.manual_seed(3)
+    start = Stages({"down0": Convolved(1, 3, 2)})
+    own, theirs, last = images[:16], images[16:32], images[32:]
+    errors = []
+    for rate in (0.0, 0.02):
+        front = copy.deepcopy(start)
+        optimizer = torch.optim.Adam(front.parameters(), rate)
+
+        def steer(
+            answer: Any, front: Stages = front, optimizer: torch.optim.Optimizer = optimizer
+        ) -> tuple[Release, ...]:
+            for step in range(100):
+                chosen = [(step * 4 + i) % len(theirs) for i in range(4)]
+                (m,) = front.run((theirs[chosen],))
+                optimizer.zero_grad()
+                torch.autograd.backward([m], list(answer(Release("a", 1, step, (m.detach(),)))))
+                optimizer.step()
+            with torch.no_grad():
+                return (Release("a", 1, 100, front.run((last,))),)
+
+        known = Known(start, (0,), steer=steer)
+        cases = Cases(own, torch.zeros(16, 12, 12, dtype=torch.long))
+        attack = catalog.load("attacks", "feature_hijack")
+        guess = attack((), known, Auxiliary(cases), seed=0, steps=80, width=8, critic_rate=3e-3)
+        errors.append(float((guess.images - last).abs().mean()))
+    assert errors[1] < 0.6 * errors[0], errors
+
+
+def test_sites_that_cannot_be_steered_are_not_guessed() -> None:
+    sent, known, auxiliary = scene(2)
+    with pytest.raises(ContractError, match="Sites were to be steered"):
+        catalog.load("attacks", "feature_hijack")(sent, replace(known, steer=None), auxiliary, seed=0, **QUICK)
 
 
 # ---------------------------------------------------------------------------------------------------------- what arrived

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from concilium import catalog
-from concilium.defences import Defence, OnMaps, defended, guards_of
+from concilium.defences import Defence, OnMaps, defended, guards_of, lapses
 from concilium.messages import Guard, PlugIn
 from concilium.networks import Stages, cut_apart
 from concilium.networks.unet import build as unet
@@ -159,3 +159,12 @@ def network() -> Stages:
         base_features=4,
         levels=3,
     )
+
+
+def test_dropout_that_is_off_at_prediction_drops_in_training_only_and_says_so() -> None:
+    (stage,) = guards_of(("features",), [a_map(2)], [plug_in("dropout", at_prediction=False)])[0].values()
+    assert torch.equal(stage.eval()(a_map(2))[0], a_map(2))
+    assert float((stage.train()(a_map(2))[0] == 0).float().mean()) > 0.3
+    assert lapses("m", [plug_in("dropout"), plug_in("gaussian")]) == []
+    (text,) = lapses("m", [plug_in("dropout", at_prediction=False)])
+    assert text.startswith("m: dropout with at_prediction = false drops nothing in validation and prediction")

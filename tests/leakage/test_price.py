@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from concilium.cli import app
 from concilium.errors import StudyError
 from concilium.leakage import Amount, Asked
-from concilium.leakage.price import _with_pareto, price
+from concilium.leakage.price import _falls, _with_pareto, price
 from concilium.line import run
 from concilium.messages import PlugIn
 from concilium.reports._leaks import price_rows
@@ -47,6 +47,17 @@ def test_the_pareto_set_is_what_nothing_beats() -> None:
 
 def test_equal_models_are_both_in_it() -> None:
     assert all(r["pareto"] for r in _with_pareto([row("a", 0.5, 0.5), row("b", 0.5, 0.5)]))
+
+
+def test_how_leakage_goes_with_the_level_of_a_defence_is_told(small: Make) -> None:
+    base = small("splitfed")
+    levels = {0.5: 0.8, 4.0: 0.3, 1.0: 0.7, 2.0: 0.5}
+    models = {f"n{i}": replace(base, defences=(PlugIn("gaussian", {"scale": i, "bound": 3.0}),)) for i in levels}
+    rows = [row(f"n{i}", 0.5, leak) for i, leak in levels.items()]
+    other = {"none": base, "tighter": replace(base, defences=(PlugIn("gaussian", {"scale": 9.0, "bound": 1.0}),))}
+    found = _falls(models | other, [*rows, row("none", 0.5, 0.9), row("tighter", 0.5, 0.9)])
+    assert found == ["gaussian, SSIM found by scale: 0.5: 0.80, 1: 0.70, 2: 0.50, 4: 0.30; Spearman -1.00."]
+    assert _falls(models, rows[:3]) == [], "three levels are no series"
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ class Service:
         own = self._part(job, finished, request, after=FRONTS, labelled=False)
         if self._image is None or self._image[0] != entry.key:
             self._image = (entry.key, preprocess(entry.case, entry.dataset, job.plan)[0])
-        window = _Windows(own.front, request.start, request.count, n_heads(job.labels))
+        window = Windows(own.front, request.start, request.count, n_heads(job.labels))
         with drawn_from(job.seed, "look", entry.key, request.start, *filter(None, [job.secret])):  # what defences draw
             _predict(window.to(self._device), self._image[1], job, self._device)
         return Looked(tuple(encode(maps, request.transport) for maps in window.maps), window.seen, len(entries))
@@ -123,7 +123,7 @@ class Service:
         return made
 
 
-class _Windows(nn.Module):
+class Windows(nn.Module):
     """A front in place of a network: keeps what it leaves of some of the windows that it is asked about."""
 
     def __init__(self, front: nn.Module, start: int, count: int, n_heads: int) -> None:

@@ -4,8 +4,9 @@
 
 It is given messages as they arrived, what their receiver knows of the network, and cases of its own. It never sees the truth:
 who owns the simulation scores the guess (`leakage/`). A file says with `SEES` which part of a transcript it reads (`maps`,
-`gradients`, `updates`, or `model`: none, but the finished weights), and with `GUESSES` what comes out (`images`, `labels`,
-`members`, `patients`). `REVEALS` says in one line who could do this.
+`gradients`, `updates`; `model`: none, but the finished weights; or `steering`: maps that it answers by gradients of its own), and
+with `GUESSES` what comes out (`images`, `labels`, `members`, `patients`). `REVEALS` says in one line who could do this. With
+`ON_REQUEST = True` it is run only where it is asked for by name.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from concilium.errors import ContractError
-from concilium.messages import Finish, Front, Gradients, Maps, Tensors, Train, Trained
+from concilium.messages import Finish, Front, Gradients, Look, Looked, Maps, Tensors, Train, Trained
 from concilium.networks import Stack, Stages
 from concilium.transport import decode
 
 AUDITED = ("federated", "splitfed", "vertical")
 """Protocols whose messages an audit knows."""
-SEES = ("maps", "gradients", "updates", "model")
+SEES = ("maps", "gradients", "updates", "model", "steering")
+"""`steering`: maps, of which the attacker says what gradients their site gets (`Known.steer`)."""
 GUESSES = ("images", "labels", "members", "patients")
 
 
@@ -34,13 +36,17 @@ class Release:
 
     site: str
     round: int
+    """Of a finished model at work: the case's place in its subset."""
     step: int
+    """Of a finished model at work: the window of the case."""
     maps: tuple[Tensor, ...] = ()
     """Of the front (B, C, *spatial), the lowest first; float, or uint8."""
     gradients: tuple[Tensor, ...] = ()
     """Of the loss with respect to the float maps that the site was sent; of a party of vertical training, to those it sent."""
     update: Tensors = field(default_factory=dict)
-    """Weights before the round less those after it."""
+    """Weights before the round less those after it; of several sites, which are called `sum`, their mean."""
+    parts: tuple[tuple[int, float], ...] = ()
+    """For each site behind an update how many patches it is of, and what share of the mean it is; known to the server."""
 
 
 Transcript: TypeAlias = tuple[Release, ...]
@@ -58,6 +64,10 @@ class Known:
     """The network with its weights at the start of the round, or finished."""
     loss: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None
     """The study's loss of logits, finest first, and a label map (B, *spatial); the logits of deep supervision included."""
+    steer: Callable[[Callable[[Release], Stack]], Transcript] | None = None
+    """Has sites train, and asks for each of their releases what gradients of the float maps they get. What they sent at last."""
+    finished: bool = False
+    """Whether the front is at work in a finished model, and not in training."""
 
     @property
     def open_front(self) -> Stages:
@@ -71,6 +81,19 @@ class Known:
                 "The weights of the front were asked for. They are not known here. Use an attack without them."
             )
         return self.front
+
+    @property
+    def open_steer(self) -> Callable[[Callable[[Release], Stack]], Transcript]:
+        """What has sites train by the attacker's gradients.
+
+        Raises:
+            ContractError: nothing of it is here.
+        """
+        if self.steer is None:
+            raise ContractError(
+                "Sites were to be steered. Here none can be. Use an attack that keeps to the protocol, or a protocol that splits."
+            )
+        return self.steer
 
     @property
     def open_whole(self) -> Stages:
@@ -156,6 +179,7 @@ class _Heard:
         self._open: dict[str, Release] = {}
         self._fronts: dict[str, Front] = {}
         self._trains: dict[str, Train] = {}
+        self._looks: dict[str, Look] = {}
         self._done: list[Release] = []
 
     def all(self) -> Transcript:
@@ -173,6 +197,13 @@ class _Heard:
                     self._fronts[site] = message
             case Train():
                 self._trains[site] = message
+            case Look():
+                self._looks[site] = message
+            case Looked(maps) if site in self._looks:
+                look = self._looks[site]
+                self._done += [
+                    Release(site, look.case, look.start + i, maps=_came(window, look)) for i, window in enumerate(maps)
+                ]
             case Maps(maps) if maps:
                 self._open[site] = self._released(site, maps=maps)
             case Gradients(gradients) if self._is_party(site):
@@ -203,9 +234,9 @@ class _Heard:
         return Release(site, self._trains[site].round, 0, update={n: t.float() for n, t in moved.items()})
 
 
-def _came(tensors: Sequence[Tensor], front: Front) -> tuple[Tensor, ...]:
+def _came(tensors: Sequence[Tensor], asked: Front | Look) -> tuple[Tensor, ...]:
     """Maps or gradients as their receiver decodes them: half precision as float32, whole numbers as they are."""
-    came = decode(tensors, front.transport, dtype=torch.float32)
+    came = decode(tensors, asked.transport, dtype=torch.float32)
     return tuple(m.float() if m.is_floating_point() else m for m in came)
 
 

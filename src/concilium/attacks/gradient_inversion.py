@@ -2,8 +2,8 @@
 
 Geiping et al. 2020 (arXiv:2003.14053): the angle between gradients, total variation as the prior, and Adam on the signs. After
 one step of SGD the update is the gradient but for its length. The attacker is given much: label maps and the size of the batch
-are taken to be known. It fails where the update is no gradient any more: after many steps, or after one of Adam, whose first step
-tells little but signs; and with large batches.
+are taken to be known, and of a mean of several sites' updates what each counts. It fails where the update is no gradient any
+more: after many steps, or after one of Adam, whose first step tells little but signs; and with large batches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from concilium.data.draws import drawn_from
 from concilium.errors import ContractError
 
 SEES, GUESSES = "updates", "images"
-REVEALS = "a server that sees the update of a single site after one step of SGD, and knows the label maps"
+REVEALS = "a server that sees updates, or their sum, after one step of SGD, and knows the label maps"
 
 
 def attack(
@@ -44,20 +44,25 @@ def attack(
     axes = (0, *range(2, images.ndim))
     mean, deviation = images.mean(axes, keepdim=True), images.std(axes, keepdim=True).clamp_min(1e-6)
     parameters = {n: p for n, p in whole.named_parameters() if p.requires_grad}
-    size = len(auxiliary.labels) // len(transcript)
-    found = []
+    all_alike = ((len(auxiliary.labels) // len(transcript), 1.0),)
+    found, left = [], auxiliary.labels
     for number, release in enumerate(transcript):
-        labels = auxiliary.labels[number * size : (number + 1) * size]
+        parts = [(n, share) for n, share in release.parts or all_alike if n]
+        size = sum(n for n, _ in parts)
+        labels, left = left[:size], left[size:]
+        if not size:  # nobody was in the step
+            continue
         aim = [release.update[n] for n in parameters]
         with drawn_from(seed, "gradient_inversion", number):
             x = torch.randn(size, *images.shape[1:]).requires_grad_()
             optimizer = torch.optim.Adam([x], learning_rate)
             rates = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps * k // 8 for k in (3, 5, 7)], 0.1)
             for _ in range(steps):
-                logits = whole(x * deviation + mean)
-                ours = torch.autograd.grad(
-                    objective(logits, labels), list(parameters.values()), create_graph=True, allow_unused=True
-                )
+                total, begin = torch.zeros(()), 0
+                for n, share in parts:
+                    own = slice(begin, begin := begin + n)
+                    total = total + share * objective(whole(x[own] * deviation + mean), labels[own])
+                ours = torch.autograd.grad(total, list(parameters.values()), create_graph=True, allow_unused=True)
                 loss = _angle(ours, aim) + smoothness * _variation(x)
                 (gradient,) = torch.autograd.grad(loss, x)
                 x.grad = gradient.sign()

@@ -40,7 +40,7 @@ def attack(
     images = auxiliary.own.images
     axes = (0, *range(2, images.ndim))
     mean, deviation = images.mean(axes, keepdim=True), images.std(axes, keepdim=True).clamp_min(1e-6)
-    front = network.open_front.train()
+    front = network.open_front.train(not network.finished)
     for module in front.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()  # what was dropped is not known: the mean of it is sought

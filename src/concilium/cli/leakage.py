@@ -53,6 +53,18 @@ def leakage(
         bool,
         typer.Option("--compare", help="Every model of the run: Dice against leakage, and the Pareto set."),
     ] = False,
+    steering: Annotated[
+        int,
+        typer.Option(
+            "--steering", min=1, help="Steps for which an attack that departs from the protocol steers fronts."
+        ),
+    ] = 400,
+    predicting: Annotated[
+        bool,
+        typer.Option(
+            "--predicting", help="Of protocol vertical: the maps of the finished model at work, not of training."
+        ),
+    ] = False,
     gallery: Annotated[int, typer.Option("--gallery", min=2, help="Candidates to tell apart.")] = 100,
     site: Annotated[
         Path | None,
@@ -81,7 +93,8 @@ def leakage(
         tuple(cut or ()),
         auxiliary,
         tuple(round or ()),
-        Amount(victims, own, gallery),
+        Amount(victims, own, gallery, steering),
+        predicting,
     )
     if what.is_dir():
         run, folder = what, out
@@ -122,6 +135,6 @@ def _compare(run: Path, asked: Asked) -> None:
 
     found = price(run, asked=asked, watch=lambda text: console.print(text, style="dim", markup=False))
     title = "What defences cost, and what they are worth"
-    show_table(title, PRICE_HEADER, tuple(price_rows(found)), (NAIVE,))
+    show_table(title, PRICE_HEADER, tuple(price_rows(found)), (NAIVE, *found["notes"]))
     shown.print(f"Written: {run / 'leakage' / 'price.json'}", markup=False, soft_wrap=True)
     reported(run, lambda event: console.print(event.text, markup=False))

@@ -16,7 +16,11 @@ A file may also have
 
     check(*, batch_size: int, ...options) -> None
 
-called before anything trains: it raises a `StudyError` where the study's batches are not enough for it.
+called before anything trains: it raises a `StudyError` where the study's batches are not enough for it; and
+
+    lapse(**options) -> str
+
+says in words what the defence leaves open with these options, or nothing: it stands in a run's warnings and in the dossier.
 
 What a defence is worth only an attack can tell that was trained against it; none here is said to be private.
 """
@@ -186,15 +190,21 @@ def check_batches(defences: Sequence[PlugIn], batch_size: int) -> None:
     Raises:
         StudyError: they are not.
     """
-    for plug_in, check in _checks(defences):
+    for plug_in, check in _parts(defences, "check"):
         check(batch_size=batch_size, **plug_in.options)
 
 
-def _checks(defences: Sequence[PlugIn]) -> Iterator[tuple[PlugIn, Callable[..., None]]]:
+def lapses(title: str, defences: Sequence[PlugIn]) -> list[str]:
+    """What defences of a model leave open by their options."""
+    found = [lapse(**plug_in.options) for plug_in, lapse in _parts(defences, "lapse")]
+    return [f"{title}: {text}" for text in found if text]
+
+
+def _parts(defences: Sequence[PlugIn], part: str) -> Iterator[tuple[PlugIn, Callable[..., Any]]]:
     for plug_in in defences:
         module = inspect.getmodule(catalog.load("defences", plug_in.name))
-        if (check := getattr(module, "check", None)) is not None:
-            yield plug_in, check
+        if (found := getattr(module, part, None)) is not None:
+            yield plug_in, found
 
 
 def described(defences: Sequence[PlugIn]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from concilium.deployment.kits import SiteSettings, read_site
 from concilium.errors import StudyError
-from concilium.study import SiteTable, Study
+from concilium.study import SiteTable, Study, is_vertical
 
 OWN = "own"
 """What the site is called in its own audit."""
@@ -21,6 +21,12 @@ def study_at_site(study: Study, settings: Path) -> Study:
         StudyError: the settings are not allowed, or the protocol needs others.
     """
     site = read_site(settings)
+    if is_vertical(study):
+        raise StudyError(
+            f"[protocol] name = {study.protocol.name!r} cannot be audited at a party alone: its front learns by gradients of a "
+            "loss that needs the other parties' maps and the labels. Nothing here has them, so that figures would be another "
+            "front's. Allowed: federated, splitfed. Audit it in a simulation, on public patients with all channels."
+        )
     if study.protocol.name not in ("federated", "splitfed"):
         raise StudyError(
             f"[protocol] name = {study.protocol.name!r} cannot be audited at a site alone. Allowed: federated, splitfed. Audit "

@@ -20,8 +20,11 @@ from concilium.errors import StudyError
 from concilium.leakage.audit import Attack, Row, figures_of, holds, place
 from concilium.leakage.parties import party_scenes
 from concilium.leakage.pictures import shower
-from concilium.leakage.scene import Amount, Scene, every_cut, model_scene, split_scene, update_scene
+from concilium.leakage.predicting import predicting_scenes
+from concilium.leakage.scene import Amount, Scene, every_cut, model_scene, split_scene
+from concilium.leakage.steering import steered_scenes
 from concilium.leakage.subject import Subject, subject_of
+from concilium.leakage.updates import update_scenes
 from concilium.leakage.written import depth_of, write_leakage
 from concilium.study import is_vertical
 
@@ -45,6 +48,8 @@ class Asked:
     rounds: tuple[int, ...] = ()
     """Audit also the weights after these rounds, where they were kept."""
     amount: Amount = field(default_factory=Amount)
+    predicting: bool = False
+    """Attack the maps of a finished vertical model at work, in place of those of training."""
 
 
 def leakage(
@@ -69,7 +74,8 @@ def leakage(
             subject = subject_of(run, asked.model, auxiliary=asked.auxiliary, work=work, number=number)
             torch.set_num_threads(subject.study.engine.threads)
             own = [replace(a, seed=subject.study.study.seed) for a in attacks]
-            for scene in _scenes(subject, own, asked, last=number is None, notes=notes, watch=watch):
+            first = number == next(iter(asked.rounds), None)
+            for scene in _scenes(subject, own, asked, first=first, last=number is None, notes=notes, watch=watch):
                 seen |= set(holds(scene))
                 channels = subject.plans.channels
                 rows += figures_of(scene, own, channels, show=shower(folder / "pictures"), watch=watch)
@@ -89,7 +95,7 @@ def leakage(
 
 def _attacks(asked: Asked) -> list[Attack]:
     given, problems, found = dict(asked.options or {}), [], []
-    for name in asked.attacks or catalog.names("attacks"):
+    for name in asked.attacks or [n for n in catalog.names("attacks") if not Attack(n, {}, 0).on_request]:
         options, wrong = catalog.fill("attacks", name, given.pop(name, {}), f"attack {name}:")
         problems += wrong
         found.append(Attack(name, options, 0))
@@ -104,6 +110,7 @@ def _scenes(
     attacks: Sequence[Attack],
     asked: Asked,
     *,
+    first: bool,
     last: bool,
     notes: list[str],
     watch: Callable[[str], None],
@@ -117,6 +124,9 @@ def _scenes(
             f"--cut {asked.cuts[0]} was asked for. Of protocol 'vertical' each cut makes another network: allowed is the model's "
             "own. Train a variant with protocol = { cut = ... }, and audit it with --model."
         )
+    if asked.predicting:
+        yield from _predicting(subject, asked, parted, notes, watch)
+        return
     if parted and sees & {"maps", "gradients"}:
         watch(f"Exchange after round {subject.number}, parties")
         yield from party_scenes(subject, asked.amount, gallery=("maps", "patients") in kinds)
@@ -126,14 +136,43 @@ def _scenes(
             yield split_scene(
                 subject, cut, asked.amount, gradients="gradients" in sees, gallery=("maps", "patients") in kinds
             )
+    if first and "steering" in sees:
+        yield from _steered(subject, asked, parted, splits, watch)
     if subject.study.protocol.name == "federated" and "updates" in sees and not asked.cuts:
         watch(f"Exchange after round {subject.number}, updates")
-        yield update_scene(subject, asked.amount)
+        guessed = {guesses for saw, guesses in kinds if saw == "updates"}
+        yield from update_scenes(subject, asked.amount, images="images" in guessed, members="members" in guessed)
     if last and "model" in sees:
         try:
             yield model_scene(subject, asked.amount)
         except StudyError as e:
             notes += [f"{a.name} was not run. {e}" for a in attacks if a.about[0] == "model"]
+
+
+def _steered(
+    subject: Subject, asked: Asked, parted: bool, splits: bool, watch: Callable[[str], None]
+) -> Iterator[Scene]:
+    if parted or splits or asked.cuts:
+        for cut in [None] if parted else _cuts(subject, asked):
+            watch(f"Steering from round {subject.number} on, for {asked.amount.steering} steps")
+            yield from steered_scenes(subject, cut, asked.amount)
+
+
+def _predicting(
+    subject: Subject, asked: Asked, parted: bool, notes: list[str], watch: Callable[[str], None]
+) -> Iterator[Scene]:
+    if not parted:
+        raise StudyError(
+            f"--predicting was asked for. Protocol {subject.study.protocol.name!r} sends nothing of a case that it segments: "
+            "a site has the whole model. Allowed: 'vertical'. Leave --predicting out."
+        )
+    if subject.number != subject.study.protocol.rounds:
+        return  # no model is finished after an earlier round
+    watch("Segmenting the validation cases")
+    yield from predicting_scenes(subject, asked.amount)
+    notes.append(
+        "Attacked were maps of prediction, not of training. Attacks that ask for a gallery of patients are left out."
+    )
 
 
 def _cuts(subject: Subject, asked: Asked) -> list[tuple[str, ...] | None]:

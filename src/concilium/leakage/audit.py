@@ -38,6 +38,11 @@ class Attack:
         module = inspect.getmodule(catalog.load("attacks", self.name))
         return about(vars(module))
 
+    @property
+    def on_request(self) -> bool:
+        """Whether it is run only where it is asked for."""
+        return bool(vars(inspect.getmodule(catalog.load("attacks", self.name))).get("ON_REQUEST"))
+
     def __call__(self, transcript: Transcript, known: Known, auxiliary: Auxiliary) -> Guess:
         guess: Guess = catalog.load("attacks", self.name)(transcript, known, auxiliary, seed=self.seed, **self.options)
         return guess
@@ -52,7 +57,8 @@ def figures_of(
         rows += [row for names, seen in _selections(scene) for row in _correlations(scene, names, seen)]
     for attack in attacks:
         sees, guesses, _ = attack.about
-        if sees not in holds(scene):
+        lacks = guesses == "patients" and scene.auxiliary.candidates is None
+        if sees not in holds(scene) or lacks or (guesses == "members") != (scene.members is not None):
             continue
         for name, seen in _selections(scene) if sees == "maps" else [(scene.gradient, scene)]:
             watch(f"{attack.name}: {place(scene, name)}")
@@ -65,7 +71,9 @@ def figures_of(
 
 def holds(scene: Scene) -> tuple[str, ...]:
     """What an attack can see there."""
-    if scene.members is not None:
+    if scene.known.steer is not None:
+        return ("steering",)
+    if not scene.transcript:
         return ("model",)
     first = scene.transcript[0]
     return tuple(what for what in ("maps", "gradients", "update") if getattr(first, what)) + (
@@ -77,11 +85,12 @@ def place(scene: Scene, name: str) -> str:
     """Where a figure belongs, in words."""
     cut = f", cut {scene.cut}" if scene.cut else ""
     site = f", site {scene.site}" if scene.site else ""
-    return f"round {scene.round}{cut}{site}{f', map {name}' if name else ''}"
+    when = ", prediction" if scene.predicting else ""
+    return f"round {scene.round}{cut}{site}{f', map {name}' if name else ''}{when}"
 
 
 def _placed(scene: Scene, name: str, attack: str) -> Row:
-    site = {"site": scene.site} if scene.site else {}
+    site = ({"site": scene.site} if scene.site else {}) | ({"predicting": True} if scene.predicting else {})
     return {"round": scene.round, "cut": scene.cut, "map": name, "attack": attack} | site
 
 

@@ -7,7 +7,8 @@ first step are, to the bit, those that a run sends which goes on from these weig
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,7 +23,7 @@ from concilium.answers.train import Learner
 from concilium.attacks import Cases, Release, Transcript, releases
 from concilium.data.patches import Batch, Batches
 from concilium.engines import Engine, ask
-from concilium.engines._transcript import Keeping, read_transcript
+from concilium.engines._transcript import KEPT, Keeping, read_transcript
 from concilium.errors import EngineError
 from concilium.leakage.subject import ATTACKER, Subject
 from concilium.line import rounds_of
@@ -30,7 +31,7 @@ from concilium.messages import Failure, Front, Prepared, Tail, describe
 from concilium.networks import Parts, Stages
 from concilium.optimization import device_named
 from concilium.preparation import Work
-from concilium.protocols import start_with
+from concilium.protocols import Round, start_with
 from concilium.protocols._body import Body
 from concilium.schedule import Model, Setting
 from concilium.study import of_sites, training_of
@@ -71,6 +72,21 @@ def exchange(subject: Subject, way: Way, where: str) -> Transcript:
     Raises:
         EngineError: a site failed.
     """
+    with ready(subject, where) as (engine, cases, said):
+        for i in range(way.rounds):
+            one_round(subject, way, engine, cases, subject.number + i)
+    return releases(said())
+
+
+@contextmanager
+def ready(
+    subject: Subject, where: str, kept: tuple[type, ...] = KEPT
+) -> Iterator[tuple[Engine, Mapping[str, int], Callable[[], Iterator[tuple[str, object]]]]]:
+    """The sites of a simulation, ready to be asked, how many training cases each has, and what reads what was said of `kept`.
+
+    Raises:
+        EngineError: a site could not prepare.
+    """
     study = subject.study
     folder = subject.work / "transcripts" / where
     for old in (folder, subject.work / "sites"):  # what a site knows of another exchange is none of this one's
@@ -89,29 +105,30 @@ def exchange(subject: Subject, way: Way, where: str) -> Transcript:
                     f"{site} could not prepare for the audit: {told}. Look into {subject.work / 'sites' / site}."
                 )
             cases[site] = reply.n_training
-        kept = Keeping(engine, folder)
-        for i in range(way.rounds):
-            one_round(subject, way, kept, cases, subject.number + i)
+        yield Keeping(engine, folder, kept=kept), cases, lambda: read_transcript(folder)
     finally:
         engine.close()
-    return releases(read_transcript(folder))
 
 
-def one_round(subject: Subject, way: Way, engine: Engine, cases: Mapping[str, int], number: int) -> None:
-    """The protocol's round after round `number`, from the subject's weights."""
+def one_round(subject: Subject, way: Way, engine: Engine, cases: Mapping[str, int], number: int) -> Round:
+    """The protocol's round after round `number`, from the subject's weights; what the server has after it."""
+    model = model_of(subject, way, cases, number)
+    record: Any = SimpleNamespace(folder=subject.work)  # all that the protocol's loop asks of it
+    trains = {n: t for n, t in subject.weights.items() if n not in subject.plans.frozen}
+    begin = replace(start_with(trains), number=number)
+    work = Work(model.setting.study, engine, record, subject.plans, lambda event: None)
+    return [begin, *rounds_of(work, model, begin)][-1]
+
+
+def model_of(subject: Subject, way: Way, cases: Mapping[str, int], number: int = 0) -> Model:
+    """What is trained, or asked for, in an audit's messages; the round after round `number` is its last."""
     study = subject.study
     protocol = replace(
         study.protocol, name=way.protocol, rounds=number + 1, min_sites=len(subject.sites), round_seconds=None,
         time_box=False, options=way.options,
     )  # fmt: skip
     setting = Setting(way.protocol, replace(study, protocol=protocol), "", is_base=True, is_member=False)
-    steps = dict.fromkeys(subject.sites, way.steps)
-    model = Model(MODEL, MODEL, setting, way.protocol, steps, cases=cases)
-    record: Any = SimpleNamespace(folder=subject.work)  # all that the protocol's loop asks of it
-    trains = {n: t for n, t in subject.weights.items() if n not in subject.plans.frozen}
-    begin = replace(start_with(trains), number=number)
-    for _ in rounds_of(Work(setting.study, engine, record, subject.plans, lambda event: None), model, begin):
-        pass
+    return Model(MODEL, MODEL, setting, way.protocol, dict.fromkeys(subject.sites, way.steps), cases=cases)
 
 
 def truth_of(subject: Subject, transcript: Transcript) -> tuple[Cases, list[str]]:

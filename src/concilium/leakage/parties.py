@@ -69,7 +69,7 @@ def party_scenes(subject: Subject, amount: Amount, *, gallery: bool) -> Iterator
     sender = PartySender(subject, way)
     drawn = own_cases(subject, amount.own)
     own = _sent(drawn, [sender.send(batch, i) for i, batch in enumerate(drawn)])
-    fronts, galleries = sender.known_fronts(), _Galleries(subject, sender, amount.gallery)
+    fronts, galleries = known_fronts(subject), _Galleries(subject, sender, amount.gallery)
     for site, channels in subject.places.items():
         named = tuple(subject.plans.channels[i] for i in channels)
         if maps := tuple(replace(r, gradients=()) for r in transcript if r.site == site and r.maps):
@@ -122,14 +122,15 @@ class PartySender:
         one_round(self._subject, self._way, self._engine, cases, APART + number)
         return releases(self._engine.said)
 
-    def known_fronts(self) -> Mapping[str, Stages]:
-        """Each party's front, with its weights."""
-        whole = network_of(self._subject.study, self._subject.plans)()
-        whole.load_state_dict(dict(self._subject.weights))
-        stage = whole[FRONTS]
-        if not isinstance(stage, Fronts):
-            raise ContractError(f"The network begins with {whole.names[0]}. Expected fronts of parties. Report this.")
-        return {name: stage.of(name) for name in stage.parties}
+
+def known_fronts(subject: Subject) -> Mapping[str, Stages]:
+    """Each party's front, with its weights."""
+    whole = network_of(subject.study, subject.plans)()
+    whole.load_state_dict(dict(subject.weights))
+    stage = whole[FRONTS]
+    if not isinstance(stage, Fronts):
+        raise ContractError(f"The network begins with {whole.names[0]}. Expected fronts of parties. Report this.")
+    return {name: stage.of(name) for name in stage.parties}
 
 
 class _Here:

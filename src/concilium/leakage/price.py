@@ -7,10 +7,13 @@ good a Dice and as little leakage, and one of the two better.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import spearmanr
 
 from concilium.attacks import AUDITED
 from concilium.defences import described
@@ -45,7 +48,14 @@ def price(run: Path, *, asked: Asked, watch: Callable[[str], None] = lambda text
         watch(f"{name}: {_told(own)}")
         found = leakage(run, run / "leakage" / name, asked=replace(asked, model=name), watch=watch)
         rows.append({"model": name, "defended": _told(own), **_dice(results, name), "leaks": _most(found["rows"])})
-    made = {"version": 1, "study": study.study.name, "rows": _with_pareto(rows)}
+    of = "prediction" if asked.predicting else "training"
+    made = {
+        "version": 1,
+        "study": study.study.name,
+        "of": of,
+        "rows": _with_pareto(rows),
+        "notes": _falls(audited, rows),
+    }
     (run / "leakage" / FILE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return made
 
@@ -81,6 +91,26 @@ def _most(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         if is_one and row["value"] > found.get(row["metric"], {"found": -1.0})["found"]:
             found[row["metric"]] = {"found": row["value"], "naive": row["naive"]}
     return found
+
+
+def _falls(models: Mapping[str, Study], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each defence of which four models or more differ in one number only: how SSIM goes with it."""
+    series: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        study = models[row["model"]]
+        for key, value in study.defences[0].options.items() if len(study.defences) == 1 else ():
+            others = {k: v for k, v in study.defences[0].options.items() if k != key}
+            if isinstance(value, int | float) and not isinstance(value, bool) and "ssim" in row["leaks"]:
+                same = repr((study.protocol, study.network, study.training, others))
+                series[study.defences[0].name, key, same].append((float(value), row["leaks"]["ssim"]["found"]))
+    told = []
+    for (name, key, _), points in series.items():
+        levels, found = zip(*sorted(points), strict=True)
+        if len(set(levels)) > 3:
+            rank = float(spearmanr(levels, found).statistic)
+            each = ", ".join(f"{level:g}: {value:.2f}" for level, value in zip(levels, found, strict=True))
+            told.append(f"{name}, SSIM found by {key}: {each}; Spearman {rank:.2f}.")
+    return told
 
 
 def _with_pareto(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

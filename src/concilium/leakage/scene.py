@@ -15,7 +15,7 @@ from concilium.attacks import Auxiliary, Cases, Known, Release, Transcript
 from concilium.data.draws import digest, drawn_from
 from concilium.data.patches import Batch
 from concilium.errors import StudyError
-from concilium.leakage.exchange import Sender, Way, exchange, own_cases, split_way, together, truth_of
+from concilium.leakage.exchange import Sender, exchange, own_cases, split_way, together, truth_of
 from concilium.leakage.subject import Subject
 from concilium.networks import Stages, cut_apart
 from concilium.planning import network_of
@@ -45,6 +45,8 @@ class Scene:
     """Of the images; empty: all of the study."""
     gradient: str = ""
     """Of vertical training: what the gradients are of."""
+    predicting: bool = False
+    """Whether it is what a finished model lets go at work, and not in training."""
 
     @property
     def trained_on(self) -> Tensor:
@@ -62,6 +64,8 @@ class Amount:
     """Patches of the attacker."""
     gallery: int = 100
     """Candidates of re-identification and, of each kind, of membership inference."""
+    steering: int = 400
+    """Steps for which an attack that departs from the protocol says what gradients fronts get."""
 
 
 def split_scene(
@@ -93,16 +97,6 @@ def split_scene(
     )
 
 
-def update_scene(subject: Subject, amount: Amount) -> Scene:
-    """Federated updates after one step each, of which the attacker is taken to know the label maps: the best case for it."""
-    way = Way("federated", {}, steps=1)
-    transcript = exchange(subject, way, f"{subject.number:06d}-updates")
-    truth, _ = truth_of(subject, transcript)
-    own = together(own_cases(subject, amount.own))
-    known = Known(whole=_whole(subject), loss=_loss(subject))
-    return Scene(subject.number, "", transcript, known, Auxiliary(own, labels=truth.labels), truth)
-
-
 def model_scene(subject: Subject, amount: Amount) -> Scene:
     """The finished model, and as many cases that it was trained on as cases of the same sites that it was not."""
     kinds: dict[str, list[tuple[str, Entry]]] = {"training": [], "validation": []}
@@ -126,7 +120,7 @@ def model_scene(subject: Subject, amount: Amount) -> Scene:
     random.Random(digest("members", "own")).shuffle(own)
     mine = together([subject.plain_patch("", e) for e in own[: amount.own]])
     members = torch.arange(len(chosen)) < n
-    known = Known(whole=_whole(subject))
+    known = Known(whole=whole_of(subject))
     return Scene(subject.number, "", (), known, Auxiliary(mine, asked), asked, members=members)
 
 
@@ -154,17 +148,15 @@ def every_cut(subject: Subject) -> list[tuple[str, str]]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------- internals
-
-
-def _whole(subject: Subject) -> Stages:
+def whole_of(subject: Subject) -> Stages:
+    """The network with the subject's weights."""
     with drawn_from("look"):
         whole = network_of(subject.study, subject.plans)()
     whole.load_state_dict(dict(subject.weights))
     return whole
 
 
-def _loss(subject: Subject) -> Callable[[Sequence[Tensor], Tensor], Tensor]:
+def loss_of(subject: Subject) -> Callable[[Sequence[Tensor], Tensor], Tensor]:
     """The study's loss, of a label map at the finest scale; the coarser ones are every second voxel, and so on."""
     objective = make_objective(next(iter(subject.jobs.values())))
 
@@ -176,6 +168,9 @@ def _loss(subject: Subject) -> Callable[[Sequence[Tensor], Tensor], Tensor]:
         return objective(logits, Batch(logits[0], tuple(maps)))
 
     return loss
+
+
+# ----------------------------------------------------------------------------------------------------------- internals
 
 
 def _gallery(

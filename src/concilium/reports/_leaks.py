@@ -104,6 +104,6 @@ def leaks(view: View) -> Element | None:
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     digits = 1 if row["metric"] == "psnr" else 3
     values = [f"{row[key]:.{digits}f}" for key in ("value", "naive")]
-    of = ": ".join(filter(None, (row.get("site", ""), row["map"])))
+    of = ": ".join(filter(None, (row.get("site", ""), row["map"]))) + (" (prediction)" if row.get("predicting") else "")
     places: Sequence[str] = (row["attack"] or "none", row["cut"], of, row["channel"])
     return (*places, CALLED.get(row["metric"], row["metric"]), *values, str(row["n"]))

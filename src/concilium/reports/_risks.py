@@ -9,6 +9,7 @@ from typing import Any
 
 from concilium import catalog
 from concilium.attacks import AUDITED
+from concilium.defences import lapses
 from concilium.reports._leaks import CALLED
 from concilium.reports._permissions import needed, outside
 from concilium.reports._sheet import Content, Grid, Lines, Part
@@ -82,6 +83,7 @@ def _place(row: Mapping[str, Any]) -> str:
         f"after round {row['round']}",
         f"cut {row['cut']}" if row["cut"] else "",
         f"map {row['map']}" if row["map"] else "",
+        "in prediction" if row.get("predicting") else "",
     ]
     return ", ".join(part for part in where if part)
 
@@ -106,9 +108,9 @@ def _not_attacked(study: Study) -> list[Content]:
 
 
 def _applies(sees: str, model: Trained) -> bool:
-    if sees in ("maps", "gradients"):
+    if sees in ("maps", "gradients", "steering"):
         return model.splits
-    return sees == "model" or (model.protocol == "federated" and not model.sums_secretly)
+    return sees == "model" or model.protocol == "federated"
 
 
 # ----------------------------------------------------------------------------------------------------------- not protected
@@ -134,9 +136,14 @@ def _unprotected(study: Study, found: Mapping[str, Any] | None) -> Iterator[str]
     )
     if any(outside(m.study) for m in models):
         yield "Code from outside Concilium runs at the site, with all that the site's process may read."
+    steered = {a["name"] for a in found["attacks"] if a["sees"] == "steering"} if found else set()
     yield (
-        "A malicious server or holder of labels, which sends what makes a network tell more: not measured here, and "
-        "nothing stops it."
+        "A malicious server or holder of labels, which sends what makes a network tell more: nothing stops it, and "
+        + (
+            f"it was tried in one way only ({', '.join(sorted(steered))})."
+            if steered
+            else "it was not measured for this study."
+        )
     )
     yield (
         "Out of scope: several that collude; machines that are broken into, and whoever reads their disks; what sizes and "
@@ -157,6 +164,8 @@ def _unprotected(study: Study, found: Mapping[str, Any] | None) -> Iterator[str]
 
 def _in_training(study: Study, models: Sequence[Trained]) -> Iterator[str]:
     """What the protocols leave open."""
+    for text in (text for m in models for text in lapses(m.name, m.study.defences)):
+        yield text
     if any(m.splits for m in models):
         yield (
             "Maps and their gradients are computed from every voxel. The server knows the layers that made them: an image "
@@ -173,8 +182,8 @@ def _in_training(study: Study, models: Sequence[Trained]) -> Iterator[str]:
     if any(m.sums_secretly for m in models):
         yield (
             "Masks hide each update, not their sum: of n sites n − 1 together, or with the server, read the last one's. "
-            "Rounds that differ by one site can be compared. Nobody else has reviewed how the masks are put together, and "
-            "no attack on sums was measured."
+            "Rounds that differ by one site can be compared. Nobody else has reviewed how the masks are put together. The "
+            "attacks on updates can be run on the sum: of few sites it tells much of what a single update tells."
         )
     if any(m.protocol == "cyclic" for m in models):
         yield (
