@@ -78,18 +78,13 @@ def leakage(
     from concilium.leakage import Amount, Asked
     from concilium.leakage import leakage as audit
     from concilium.leakage.along import run_and_keep
-    from concilium.network_sizes import read_options
     from concilium.reports.leakage import grids
     from concilium.study import read_study
 
-    options: dict[str, dict[str, Any]] = defaultdict(dict)
-    for key, value in read_options(option or []).items():
-        of, _, name = key.partition(".")
-        options[of][name] = value
     asked = Asked(
         model,
         tuple(attack or ()),
-        options,
+        _by_attack(option or []),
         tuple(cut or ()),
         auxiliary,
         tuple(round or ()),
@@ -125,6 +120,17 @@ def leakage(
     shown.print(f"Audit: {where / 'leakage.json'}; pictures stay in {where / 'pictures'}", markup=False, soft_wrap=True)
     if folder is None:
         reported(run, lambda event: console.print(event.text, markup=False))
+
+
+def _by_attack(given: list[str]) -> dict[str, dict[str, Any]]:
+    """`inversion.steps=300` and the like, by attack."""
+    from concilium.network_sizes import read_options
+
+    options: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in read_options(given).items():
+        of, _, name = key.partition(".")
+        options[of][name] = value
+    return options
 
 
 def _compare(run: Path, asked: Asked) -> None:
