@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from concilium.leakage.exchange import Sender, split_way
 from concilium.leakage.scores import auc_of
 from concilium.leakage.steering import steered_scenes
 from concilium.leakage.subject import Subject, subject_of
-from concilium.leakage.updates import update_scenes
+from concilium.leakage.updates import _behind, update_scenes
 from concilium.messages import PlugIn
 
 FEW = Amount(victims=8, own=8, gallery=8, steering=3)
@@ -109,6 +110,12 @@ def test_of_private_updates_the_patients_are_worked_out_as_the_site_drew_them(
             clipped = (mine * (0.1 / mine.norm(dim=1, keepdim=True)).clamp_max(1)).sum(0)
             update = torch.cat([r.update[name].flatten() for name, _ in whole.named_parameters()])
             alike[noise, r.site] = float(torch.cosine_similarity(clipped, update, dim=0))
+        found, who = _behind(of, "north", of.number + 1)
+        theirs = [e for e in of.jobs["north"].entries["training"] if ("north", e.member, e.patient) in who]
+        patches = [x.numpy() for x in found.images]
+        assert len(theirs) == len(patches)
+        pictures = [of.prepared(of.jobs["north"], e).image for e in theirs]  # most patches are the whole image here
+        assert sum(any(np.array_equal(image, x) for x in patches) for image in pictures) > len(theirs) / 2
     assert all(found > 0.99 for (noise, _), found in alike.items() if noise < 1), alike
     assert all(found < 0.3 for (noise, _), found in alike.items() if noise == 1), alike
 
