@@ -224,7 +224,7 @@ def test_label_inference_reads_labels_where_gradients_hold_them_and_nothing_else
 
 
 def test_who_was_in_a_step_points_where_its_update_does() -> None:
-    sent, known, auxiliary = scene(2)
+    _, known, _ = scene(2)
     whole, loss = known.open_whole, known.loss
     assert loss is not None
     asked = Cases(torch.randn(8, 2, 12, 12), torch.randint(2, (8, 12, 12)))

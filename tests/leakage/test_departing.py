@@ -143,13 +143,7 @@ def test_of_a_secure_sum_the_mean_of_the_updates_is_attacked(federated_run: Path
         assert torch.allclose(value, torch.as_tensor(mean), atol=1e-6)
     guess = Attack("gradient_inversion", {"steps": 2}, 0)(summed.transcript, summed.known, summed.auxiliary)
     assert guess.of("images").shape == summed.truth.images.shape
+    adam = plug_in("aggregation", "adam")
+    other = subject_with(federated_run, tmp_path / "no", collect=collect, aggregation=adam)
     with pytest.raises(StudyError, match="Sums of updates under"):
-        adam = plug_in("aggregation", "adam")
-        list(
-            update_scenes(
-                subject_with(federated_run, tmp_path / "no", collect=collect, aggregation=adam),
-                FEW,
-                images=True,
-                members=False,
-            )
-        )
+        list(update_scenes(other, FEW, images=True, members=False))

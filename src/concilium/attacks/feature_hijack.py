@@ -28,7 +28,7 @@ REVEALS = "whoever returns gradients to a front, and departs from the protocol: 
 ON_REQUEST = True
 
 
-def attack(
+def attack(  # noqa: PLR0913  (options of the study)
     transcript: Transcript,
     network: Known,
     auxiliary: Auxiliary,

@@ -164,8 +164,7 @@ def _unprotected(study: Study, found: Mapping[str, Any] | None) -> Iterator[str]
 
 def _in_training(study: Study, models: Sequence[Trained]) -> Iterator[str]:
     """What the protocols leave open."""
-    for text in (text for m in models for text in lapses(m.name, m.study.defences)):
-        yield text
+    yield from (text for m in models for text in lapses(m.name, m.study.defences))
     if any(m.splits for m in models):
         yield (
             "Maps and their gradients are computed from every voxel. The server knows the layers that made them: an image "
