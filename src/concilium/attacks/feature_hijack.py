@@ -5,7 +5,7 @@ trains a front of its own and a decoder of that front's maps, here before it mee
 site then gets that of a critic which tells its maps from the attacker's (least squares: Mao et al. 2017, arXiv:1611.04076), and
 of how far means and covariances of both are apart (Sun & Saenko 2016, arXiv:1607.01719): its front learns to make the attacker's
 maps, which the attacker's decoder reads. Of the site's front no weight is used, only the architecture, with what defends it. It
-needs many steps, and a site that watches its loss may notice.
+may take many steps.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def _in_training(study: Study, models: Sequence[Trained]) -> Iterator[str]:
         yield (
             "Masks hide each update, not their sum: of n sites n − 1 together, or with the server, read the last one's. "
             "Rounds that differ by one site can be compared. Nobody else has reviewed how the masks are put together. The "
-            "attacks on updates can be run on the sum: of few sites it tells much of what a single update tells."
+            "attacks on updates can be run on the sum, which of few sites may tell of single patients too."
         )
     if any(m.protocol == "cyclic" for m in models):
         yield (
