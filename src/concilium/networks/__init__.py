@@ -3,8 +3,7 @@
     build(*, n_channels: int, n_labels: int, plan: Mapping[str, Any], deep_supervision: bool, ...options) -> Stages
 
 `plan` is the configuration of nnU-Net's plan (`plans.json`), and `regions`: whether labels are regions, which may overlap; a
-network that does not need it ignores it. All other
-keyword-only parameters are options of the study's `[network]` table.
+network ignores what it does not need. All other keyword-only parameters are options of the study's `[network]` table.
 
 A stage takes the top `takes` maps of the stack and leaves `leaves` in their place. Names count resolution from the input:
 `down0` is full resolution, `up0` its way back, `head0` the logits at full resolution, `head1` those of deep supervision one
@@ -19,10 +18,9 @@ point after it, nor after any later stage until the last such map is taken: thos
 tells a size: that of the image, say, for a network whose finest map is coarser.
 
 A file may also have, for studies that start from published weights, `names_elsewhere(*, plan, n_channels, n_labels, there)
--> Mapping[str, str]`: our name of a tensor by each name that it has in these, of whose names `there` are the given file's; and
+-> Mapping[str, str]`: our name of a tensor by each name that it has in these, of whose names `there` are the given file's;
 `refitted(name, tensor, shape) -> Tensor | None`: a tensor of ours that was made for images of another size, in this shape; and
-`added(name) -> bool`: whether the tensor is one that published weights cannot have.
-"""
+`added(name) -> bool`: whether published weights cannot have it."""
 
 from __future__ import annotations
 
@@ -80,7 +78,7 @@ class Stages(nn.Module):
     mirror_axes: tuple[int, ...] | None = None
     """Spatial axes along which images may be mirrored to predict; `None`: all."""
     trains: tuple[str, ...] = ()
-    """Which tensors train where the study does not say, as in `[training] tensors`; empty: all."""
+    """As `[training] tensors` of a study that does not say what trains; empty: all."""
 
     def __init__(self, stages: Mapping[str, Stage], cuts: Mapping[str, tuple[tuple[str, str], ...]] = CUTS) -> None:
         super().__init__()
