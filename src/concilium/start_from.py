@@ -24,7 +24,7 @@ from concilium.errors import ConciliumError, StudyError
 from concilium.finished import finished_models, open_finished
 from concilium.matching import as_table, match, note_of, require
 from concilium.messages import Tensors
-from concilium.networks import beside_build, names_elsewhere
+from concilium.networks import bare, beside_build, names_elsewhere
 from concilium.record import Record
 from concilium.study import Study, read_study
 from concilium.wire import read_tensors, write_tensors
@@ -114,10 +114,12 @@ def start_of(
     require(matched, study.start.min_matched, fresh=fresh, file=source.file)
     table = as_table(source.file, digest, matched, fresh) | {"min_matched": study.start.min_matched}
     table |= {} if source.of_run else {"licence": source.licence}
-    table["names"] = {there: ours for there, ours in elsewhere.items() if there != ours and ours in matched.weights}
+    known_there = {bare(name) for name in there}
+    names = {n: ours for n, ours in elsewhere.items() if n != ours and n in known_there and ours in matched.weights}
+    table |= {"names": names} if names else {}
     write_tensors(path, matched.weights, {"sha256": digest})
     record.write_json(f"{name}.json", table)
-    return Start(matched.weights, note_of(table), sha256=digest, names=table["names"])
+    return Start(matched.weights, note_of(table), sha256=digest, names=names)
 
 
 def check_start(study: Study, record: Record) -> None:

@@ -22,6 +22,14 @@ FOLDER = "frozen"
 """Of a site, where it keeps what it has read from a file, so that a run goes on when that is gone."""
 
 
+def with_frozen(
+    settings: Settings, request: Prepare, build: Callable[..., Stages]
+) -> tuple[Callable[..., Stages], dict[str, Tensor]]:
+    """What builds the network with what of it does not train, and that; raises what `frozen_part` does."""
+    frozen = frozen_part(settings, request, build)
+    return freezing(build, request.training.tensors, frozen or None), frozen
+
+
 def frozen_part(settings: Settings, request: Prepare, build: Callable[..., Stages]) -> dict[str, Tensor]:
     """The frozen tensors of the network that `build` makes, which are to the bit those that the server has.
 

@@ -14,7 +14,7 @@ import torch
 from concilium.answers import Cancelled, Check, Entry, Job, Settings, secret_of
 from concilium.answers._aligned import aligned, divided, limit
 from concilium.answers.features import views_of
-from concilium.answers.frozen import frozen_part
+from concilium.answers.frozen import with_frozen
 from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
 from concilium.data.draws import drawn_from
@@ -27,7 +27,6 @@ from concilium.data.preprocess import Prepared as PreparedCase
 from concilium.data.preprocess import prepare as prepare_case
 from concilium.defences import guarded
 from concilium.errors import ContractError, DataError
-from concilium.freezing import freezing
 from concilium.local_updates import brought_by
 from concilium.messages import Examine, Examined, Excluded, Fingerprint, Holding, Prepare, Prepared
 from concilium.networks import Stages, make_network
@@ -120,11 +119,8 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         found, excluded = aligned(settings, found), {}
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
-    build = _builder(request, plan, found[0].dataset)
-    frozen = frozen_part(settings, request, build)  # before an hour of preprocessing
-    bare = freezing(build, request.training.tensors, frozen or None)
-    image = (1, len(found[0].dataset.channels), *plan.configuration.patch_size)
-    network = guarded(bare, request.guard, image=image)
+    bare, frozen = with_frozen(settings, request, _builder(request, plan, found[0].dataset))
+    network = guarded(bare, request.guard, image=(1, len(found[0].dataset.channels), *plan.configuration.patch_size))
     if trains and settings.micro_batch is not None:  # before an hour of preprocessing
         with drawn_from("micro_batch"):
             must_be_divisible(settings.micro_batch, plan.batch_size, request.training.local_update.name, network())
