@@ -309,10 +309,8 @@ def test_one_site_trains_as_alone_and_all_that_trains_is_all(frozen: Make, tmp_p
     weights, expected = (load_file(o.folder / "weights/federated.safetensors") for o in (every, plain))
     assert equal(weights, expected)
     assert "trained" not in every.results["models"][0]
-    assert (
-        every.results["models"][0]["sites"]["north"]["bytes_up"]
-        == plain.results["models"][0]["sites"]["north"]["bytes_up"]
-    )
+    sent = [o.results["models"][0]["sites"]["north"]["bytes_up"] for o in (every, plain)]
+    assert abs(sent[0] - sent[1]) < 100  # seconds take more or fewer digits
 
 
 @pytest.mark.slow
