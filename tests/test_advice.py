@@ -96,6 +96,7 @@ def test_what_is_odd_has_its_ground_and_what_is_small_is_left_out(planned: tuple
     assert any("few take the axes in another order" in note for note in found.found.advice.notes)
 
 
+@pytest.mark.slow
 def test_the_joint_plan_is_the_one_of_a_run_and_a_sites_own_that_of_a_run_of_it_alone(
     planned: tuple[cc.Plan, Path], uneven: Path, tmp_path: Path
 ) -> None:

@@ -503,6 +503,7 @@ def test_a_secure_sum_costs_the_bytes_of_a_plain_one(tmp_path: Path, capsys: pyt
     assert "Targets" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_pretraining_reads_other_federations_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

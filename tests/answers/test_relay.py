@@ -13,10 +13,11 @@ from torch import Tensor
 
 from concilium import catalog
 from concilium.answers import Policy, Settings
+from concilium.beginning import initial_weights
 from concilium.errors import ContractError, PrivacyError
 from concilium.line import _connect
 from concilium.messages import Fetch, Forget, Front, Hand, Introduce, Pass, Restore, Snapshot, Take, Train
-from concilium.preparation import Ledger, ask_sites, initial_weights, plan_for, prepare_sites
+from concilium.preparation import Ledger, ask_sites, plan_for, prepare_sites
 from concilium.record import Record
 from concilium.schedule import settings
 from concilium.sealing import NOTHING

@@ -15,13 +15,14 @@ from torch import Tensor
 
 import concilium
 from concilium import catalog, wire
+from concilium.beginning import initial_weights
 from concilium.engines import ask
 from concilium.exports import export_run
 from concilium.finished import finished_models, open_finished
 from concilium.line import Event, _connect, run
 from concilium.messages import Card, Train, Trained
 from concilium.predict import predict
-from concilium.preparation import Ledger, ask_sites, initial_weights, plan_for, prepare_sites
+from concilium.preparation import Ledger, ask_sites, plan_for, prepare_sites
 from concilium.protocols._turns import order_of
 from concilium.record import Record
 from concilium.schedule import settings

@@ -160,6 +160,7 @@ def test_sites_without_a_patient_in_common_are_told_so(sequences: Path, tmp_path
         run(study_on(data), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_patches_that_follow_the_labels_are_the_label_holders(sequences: Path, tmp_path: Path) -> None:
     """Every party trains, and by other patches than uniform ones; a label holder whose settings do not allow it stops the run."""
     changes: dict[str, Any] = {"protocol__rounds": 1, "protocol__drop": 0.3, "training__foreground": 1.0}

@@ -21,6 +21,7 @@ from concilium.study import Study
 SITES = ("north", "south")
 
 
+@pytest.mark.slow
 def test_regions_of_volumes_are_learnt_by_sites_server_and_prediction_alike(
     small_study: Callable[..., Study], phantom: Path, tmp_path: Path
 ) -> None:
@@ -53,6 +54,7 @@ def small(small_study: Callable[..., Study], phantom: Path, **changes: Any) -> S
     return small_study(sites=SITES, data=phantom, test=False, **given, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapt", ["adapters", "lora"])
 def test_adapters_and_the_decoder_train_and_travel_and_nothing_else(
     small_study: Callable[..., Study], phantom: Path, tmp_path: Path, adapt: str

@@ -159,6 +159,7 @@ def test_a_body_that_is_no_longer_finite_is_not_kept(
     assert len(watched.rounds) == 1
 
 
+@pytest.mark.slow
 def test_nothing_of_a_failed_round_leaks_into_the_next_model(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
