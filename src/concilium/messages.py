@@ -909,6 +909,7 @@ HINTS = {
     "out_of_range": "; a value changed by more than [collect] range: raise it, and with it bits",
     "no_weights": "; its site.toml must name a copy of the file that the study starts from (weights = 'PATH')",
     "frozen_differs": "; what does not train differs from the server's: use one version everywhere, or [network] weights",
+    "no_epsilon": "; differential privacy promises nothing any more: more noise ([local_update] noise), or fewer rounds",
     "below_threshold": "; fewer sites than [collect] threshold were left, and nothing was unmasked",
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from concilium.answers.ledger import NAME, Draws, digest_of, note
 from concilium.data.patches import Batch
-from concilium.errors import ContractError, StudyError
+from concilium.errors import ContractError, DataError, StudyError
 from concilium.local_updates import Local, dp_sgd
 from concilium.messages import PlugIn, Train, Trained
 
@@ -285,6 +285,17 @@ def test_every_update_that_leaves_is_in_the_account_once(noted: Callable[..., Tr
     assert beside is not None
     assert (beside.epsilon, beside.epsilon_of_run) == (epsilon(5), epsilon(17))
     assert len((tmp_path / NAME).read_text().splitlines()) == 4
+
+
+def test_an_update_of_which_no_epsilon_is_told_does_not_leave(
+    noted: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An infinite epsilon is no number that travels, and no promise: the site refuses, and has nothing in its account."""
+    monkeypatch.setitem(OPTIONS, "noise", 0.0)
+    with pytest.raises(DataError, match=r"has no finite epsilon any more after 5 steps with noise 0\.0") as refused:
+        noted("m", 1, "a")
+    assert refused.value.code == "no_epsilon"
+    assert not (tmp_path / NAME).exists()
 
 
 def test_what_does_not_leave_or_has_no_account_is_not_in_it(noted: Callable[..., Trained], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ noise included, and counts once.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 
 from concilium.answers import Job
 from concilium.data.patches import Batches
+from concilium.errors import DataError
 from concilium.local_updates import when_alone
 from concilium.local_updates._besides import account_of, check_network, draws_patients, sampled
 from concilium.messages import PlugIn, Spent, Tensors, Train, Trained
@@ -81,19 +83,25 @@ def note(folder: Path, request: Train, trained: Trained, update: PlugIn, draws: 
     }
     path = folder / NAME
     lines = [json.loads(one) for one in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    if line not in lines:
-        lines.append(line)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
-        unfinished.replace(path)
-    own = [tuple(one["release"]) for one in lines if one["model"] == request.model]
+    new = [] if line in lines else [line]
+    own = [tuple(one["release"]) for one in lines + new if one["model"] == request.model]
     noise, rate, _ = own[-1]
     spent = Spent(
         account(own),
         float(update.options["delta"]),  # type: ignore[arg-type]
-        account([tuple(one["release"]) for one in lines]),
+        account([tuple(one["release"]) for one in lines + new]),
         noise,
         rate,
         sum(steps for _, _, steps in own),
     )
+    if not math.isfinite(max(spent.epsilon, spent.epsilon_of_run)):
+        raise DataError(
+            f"The account of {request.model} has no finite epsilon any more after {spent.steps} steps with noise {noise}: "
+            "nothing would be promised, and nothing leaves. Allowed: a finite one. Ask for more noise, or fewer rounds.",
+            code="no_epsilon",
+        )
+    if new:
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(one) + "\n" for one in lines + new), encoding="utf-8")
+        unfinished.replace(path)
     return replace(trained, spent=spent)
