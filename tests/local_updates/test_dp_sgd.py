@@ -16,9 +16,10 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from concilium.answers.ledger import NAME, Draws, digest_of, note
+from concilium.answers.ledger import NAME, Draws, note
 from concilium.data.patches import Batch
 from concilium.errors import ContractError, DataError, StudyError
+from concilium.freezing import digest_of
 from concilium.local_updates import Local, dp_sgd
 from concilium.messages import PlugIn, Train, Trained
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from concilium.answers import Job
-from concilium.answers.ledger import digest_of
 from concilium.data.kept import kept
 from concilium.data.labels import Labels
 from concilium.data.patches import Batch
+from concilium.freezing import digest_of
 from concilium.local_updates import in_parts
 from concilium.messages import Prepare
 from concilium.networks import Stack, Stages
@@ -55,9 +55,8 @@ def features_of(
     job: Job, network: nn.Module, folder: Path | None
 ) -> Callable[[Batch, int | None], Sequence[Tensor]] | None:
     """What answers for stages that do not train, where cases have views that do not change; kept in `folder`."""
-    views = job.batches.views_in if job.batches is not None and job.training.views else None
-    divided = front_of(network) if views is not None and folder is not None else None
-    if divided is None or folder is None:
+    views = None if job.batches is None else job.batches.views_in
+    if views is None or folder is None or (divided := front_of(network)) is None:
         return None
     return Features(*divided, folder, about=(job.training.precision, str(views))).logits
 

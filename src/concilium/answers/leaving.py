@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from concilium.answers import Job
-from concilium.answers.ledger import digest_of
 from concilium.filters import Leaving, filtered
+from concilium.freezing import digest_of
 from concilium.messages import Tensors
 
 

@@ -10,18 +10,17 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from concilium.answers import Job
 from concilium.data.patches import Batches
 from concilium.errors import DataError
+from concilium.freezing import digest_of
 from concilium.local_updates import when_alone
 from concilium.local_updates._besides import account_of, check_network, draws_patients, sampled
-from concilium.messages import PlugIn, Spent, Tensors, Train, Trained
+from concilium.messages import PlugIn, Spent, Train, Trained
 
 NAME = "privacy.jsonl"
 """In the site's folder."""
@@ -57,15 +56,6 @@ def draws_of(job: Job, update: PlugIn, network: nn.Module, batches: Batches) -> 
     patients = [sorted(cases) for _, cases in sorted(of.items())]
     hidden = (job.secret, digest_of(network.state_dict()))
     return Draws(sampled(update, batches, patients), hidden, len(patients))
-
-
-def digest_of(weights: Tensors) -> str:
-    """A digest of all values of these tensors, and of their names."""
-    found = blake2b(digest_size=16)
-    for name, t in sorted(weights.items()):
-        found.update(name.encode() + b"\0")
-        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def note(folder: Path, request: Train, trained: Trained, update: PlugIn, draws: Draws) -> Trained:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from concilium.data._resize import resize_case, resizes, restore_label, settings_of
 from concilium.data.dataset import Case, Dataset, content_key, read_case
+from concilium.data.kept import whole
 from concilium.data.labels import Labels, to_nnunet
 from concilium.data.parties import crops, with_channel
 from concilium.data.plan import Plan
@@ -204,17 +204,8 @@ def _write(path: Path, image: Array, label: Array, properties: dict[str, Any]) -
     # The order of the labels is kept: nnU-Net draws the class of a patch by its place, and safetensors sorts by name.
     # One entry of metadata, since safetensors writes several in any order: the same case gives the same bytes.
     about = json.dumps({"format": FORMAT, "locations": list(locations), "properties": _as_json(properties)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:8]}-", suffix=".tmp")
-    try:
-        os.close(handle)
-        save_file(arrays, temporary, metadata={"about": about})
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole(path) as unfinished:
+        save_file(arrays, unfinished, metadata={"about": about})
 
 
 def _name(ids: Any) -> str:
