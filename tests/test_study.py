@@ -725,6 +725,7 @@ WITHOUT_A_VALUE = (
     "No label maps, or no loss, were given.",
     "The weights of the front were asked for.",
     "The whole network was asked for.",
+    "Sites were to be steered.",
     "No case has foreground.",
     "Exact and binned geometry do not add up.",
 )

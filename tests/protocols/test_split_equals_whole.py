@@ -130,6 +130,8 @@ def small(name: str) -> dict[str, Any]:
 class Noise:
     """Batches of noise in float64, a function of their key."""
 
+    views_in = None
+
     def __init__(self, dims: int) -> None:
         self.dims = dims
 
