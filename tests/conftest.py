@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 # Read when torch is first imported: the tests of several people, or of several workers, share the cores.
@@ -11,7 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from concilium.data.phantom import write_phantom
+from concilium.data.phantom import DEFAULT_SITES, write_phantom
+
+CASES = {"north": 6, "south": 4, "west": 3}
+"""Fewer than the phantom has by itself: every case is prepared in every run. One of the north's patients has two."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,7 +41,8 @@ def federation() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in phantom at half size: one nnU-Net raw folder per site, and `test`. Read only."""
+    """The built-in phantom at half size and with fewer cases: one nnU-Net raw folder per site, and `test`. Read only."""
     folder = tmp_path_factory.mktemp("phantom")
-    write_phantom(folder, n_test=3, scale=0.5)
+    sites = [replace(site, n_cases=CASES[site.name]) for site in DEFAULT_SITES]
+    write_phantom(folder, sites=sites, n_test=3, scale=0.5)
     return folder

@@ -37,6 +37,14 @@ def describe(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "dataset.json").read_text()))
 
 
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As it is for everybody, at half size."""
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, n_test=3, scale=0.5)
+    return folder
+
+
 def test_folders_are_as_nnunet_expects(phantom: Path) -> None:
     assert sorted(p.name for p in phantom.iterdir()) == sorted([*SITES, "test"])
     for name, n_cases in [*((site.name, site.n_cases) for site in DEFAULT_SITES), ("test", 3)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,22 @@ from concilium.study import Study
 
 Make = Callable[..., Study]
 SITES = {"north", "south", "west"}
+VARIANTS, METHODS = ("v1", "v2", "v3", "sequential"), ("front", "tail", "finish")
 Answer = Callable[[Any], Any]
+
+
+def several(
+    *chosen: tuple[Any, ...], names: tuple[str, ...], of: Sequence[Sequence[Any]], indirect: Sequence[str] = ()
+) -> pytest.MarkDecorator:
+    """Every value of each, with some of the others; all combinations with `./test --all`."""
+    every = list(itertools.product(*of))
+    assert all({one[i] for one in chosen} == set(values) for i, values in enumerate(of))
+    assert set(chosen) <= set(every)
+    return pytest.mark.parametrize(
+        names,
+        [one if one in chosen else pytest.param(*one, marks=pytest.mark.exhaustive) for one in every],
+        indirect=indirect,
+    )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from faults import SECRET
 from safetensors.torch import load_file
 
 from concilium import wire
+from concilium.data.phantom import write_phantom
 from concilium.errors import DataError, EngineError
 from concilium.line import run
 from concilium.study import Study
@@ -116,16 +117,16 @@ def test_a_worker_that_is_killed_comes_back_for_the_next_round(small_study: Make
     assert set(second["sites"]) == {"north", "south", "west"}
 
 
-def broken_copy(phantom: Path, folder: Path, site: str, n: int) -> Path:
-    """The phantom with the last `n` images of a site cut off."""
-    shutil.copytree(phantom, folder)
+def broken(folder: Path, site: str, n: int) -> Path:
+    """The phantom with all its cases, and the last `n` images of a site cut off."""
+    write_phantom(folder, n_test=3, scale=0.5)
     for path in sorted((folder / site / "imagesTr").iterdir())[-n:]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return folder
 
 
-def test_an_unreadable_case_is_set_aside_with_its_reason(small_study: Make, phantom: Path, tmp_path: Path) -> None:
-    data = broken_copy(phantom, tmp_path / "data", "north", 1)
+def test_an_unreadable_case_is_set_aside_with_its_reason(small_study: Make, tmp_path: Path) -> None:
+    data = broken(tmp_path / "data", "north", 1)
     outcome = run(small_study(data=data, protocol__rounds=1), tmp_path / "run")
     assert outcome.exit_code == 0  # one of twelve is within the study's limit
     (excluded,) = outcome.results["excluded"]
@@ -135,8 +136,8 @@ def test_an_unreadable_case_is_set_aside_with_its_reason(small_study: Make, phan
     assert n_cases == 12 + 8 + 3 - 1
 
 
-def test_too_many_unreadable_cases_stop_the_study(small_study: Make, phantom: Path, tmp_path: Path) -> None:
-    data = broken_copy(phantom, tmp_path / "data", "north", 2)
+def test_too_many_unreadable_cases_stop_the_study(small_study: Make, tmp_path: Path) -> None:
+    data = broken(tmp_path / "data", "north", 2)
     with pytest.raises(DataError, match=r"north: too_many_excluded.*2 of 12 cases cannot be used"):
         run(small_study(data=data, protocol__rounds=1), tmp_path / "run")
 

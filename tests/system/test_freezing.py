@@ -314,7 +314,7 @@ def test_one_site_trains_as_alone_and_all_that_trains_is_all(frozen: Make, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["federated", "splitfed", "cyclic"])
+@pytest.mark.parametrize("protocol", ["federated", "splitfed", pytest.param("cyclic", marks=pytest.mark.exhaustive)])
 def test_stopped_and_resumed_is_uninterrupted(protocol: str, frozen: Make, tmp_path: Path) -> None:
     study = frozen(protocol__name=protocol, protocol__compare=["local"], **BATCH)
     run(study, tmp_path / "whole")
@@ -423,14 +423,20 @@ def test_segment_anything_by_its_adapters(protocol: str, frozen: Make, seen: See
     assert any("adapter" in n for n in seen.named)
 
 
+@pytest.fixture(scope="module")
+def further(frozen: Make, first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that started from it and was not stopped."""
+    source = first / "weights/federated.safetensors"
+    return run(frozen(network__weights=str(source), **BATCH), tmp_path_factory.mktemp("further") / "run").folder
+
+
 @pytest.mark.parametrize("change", ["changed", "gone"])
 def test_a_run_goes_on_where_the_file_does_not_lie_any_more(
-    change: str, frozen: Make, first: Path, tmp_path: Path
+    change: str, frozen: Make, first: Path, further: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "w.safetensors"
     shutil.copyfile(first / "weights/federated.safetensors", source)
     study = frozen(network__weights=str(source), **BATCH)
-    expected = run(study, tmp_path / "whole").folder
     with pytest.raises(Stopped):
         run(study, tmp_path / "run", watch=stop_after(1))
     if change == "gone":
@@ -438,7 +444,7 @@ def test_a_run_goes_on_where_the_file_does_not_lie_any_more(
     else:
         save_file({n: t + 1 for n, t in load_file(source).items()}, source)
     assert run(study, tmp_path / "run", resume=True).exit_code == 0
-    assert equal(*(load_file(f / "weights/federated.safetensors") for f in (tmp_path / "run", expected)))
+    assert equal(*(load_file(f / "weights/federated.safetensors") for f in (tmp_path / "run", further)))
 
 
 @pytest.mark.parametrize("fault", ["no copy", "another file", "another server"])
@@ -535,7 +541,7 @@ def test_bytes_are_those_forecast_and_what_is_frozen_costs_less(
     told = []
     for name, wanted in (("some", ["decoder"]), ("all", None)):
         made = {
-            "network__base_features": 16,
+            "network__base_features": 8,
             "network__levels": 3,
             "protocol__rounds": 1,
             "forecast__site_gflops": 10.0,

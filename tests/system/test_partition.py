@@ -64,7 +64,7 @@ def test_dividing_by_key_gives_the_bits_of_the_divided_data(
         assert (runs[0].folder / file).read_bytes() == (runs[1].folder / file).read_bytes()
     assert [r.exit_code for r in runs] == [0, 0]
     assert runs[0].results["cases"] == runs[1].results["cases"]
-    assert "Writing north 12 cases of 10 patients, south 8 cases of 7 patients, west 3" in "".join(e.text for e in told)
+    assert "Writing north 6 cases of 5 patients, south 4 cases of 4 patients, west 3" in "".join(e.text for e in told)
     again = read_study(tmp_path / "divided" / "study.toml")
     assert again == divided_study()
 

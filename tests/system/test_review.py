@@ -107,18 +107,18 @@ def test_a_site_that_trained_too_late_is_as_if_it_had_not(
     late: str, small_study: Make, fuse: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {
-        "protocol__name": "local", "protocol__steps": 1, "protocol__round_seconds": 3.0, "sites": ("north",),
+        "protocol__name": "local", "protocol__steps": 1, "protocol__round_seconds": 1.5, "sites": ("north",),
         "test": False, "local_update__fuse": fuse,
     }  # fmt: skip
     if late == "step":
-        study = small_study(local_update__name="faults:sleeps", local_update__seconds=3.5, **changes)
+        study = small_study(local_update__name="faults:sleeps", local_update__seconds=2.0, **changes)
     else:
         study = small_study(local_update__name="faults:sleeps", local_update__seconds=0.0, **changes)
         answer = Site.answer
 
         def slowly(self: Site, request: Request, cancelled: Callable[[], bool]) -> Reply:
             reply = answer(self, request, cancelled)
-            time.sleep(3.5 if isinstance(request, Train) and request.round == 1 else 0)
+            time.sleep(2.0 if isinstance(request, Train) and request.round == 1 else 0)
             return reply
 
         monkeypatch.setattr(Site, "answer", slowly)

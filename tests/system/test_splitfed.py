@@ -26,13 +26,19 @@ from concilium.study import Study, read_study, to_toml
 
 Make = Callable[..., Study]
 SITES = ("north", "south", "west")
-every_variant = pytest.mark.parametrize("variant", ["v1", "v2"])
 
 
 # ------------------------------------------------------------------------------------------------------------- its end
 
 
-@pytest.fixture(scope="module", params=[(n, v) for n in ("nnunet", "unet") for v in ("v1", "v2")], ids="-".join)
+WHOLE = [
+    ("nnunet", "v1"),
+    ("unet", "v2"),
+    *(pytest.param(one, marks=pytest.mark.exhaustive) for one in (("nnunet", "v2"), ("unet", "v1"))),
+]
+
+
+@pytest.fixture(scope="module", params=WHOLE, ids="-".join)
 def whole(request: pytest.FixtureRequest, small_study: Make, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Each network in each variant, with the local baseline."""
     network, variant = request.param
@@ -89,7 +95,7 @@ def test_every_part_of_the_network_learns(whole: Outcome) -> None:
     assert set(n_moments.values()) == {sum(1 for _ in parts.body.parameters())}
 
 
-@every_variant
+@pytest.mark.parametrize("variant", [pytest.param("v1", marks=pytest.mark.exhaustive), "v2"])
 @pytest.mark.slow
 def test_worker_processes_do_not_change_a_bit(variant: str, split_study: Make, tmp_path: Path) -> None:
     for name, n in (("one", 1), ("two", 2)):
@@ -105,25 +111,24 @@ def test_loader_workers_do_not_change_a_bit(split_study: Make, tmp_path: Path) -
     assert same(weights(tmp_path / "two"), weights(tmp_path / "none"))
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        "front",
-        "tail",
-        "forward",
-    ],
-)
-def test_dropout_draws_from_the_step_not_from_where_a_process_is(
-    part: str, split_study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In another process, or with other sites beside it in this one, the generators are elsewhere."""
+@pytest.fixture(scope="module")
+def dropping(split_study: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    """A study with dropout in every part, and its run."""
     study = split_study(
         network__name="faults:dropping",
         network__base_features=None,
         protocol__cut=["down0", "middle"],
         protocol__rounds=1,
     )
-    run(study, tmp_path / "one")
+    return study, run(study, tmp_path_factory.mktemp("dropping") / "run").folder
+
+
+@pytest.mark.parametrize("part", ["front", "tail", "forward"])
+def test_dropout_draws_from_the_step_not_from_where_a_process_is(
+    part: str, dropping: tuple[Study, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another process, or with other sites beside it in this one, the generators are elsewhere."""
+    study, one = dropping
     owner: Any = Body if part == "forward" else Session
     original = getattr(owner, part)
 
@@ -133,7 +138,7 @@ def test_dropout_draws_from_the_step_not_from_where_a_process_is(
 
     monkeypatch.setattr(owner, part, elsewhere)
     run(study, tmp_path / "other")
-    assert same(weights(tmp_path / "other"), weights(tmp_path / "one"))
+    assert same(weights(tmp_path / "other"), weights(one))
 
 
 def test_a_map_behind_layers_that_do_not_train_may_travel(split_study: Make, tmp_path: Path) -> None:

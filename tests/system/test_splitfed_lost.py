@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sessions import SITES, Killed, Mortal, Watched, lines, spoil, told
+from sessions import METHODS, SITES, VARIANTS, Killed, Mortal, Watched, lines, several, spoil, told
 
 from concilium.engines import simulation
 from concilium.engines.simulation import Simulation
@@ -19,32 +19,33 @@ from concilium.protocols import Round
 from concilium.study import Study
 
 Make = Callable[..., Study]
-every_variant = pytest.mark.parametrize("variant", ["v1", "v2", "v3", "sequential"])
 
 
-@every_variant
-@pytest.mark.parametrize("method", ["front", "tail", "finish"])
+@several(
+    ("v1", "tail"), ("v2", "front"), ("v3", "finish"), ("sequential", "tail"),
+    names=("variant", "method"), of=(VARIANTS, METHODS),
+)  # fmt: skip
 def test_a_site_that_takes_too_long_over_an_exchange_is_left_out_of_the_round(
     variant: str, method: str, make: Make, watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sleeps(reply: Reply) -> Reply:
-        time.sleep(3.1)
+        time.sleep(1.6)
         return reply
 
     spoil(monkeypatch, method, sleeps)
-    study = make(protocol__variant=variant, protocol__exchange_seconds=3.0)
+    study = make(protocol__variant=variant, protocol__exchange_seconds=1.5)
     outcome = run(study, tmp_path / "run", watch=watched.nothing_is_left)
-    told(outcome, code="no reply within 3 s")
+    told(outcome, code="no reply within 1.5 s")
     at_rest = watched.optimizers["south", 1, "after"]
     assert all(torch.equal(watched.optimizers["south", 3, "before"][n], t) for n, t in at_rest.items())
 
 
-@every_variant
+@pytest.mark.parametrize("variant", ["v1", *(pytest.param(v, marks=pytest.mark.exhaustive) for v in VARIANTS[1:])])
 def test_a_site_that_takes_longer_than_a_round_may_is_left_out_of_it(
     variant: str, make: Make, watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil(monkeypatch, "tail", lambda reply: time.sleep(5.0) or reply, step=0)
-    outcome = run(make(protocol__variant=variant, protocol__round_seconds=4.0), tmp_path / "run")
+    spoil(monkeypatch, "tail", lambda reply: time.sleep(3.0) or reply, step=0)
+    outcome = run(make(protocol__variant=variant, protocol__round_seconds=2.5), tmp_path / "run")
     told(outcome, code="no reply within")
 
 
@@ -60,13 +61,17 @@ def dies(_: Any) -> Any:
     raise Killed
 
 
-@every_variant
+@several(
+    ("v1", ("tail", 1)), ("v1", ("front", 0)), ("v2", ("front", 1)), ("v2", ("tail", 0)), ("v3", ("finish", 1)),
+    ("sequential", ("tail", 0)),
+    names=("variant", "at"), of=(VARIANTS, [("front", 0), ("front", 1), ("tail", 0), ("tail", 1), ("finish", 1)]),
+)  # fmt: skip
 @pytest.mark.usefixtures("mortal")
-@pytest.mark.parametrize(("method", "step"), [("front", 0), ("front", 1), ("tail", 0), ("tail", 1), ("finish", 1)])
 def test_a_site_that_is_lost_within_a_round_is_back_for_the_next(
-    variant: str, method: str, step: int, make: Make, without_south: list[Round], watched: Watched, tmp_path: Path,
+    variant: str, at: tuple[str, int], make: Make, without_south: list[Round], watched: Watched, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    method, step = at
     spoil(monkeypatch, method, dies, step=step)
     study = make(protocol__variant=variant, engine__workers=3)
     told(run(study, tmp_path / "run", watch=watched.nothing_is_left), code="lost")
@@ -77,9 +82,10 @@ def test_a_site_that_is_lost_within_a_round_is_back_for_the_next(
             assert all(torch.equal(ours.tensors[n], t) for n, t in theirs.tensors.items())
 
 
-@pytest.mark.parametrize("variant", ["v1", "v2"])
+@several(
+    ("v1", "tail"), ("v2", "front"), ("v2", "finish"), names=("variant", "method"), of=(("v1", "v2"), METHODS)
+)  # fmt: skip
 @pytest.mark.usefixtures("mortal")
-@pytest.mark.parametrize("method", ["front", "tail", "finish"])
 def test_sites_that_share_a_lost_worker_are_lost_together(
     variant: str, method: str, make: Make, watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

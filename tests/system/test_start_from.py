@@ -151,7 +151,7 @@ class Stopped(Exception):
     """A kill, without the process."""
 
 
-@pytest.mark.parametrize("change", ["as it was", "changed", "gone"])
+@pytest.mark.parametrize("change", [pytest.param("as it was", marks=pytest.mark.exhaustive), "changed", "gone"])
 def test_a_run_goes_on_from_what_it_began_with(
     change: str, first: Outcome, small_study: Make, starts: list[Tensors], tmp_path: Path
 ) -> None:
