@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -55,7 +55,7 @@ from concilium.site import Site
 from concilium.wire import Envelope, part
 
 CPU = torch.device("cpu")
-SEED, STEPS, EQUAL = 7, 20, 1e-9
+SEED, STEPS, EQUAL = 7, 8, 1e-9
 TRAINING = Training(
     "sgd", 0.01, 1e-3, 0.9, "float32", 0.33, True, "none", 1e9, True, 0, PlugIn("dice_ce"), PlugIn("plain")
 )  # fmt: skip
@@ -255,12 +255,12 @@ ENOUGH = {
 }  # fmt: skip
 
 
-def pairs(name: str, dims: int, *, fast: Sequence[tuple[str, str]] | None = None) -> list[Any]:
+def pairs(name: str, dims: int, *, fast: Container[tuple[str, str]]) -> list[Any]:
     """Every pair of split points; those that are not among `fast` only with `./test --all`."""
     return [
         pytest.param(
             name, dims, pair, id=f"{name} {dims}D {' '.join(pair)}",
-            marks=[] if fast is None or pair in fast else [pytest.mark.exhaustive],
+            marks=[] if pair in fast else [pytest.mark.exhaustive],
         )
         for pair in itertools.combinations(POINTS[name], 2)
     ]  # fmt: skip
@@ -275,7 +275,7 @@ def test_these_are_all_split_points(name: str, dims: int) -> None:
 @pytest.mark.parametrize(
     ("name", "dims", "cut"),
     [
-        *pairs("nnunet", 2),
+        *pairs("nnunet", 2, fast=ENOUGH),
         *pairs("nnunet", 3, fast=ENOUGH),
         *pairs("unet", 2, fast=ENOUGH),
         *pairs("unet", 3, fast=ENOUGH),
@@ -303,9 +303,9 @@ def test_split_equals_whole_without_deep_supervision(cut: tuple[str, ...], tmp_p
 
 @pytest.mark.parametrize("variant", ["v1", "v2", "sequential"])
 def test_optimisers_are_carried_over_rounds(variant: str, tmp_path: Path) -> None:
-    """Two rounds of ten steps, against the whole network's twenty steps with the learning rates of twenty."""
-    batches_by_round = trained_whole(job_of(), rounds=2, steps=10)
-    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant=variant, rounds=2, steps={"a": 10})
+    """Two rounds, against as many steps of the whole network, with their learning rates."""
+    batches_by_round = trained_whole(job_of(), rounds=2, steps=STEPS // 2)
+    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant=variant, rounds=2, steps={"a": STEPS // 2})
     assert difference(weights, batches_by_round) <= EQUAL
 
 
@@ -376,8 +376,8 @@ def test_a_body_that_forgets_its_optimiser_between_rounds_is_noticed(
 ) -> None:
     load = Body.load
     monkeypatch.setattr(Body, "load", lambda self, weights, moments, numbers: load(self, weights, {}, "{}"))
-    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant=variant, rounds=2, steps={"a": 10})
-    assert difference(weights, trained_whole(job_of(), rounds=2, steps=10)) > 1e-6
+    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant=variant, rounds=2, steps={"a": STEPS // 2})
+    assert difference(weights, trained_whole(job_of(), rounds=2, steps=STEPS // 2)) > 1e-6
 
 
 # ------------------------------------------------------------------------------------------------------- what crosses a cut
@@ -499,9 +499,23 @@ def cuts_of(name: str) -> list[tuple[str, ...]]:
 EVERY_CUT = [pytest.param(name, cut, id=f"{name} {' '.join(cut)}") for name in ZOO for cut in cuts_of(name)]
 
 
+Apart = Callable[[str, tuple[str, ...]], tuple[dict[str, Tensor], Engine]]
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Apart:
+    """Split training of a network of the zoo, once for each cut."""
+
+    @cache
+    def train(name: str, cut: tuple[str, ...]) -> tuple[dict[str, Tensor], Engine]:
+        return trained_apart(job_of(name, 2, False), cut, tmp_path_factory.mktemp("apart"), reveal_labels=False)
+
+    return train
+
+
 @pytest.mark.parametrize(("name", "cut"), EVERY_CUT)
-def test_split_equals_whole_for_every_network(name: str, cut: tuple[str, ...], tmp_path: Path) -> None:
-    weights, engine = trained_apart(job_of(name, 2, False), cut, tmp_path, reveal_labels=False)
+def test_split_equals_whole_for_every_network(name: str, cut: tuple[str, ...], apart: Apart) -> None:
+    weights, engine = apart(name, cut)
     assert difference(weights, whole(name, 2, False)) <= EQUAL
     assert difference(weights, first_weights(job_of(name, 2, False))) > 1e-4, "nothing was trained"
     assert all(map(torch.isfinite, map(torch.sum, weights.values())))
@@ -542,22 +556,23 @@ def test_running_statistics_are_those_of_the_whole_network(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize(("name", "cut"), EVERY_CUT)
-def test_what_travels_is_what_was_forecast(name: str, cut: tuple[str, ...], tmp_path: Path) -> None:
-    """To the byte, whole numbers among it: one byte each, and nothing back."""
-    _, engine = trained_apart(job_of(name, 2, False), cut, tmp_path, steps={"a": 1})
+def test_what_travels_is_what_was_forecast(name: str, cut: tuple[str, ...], apart: Apart) -> None:
+    """To the byte in every step, whole numbers among it: one byte each, and nothing back."""
+    _, engine = apart(name, cut)
     torch.set_default_dtype(torch.float64)
     try:
         network = lambda deep_supervision: built(name, 2, deep_supervision)  # noqa: E731
         forecast = split_bytes(network, cut, batch=(1, CHANNELS, *PATCH[2]), precision="float32")
     finally:
         torch.set_default_dtype(torch.float32)
-    (maps,), (grads,), (tail,) = (said(engine.up, Maps), said(engine.up, Gradients), said(engine.down, Tail))
-    back = engine.down[-1][1].gradients
+    returned = [request.gradients for _, request in engine.down if not isinstance(request, Tail)][1:]
+    steps = zip(said(engine.up, Maps), said(engine.down, Tail), said(engine.up, Gradients), returned, strict=True)
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    assert forecast.step_up == size(maps.maps) + size(grads.gradients)
-    assert forecast.step_down == size(tail.maps) + size(back)
-    floats = [m for m in (*maps.maps, *tail.maps) if m.is_floating_point()]
-    assert len(grads.gradients) + len(back) == len(floats)
+    for maps, tail, grads, back in steps:
+        assert forecast.step_up == size(maps.maps) + size(grads.gradients)
+        assert forecast.step_down == size(tail.maps) + size(back)
+        floats = [m for m in (*maps.maps, *tail.maps) if m.is_floating_point()]
+        assert len(grads.gradients) + len(back) == len(floats)
 
 
 SMALLER: dict[str, Callable[[Tensor], Tensor]] = {
@@ -796,8 +811,8 @@ def test_sites_with_unequal_numbers_of_batches_do_not_wait_for_each_other(
 
 
 def test_for_one_site_a_sequence_is_the_whole_network(tmp_path: Path) -> None:
-    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant="sequential", rounds=2, steps={"a": 10})
-    assert difference(weights, trained_whole(job_of(), rounds=2, steps=10)) <= EQUAL
+    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant="sequential", rounds=2, steps={"a": STEPS // 2})
+    assert difference(weights, trained_whole(job_of(), rounds=2, steps=STEPS // 2)) <= EQUAL
 
 
 def keeping(jobs: Mapping[str, Job], cut: tuple[str, ...]) -> tuple[dict[str, Job], Sharing]:
