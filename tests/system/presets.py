@@ -55,9 +55,9 @@ def on_phantoms(tables: Mapping[str, Any], folder: Path) -> Tables:
     flat = raw.get("plan", {}).get("configuration") == "2d"
     names = ["all"] if "partition" in raw else list(raw["sites"])
     scanners = [
-        replace(DEFAULT_SITES[i % 3], name=name, n_cases=12 if name == "all" else 4) for i, name in enumerate(names)
+        replace(DEFAULT_SITES[i % 3], name=name, n_cases=12 if name == "all" else 3) for i, name in enumerate(names)
     ]
-    write_phantom(folder, sites=scanners, n_test=2, scale=0.8 if flat else 0.5)
+    write_phantom(folder, sites=scanners, n_test=1, scale=0.8 if flat else 0.5)
     called = dict(zip(("organ", "lesion"), dict.fromkeys(_labels(raw)), strict=False))
     somewhere = _says_what_is_annotated(raw) or not _losses(raw) & PARTIAL
     for i, name in enumerate((*names, "test")):
@@ -79,7 +79,7 @@ def on_phantoms(tables: Mapping[str, Any], folder: Path) -> Tables:
 
 def _on_sequences(raw: Tables, folder: Path) -> Tables:
     """Each site has one sequence of the same patients; label maps lie with the first."""
-    write_sequences(folder, n_cases=6, n_test=2, size=32)
+    write_sequences(folder, n_cases=5, n_test=1, size=32)
     channels = {site: table["holds"][0] for site, table in raw["sites"].items()}
     for called, (site, table) in zip(SEQUENCES, raw["sites"].items(), strict=True):
         table["data"] = str(folder / called)

@@ -31,6 +31,14 @@ QUICK = {"unet", "segnet", "cgnet"}
 NAMES = [name for name in catalog.names("networks") if name != "nnunet_trainer"]
 
 
+def marks_of(name: str, cut: str) -> list[pytest.MarkDecorator]:
+    """The other networks with the slow tests, at one of two cuts, in turn; at both with `./test --all`."""
+    if name in QUICK:
+        return []
+    turn = ("deep", "shallow")[NAMES.index(name) % 2]
+    return [pytest.mark.slow if cut == turn else pytest.mark.exhaustive]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sites, whose pictures are noise and whose label maps are noise in a square."""
@@ -142,8 +150,9 @@ def found(batches: list[Batch], sent: list[bytes], data: Path) -> set[str]:
     return {what for what, pattern in patterns(batches, data) if pattern in everything}
 
 
-@pytest.mark.parametrize("cut", ["shallow", "deep"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in NAMES])
+@pytest.mark.parametrize(
+    ("name", "cut"), [pytest.param(n, c, marks=marks_of(n, c)) for n in NAMES for c in ("deep", "shallow")]
+)
 def test_nothing_planted_is_sent(
     name: str, cut: str, data: Path, tmp_path: Path, seen: tuple[list[Batch], list[bytes]]
 ) -> None:

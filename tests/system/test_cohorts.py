@@ -56,7 +56,9 @@ def test_the_record_says_who_was_asked(uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "after", [pytest.param(1, marks=pytest.mark.exhaustive), 2, pytest.param(3, marks=pytest.mark.exhaustive), 4]
+)
 def test_a_stopped_run_goes_on_with_the_same_sites(
     after: int, study: Study, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +73,7 @@ def test_a_stopped_run_goes_on_with_the_same_sites(
     assert [line["asked"] for line in lines(tmp_path / "run")] == [line["asked"] for line in lines(uninterrupted)]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("number", [1, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (2, 4)), 3, 5])
 def test_a_kill_between_the_sites_snapshots_and_the_rounds_commit(
     number: int, study: Study, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +106,7 @@ def test_a_cohort_of_one_is_local_training(small_study: Make, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("update", ["scaffold", "ditto", "fedadamw"])
+@pytest.mark.parametrize("update", ["scaffold", "ditto", pytest.param("fedadamw", marks=pytest.mark.exhaustive)])
 def test_updates_that_keep_something_at_the_site(update: str, small_study: Make, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "local_update__name": update, "protocol__cohorts": [["north", "south"], ["west"]], "protocol__rounds": 4,
@@ -153,7 +155,10 @@ def test_tensors_that_stay_at_the_sites(how: dict[str, Any], small_study: Make, 
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("rule", ["fednova", "momentum", "adam", "median", "agreement"])
+@pytest.mark.parametrize(
+    "rule",
+    [*(pytest.param(r, marks=pytest.mark.exhaustive) for r in ("fednova", "momentum")), "adam", "median", "agreement"],
+)
 def test_rules_take_what_they_get(rule: str, small_study: Make, tmp_path: Path) -> None:
     n = 3 if rule == "agreement" else 2  # of two it could tell nothing, which is refused
     study = small_study(

@@ -38,7 +38,7 @@ def test_bytes_of_a_round_are_those_forecast(
     small_study: Make, tmp_path: Path, network: str, changes: dict[str, Any]
 ) -> None:
     study = small_study(
-        protocol__name="splitfed", protocol__rounds=1, protocol__steps=3, network__name=network, **changes
+        protocol__name="splitfed", protocol__rounds=1, protocol__steps=3, network__name=network, test=False, **changes
     )
     out = run(study, tmp_path / "run").folder
     plan = open_plan((out / "plans.json").read_text(), "3d_fullres")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import concilium
+from concilium.data.phantom import write_phantom
 from concilium.line import run
 from concilium.preparation import Event
 from concilium.record import Record
@@ -23,11 +23,11 @@ ROW = {"site": "north", "case": None, "reason": "unreadable", "text": None, "cou
 
 
 @pytest.fixture
-def data(phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The phantom, at sites whose own folders the server cannot see."""
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The phantom with all its cases, at sites whose own folders the server cannot see."""
     monkeypatch.setattr(Record, "case_names", lambda *_: {})
     monkeypatch.setattr(Record, "excluded", lambda *_: [])
-    shutil.copytree(phantom, tmp_path / "data")
+    write_phantom(tmp_path / "data", n_test=3, scale=0.5)
     return tmp_path / "data"
 
 

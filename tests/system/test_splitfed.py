@@ -104,7 +104,7 @@ def test_worker_processes_do_not_change_a_bit(variant: str, split_study: Make, t
     assert same(weights(tmp_path / "two"), weights(tmp_path / "one"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_loader_workers_do_not_change_a_bit(split_study: Make, tmp_path: Path) -> None:
     for name, n in (("none", 0), ("two", 2)):
         run(split_study(protocol__rounds=1, training__loader_workers=n, sites=("north", "west")), tmp_path / name)
