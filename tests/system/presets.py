@@ -26,6 +26,8 @@ SMALLER: Mapping[str, Callable[[Any], Any]] = {
     "seeds": lambda n: 1,
     "every": lambda n: 1,
     "base_features": lambda n: min(n, 4),
+    "width": lambda n: min(n, 24),
+    "decoder_features": lambda n: min(n, 16),
     "size": lambda size: [32 for _ in size],
     "patch_size": lambda size: [min(n, 32) for n in size],
     "min_patients": lambda n: min(n, 2),
