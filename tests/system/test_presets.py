@@ -21,8 +21,8 @@ PRESETS = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
 QUICK = {"fednova", "polyps", "splitfed-hippocampus", "segviz-hippocampus"}
 """These run with the fast tests: one of each protocol, 2D and 3D, and partial labels. All others, also new ones, are slow."""
 LIKE_OTHERS = {
-    "averaging-lungs", "averaging-nuclei", "averaging-vessels", "blastocyst", "corrupted-masks", "defences", "fedsam-lungs",
-    "glioma", "ham10k", "hippocampus-compared", "kvasir-seg", "leakage-defences", "leakage-glioma", "leakage-noise",
+    "abdomen-partial", "averaging-lungs", "averaging-nuclei", "averaging-polyps", "averaging-vessels", "blastocyst",
+    "corrupted-masks", "defences", "fedsam-lungs", "fedsam-polyps", "glioma", "ham10k", "hippocampus-compared", "kvasir-seg", "leakage-defences", "leakage-glioma", "leakage-noise",
     "leakage-updates", "leakage-vertical", "polyps-compared", "transport",
 }  # fmt: skip
 """The same tables as in others, on other data, or many models of what has system tests of its own."""
