@@ -156,7 +156,10 @@ def test_cases_that_cannot_be_read_are_said(uneven: Path, tmp_path: Path, comman
     shutil.copytree(uneven / "south", tmp_path / "south")
     sorted((tmp_path / "south" / "imagesTr").iterdir())[0].write_bytes(b"nothing")
     file = tmp_path / "study.toml"
-    file.write_text('[study]\nname = "s"\n[sites.south]\ndata = "south"\n[protocol]\nrounds = 1\nsteps = 1\n')
+    file.write_text(
+        '[study]\nname = "s"\n[sites.south]\ndata = "south"\n'
+        "[protocol]\nrounds = 1\nsteps = 1\n[network]\nbase_features = 4\n"
+    )
     code, out, _ = command(file)
     assert code == 0
     assert "Excluded: south, case south_000: " in out

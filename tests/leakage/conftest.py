@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from concilium.data.phantom import write_phantom
 from concilium.leakage.along import run_and_keep
 from concilium.study import Study, parse_study
 
 Make = Callable[..., Study]
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With all its cases, at half size: of few patients, some private updates would be of none."""
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, n_test=3, scale=0.5)
+    return folder
 
 
 @pytest.fixture(scope="session")

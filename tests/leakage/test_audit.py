@@ -101,7 +101,7 @@ def test_an_attacker_that_has_a_victims_image_is_refused(
 def test_a_site_that_attacks_is_no_victim(split_run: Path, tmp_path: Path) -> None:
     told = found(split_run, tmp_path, "reidentify", auxiliary="south")
     assert told["victims"] == ["north"]
-    assert told["n_own_cases"] == 4
+    assert told["n_own_cases"] == 8
 
 
 # -------------------------------------------------------------------------------------------------- what was really sent

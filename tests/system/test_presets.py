@@ -22,8 +22,9 @@ QUICK = {"fednova", "polyps", "splitfed-hippocampus", "segviz-hippocampus"}
 """These run with the fast tests: one of each protocol, 2D and 3D, and partial labels. All others, also new ones, are slow."""
 LIKE_OTHERS = {
     "abdomen-partial", "averaging-lungs", "averaging-nuclei", "averaging-polyps", "averaging-vessels", "blastocyst",
-    "corrupted-masks", "defences", "fedsam-lungs", "fedsam-polyps", "glioma", "ham10k", "hippocampus-compared", "kvasir-seg", "leakage-defences", "leakage-glioma", "leakage-noise",
-    "leakage-updates", "leakage-vertical", "polyps-compared", "transport",
+    "corrupted-masks", "defences", "fedsam-lungs", "fedsam-polyps", "glioma", "ham10k", "hippocampus-compared", "kvasir-seg",
+    "leakage-defences", "leakage-glioma", "leakage-noise", "leakage-updates", "leakage-vertical", "polyps-compared",
+    "transport",
 }  # fmt: skip
 """The same tables as in others, on other data, or many models of what has system tests of its own."""
 
