@@ -165,7 +165,7 @@ def test_both_sides_have_the_same_parameters(overhead: ModuleType, phantom: Path
     (checkpoint,) = (tmp_path / "run" / "checkpoints" / "federated").glob("*.safetensors")
     ours = [t for name, t in wire.read_tensors(checkpoint)[0].items() if name.startswith("weights/")]
     assert sorted(tuple(t.shape) for t in ours) == sorted(tuple(p.shape) for p in plain.network.parameters())
-    assert len(plain.loader.indices) == 20  # the cases of both sites
+    assert len(plain.loader.indices) == 10  # the cases of both sites
     assert plain.optimizer.param_groups[0]["lr"] == study.training.learning_rate
 
 
