@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def fingerprints_of(folders: list[Path]) -> tuple[Fingerprint, Fingerprint]:
+@cache
+def fingerprints_of(*folders: Path) -> tuple[Fingerprint, Fingerprint]:
     """Of all cases of these sites: with exact geometry, and with binned."""
     exact, binned = [], []
     for folder in folders:
@@ -103,7 +105,7 @@ def comparable(plans: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_plan_is_nnunets_own_on_the_pooled_folder(sites: list[Path], pool: Callable[..., Any]) -> None:
     """In every field but the intensities, which nnU-Net samples, for three memory targets and the residual presets."""
-    merged, _ = fingerprints_of(sites)
+    merged, _ = fingerprints_of(*sites)
     pooled = pool(sites)
     pooled.fingerprint(n_samples=100_000)
     for planner, memory in (
@@ -135,7 +137,7 @@ def test_the_plan_is_nnunets_own_on_real_sites(
 ) -> None:
     folders = [f for f in sorted(federation(name).iterdir()) if not f.name.startswith("test")]
     dataset = open_dataset(folders[0])
-    merged, _ = fingerprints_of(folders)
+    merged, _ = fingerprints_of(*folders)
     pooled = pool(folders)
     pooled.fingerprint(n_samples=100_000)
     about = {"channels": dataset.channels, "labels": dataset.labels}
@@ -146,8 +148,8 @@ def test_the_plan_is_nnunets_own_on_real_sites(
 
 def test_a_site_of_three_cases_does_not_plan_for_itself(sites: list[Path]) -> None:
     """The trap: `numTraining` of the small site would give a smaller batch than the federation's."""
-    everybody, _ = fingerprints_of(sites)
-    alone, _ = fingerprints_of(sites[2:])
+    everybody, _ = fingerprints_of(*sites)
+    alone, _ = fingerprints_of(*sites[2:])
     assert (everybody.n_cases, alone.n_cases) == (18, 3)
     batches = [planned(f)["configurations"]["2d"]["batch_size"] for f in (everybody, alone)]
     assert batches[0] > 3 * batches[1]
@@ -174,13 +176,20 @@ def test_low_resolution_is_planned_as_nnunet_does(planner: str, sites: list[Path
     assert ours["configurations"]["2d"]["use_mask_for_norm"] == [True]
 
 
-@pytest.mark.parametrize("folder", FEDERATIONS or [None], ids=lambda p: p.name if p else "none")
+def tried(folder: Path | None) -> Any:
+    """Those that another test has read, and pictures; the others with `./test --all`."""
+    name = folder.name if folder else "none"
+    few = {"hippocampus", "glioma3d", "nuclei", "none"}
+    return pytest.param(folder, id=name, marks=() if name in few else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("folder", map(tried, FEDERATIONS or [None]))
 def test_binned_geometry_plans_the_same_network(folder: Path | None) -> None:
     if folder is None:
         pytest.skip("needs real data: set CONCILIUM_DATA to a folder of federations")
     folders = [f for f in sorted(folder.iterdir()) if not f.name.startswith("test")]
     dataset = open_dataset(folders[0])
-    exact, binned = fingerprints_of(folders)
+    exact, binned = fingerprints_of(*folders)
     about = {"channels": dataset.channels, "labels": dataset.labels, "file_ending": dataset.file_ending}
     for planner in ("default", "resenc_l"):
         a, b = (planned(f, "2d", planner=planner, **about) for f in (exact, binned))

@@ -413,7 +413,7 @@ def test_a_wire_that_breaks_again_and_again(listen: MakeHub, join: Any, wire_to:
 def test_a_site_without_a_connection_is_lost_and_begins_a_new_life(
     listen: MakeHub, join: Any, wire_to: Any, soon: Any, quick_beats: None
 ) -> None:
-    hub = listen("north", "south", absence_s=1.0)
+    hub = listen("north", "south", absence_s=0.5)
     wire = wire_to(hub.port)
     north = join("north", wire.port)
     join("south", hub.port)
@@ -498,7 +498,7 @@ def test_a_server_that_is_silent_is_dialled_again(
     listen: MakeHub, join: Any, soon: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_dial, "BEAT_S", 0.2)
-    monkeypatch.setattr(_dial, "DEAF_S", 1.0)
+    monkeypatch.setattr(_dial, "DEAF_S", 0.5)
     hub = listen("north")  # beats every two seconds only
     north = join("north", hub.port)
     for _ in range(3):
