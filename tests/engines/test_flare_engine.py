@@ -277,11 +277,11 @@ def test_a_deadline_holds_while_other_sites_are_busy(federate: Any) -> None:
 def test_a_reply_in_time_counts_however_late_it_is_read(federate: Any, soon: Any, tmp_path: Path) -> None:
     """The server was busy with the other one."""
     f = federate(north=Scripted(), south=Scripted())
-    f.engine.send(dict.fromkeys(f.scripts, train()), deadline_s=2.0)
+    f.engine.send(dict.fromkeys(f.scripts, train()), deadline_s=1.0)
     soon(lambda: len(list((tmp_path / "spool").glob("*.reply"))) == 2)
     replies = f.engine.replies()
     first, _ = next(replies)
-    time.sleep(2.5)
+    time.sleep(1.3)
     ((second, reply),) = replies
     assert {first, second} == {"north", "south"}
     assert isinstance(reply, Trained)
@@ -290,14 +290,14 @@ def test_a_reply_in_time_counts_however_late_it_is_read(federate: Any, soon: Any
 def test_a_late_reply_is_late_however_busy_the_server_is(federate: Any, soon: Any, tmp_path: Path) -> None:
     release = threading.Event()
     f = federate(north=Scripted(until_released(release)), south=Scripted())
-    f.engine.send(dict.fromkeys(f.scripts, train()), deadline_s=1.0)
+    f.engine.send(dict.fromkeys(f.scripts, train()), deadline_s=0.5)
     replies = f.engine.replies()
     assert next(replies)[0] == "south"
-    time.sleep(1.5)
+    time.sleep(0.8)
     release.set()
     soon(lambda: len(f.scripts["north"].sent) == 1)
-    time.sleep(0.5)
-    assert list(replies) == [("north", SiteTimeout(1.0))]
+    time.sleep(0.3)
+    assert list(replies) == [("north", SiteTimeout(0.5))]
 
 
 # ----------------------------------------------------------------------------------------------------------- lost sites

@@ -29,7 +29,7 @@ def voxels(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def run_folder(small_study: Callable[..., Study], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("predict") / "run"
-    run(small_study(protocol__rounds=4, protocol__steps=4, protocol__compare=["local"]), folder)
+    run(small_study(protocol__rounds=2, protocol__steps=4, protocol__compare=["local"]), folder)
     shutil.rmtree(folder / "cache")
     return folder
 

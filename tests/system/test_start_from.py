@@ -40,7 +40,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[Tensors]:
 @pytest.fixture(scope="module")
 def first(small_study: Make, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A run to start from."""
-    study = small_study(protocol__rounds=2, protocol__steps=25, training__learning_rate=0.005, test=False)
+    study = small_study(protocol__rounds=2, protocol__steps=12, training__learning_rate=0.01, test=False)
     return run(study, tmp_path_factory.mktemp("first") / "run")
 
 
