@@ -139,7 +139,7 @@ def shrunk(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def small_phantom(folder: Path, **_: Any) -> None:
     """As `write_phantom` without more arguments, at half size and with fewer cases."""
-    write_phantom(folder, sites=[PhantomSite(site, 4) for site in SITES], n_test=3, scale=0.5)
+    write_phantom(folder, sites=[PhantomSite(site, 3) for site in SITES], n_test=2, scale=0.5)
 
 
 @contextmanager
@@ -176,8 +176,8 @@ def renamed(folder: Path, names: Mapping[str, str]) -> None:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a reader has: data (sites, a held-out set, all cases of one centre), images to segment, label maps, finished runs."""
     folder = tmp_path_factory.mktemp("home")
-    write_phantom(folder / "data", sites=[PhantomSite(site, 4) for site in SITES], n_test=3, scale=0.5)
-    write_phantom(folder / "more", sites=[PhantomSite("all", 20)], n_test=1, scale=0.5)
+    write_phantom(folder / "data", sites=[PhantomSite(site, 3) for site in SITES], n_test=2, scale=0.5)
+    write_phantom(folder / "more", sites=[PhantomSite("all", 15)], n_test=1, scale=0.5)
     shutil.move(folder / "more" / "all", folder / "data" / "all")
     for data in (folder / "data").iterdir():
         renamed(data, LABELS)

@@ -210,7 +210,7 @@ def simulated(data: Path, out: Path, **changes: Any) -> Path:
 # ------------------------------------------------------------------------------------------------------------- as asked
 
 
-@pytest.mark.parametrize("protocol", ["federated", "splitfed"])
+@pytest.mark.parametrize("protocol", ["federated", pytest.param("splitfed", marks=pytest.mark.exhaustive)])
 def test_a_federation_gives_the_bits_of_the_simulation_and_tells_nothing_else(
     protocol: str, federation: Federation, serving: Any, phantom: Path, tmp_path: Path
 ) -> None:
@@ -282,7 +282,7 @@ def test_a_site_whose_process_is_killed_is_left_out_and_comes_back(federation: F
 
 
 def test_a_site_that_stops_answering_ends_its_round_by_the_deadline(federation: Federation, serving: Any) -> None:
-    process = serving(study_of(None, protocol__rounds=2, protocol__steps=60, protocol__round_seconds=40.0), "stopped")
+    process = serving(study_of(None, protocol__rounds=2, protocol__steps=60, protocol__round_seconds=25.0), "stopped")
     federation.until_round("stopped", 1, process)
     job = federation.job_of("west")
     job.suspend()
@@ -329,7 +329,7 @@ def test_an_interrupted_server_leaves_no_process_behind(federation: Federation, 
     assert all(joined.poll() is None for joined in federation.joined.values())  # they wait for the next run
 
 
-@pytest.mark.parametrize("min_sites", [2, 3])
+@pytest.mark.parametrize("min_sites", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_a_site_whose_machine_is_gone_is_lost_for_good(min_sites: int, federation: Federation, serving: Any) -> None:
     name = f"gone{min_sites}"
     process = serving(study_of(None, **LONGER | {"protocol__rounds": 3}, protocol__min_sites=min_sites), name)
@@ -350,7 +350,7 @@ def test_a_site_whose_machine_is_gone_is_lost_for_good(min_sites: int, federatio
         federation.join("north")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive), signal.SIGTERM])
 def test_a_site_that_leaves_takes_its_processes_along(how: signal.Signals, federation: Federation) -> None:
     joined = federation.joined["west"]
     wait_until(lambda: len(family(joined)) > 1, "FLARE runs")

@@ -326,7 +326,7 @@ def test_stopped_and_resumed_is_uninterrupted(protocol: str, frozen: Make, tmp_p
     assert all(equal(found[where], expected[where]) for where in found)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_worker_processes_draw_the_same(frozen: Make, tmp_path: Path) -> None:
     for workers in (1, 2):
         study = frozen(engine__workers=workers, sites=("north", "south"), **BATCH)

@@ -269,7 +269,7 @@ def test_a_site_that_fails_in_a_round_keeps_the_control_variate_of_before(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scaffold", "ditto"])
+@pytest.mark.parametrize("name", ["scaffold", pytest.param("ditto", marks=pytest.mark.exhaustive)])
 def test_worker_processes_do_not_change_a_bit(name: str, make: Make, tmp_path: Path) -> None:
     """Fewer workers than sites, so that states go to disk in between."""
     changes: dict[str, Any] = {"sites": SITES}
