@@ -29,13 +29,13 @@ def test_a_site_that_takes_too_long_over_an_exchange_is_left_out_of_the_round(
     variant: str, method: str, make: Make, watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sleeps(reply: Reply) -> Reply:
-        time.sleep(1.6)
+        time.sleep(2.1)
         return reply
 
     spoil(monkeypatch, method, sleeps)
-    study = make(protocol__variant=variant, protocol__exchange_seconds=1.5)
+    study = make(protocol__variant=variant, protocol__exchange_seconds=2.0)
     outcome = run(study, tmp_path / "run", watch=watched.nothing_is_left)
-    told(outcome, code="no reply within 1.5 s")
+    told(outcome, code="no reply within 2 s")
     at_rest = watched.optimizers["south", 1, "after"]
     assert all(torch.equal(watched.optimizers["south", 3, "before"][n], t) for n, t in at_rest.items())
 
