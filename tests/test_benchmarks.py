@@ -371,6 +371,7 @@ def test_local_updates_run_and_count_what_they_hold(tmp_path: Path, capsys: pyte
 # --------------------------------------------------------------------------------------------------------------- many sites
 
 
+@pytest.mark.exhaustive
 def test_many_sites_runs_and_tells_the_straggler(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -475,6 +476,7 @@ def test_the_zoo_is_trained_in_four_ways(tmp_path: Path, capsys: pytest.CaptureF
         assert any(line.startswith("Split − alone, IoU: ") for line in lines)
 
 
+@pytest.mark.exhaustive
 def test_a_simulation_and_a_loopback_train_the_same(
     phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

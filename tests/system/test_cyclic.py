@@ -321,6 +321,7 @@ def test_with_other_local_updates_and_fine_tuning_at_each_site(update: str, cycl
     assert not same(at(tmp_path / "run", "west"), at(tmp_path / "run", "west", "cyclic-finetuned"))
 
 
+@pytest.mark.exhaustive
 def test_two_processes_give_the_same_bits(cyclic: Make, whole: Path, tmp_path: Path) -> None:
     assert run(cyclic(validation__every=2, test=True, engine__workers=2), tmp_path / "run").exit_code == 0
     assert digests(tmp_path / "run") == digests(whole)

@@ -351,7 +351,13 @@ def whole(small_study: Make, tmp_path_factory: pytest.TempPathFactory) -> Outcom
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [("federated.s4", 1), ("other", 1), ("federated-without-north", 2)])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("federated-without-north", 2),
+        *(pytest.param(m, marks=pytest.mark.exhaustive) for m in (("federated.s4", 1), ("other", 1))),
+    ],
+)
 def test_a_stop_in_any_setting_loses_nothing(whole: Outcome, tmp_path: Path, moment: tuple[str, int]) -> None:
     study = read_study(whole.folder / "study.toml")
 
