@@ -17,6 +17,7 @@ from torch import equal
 
 from concilium.data.dataset import folds
 from concilium.data.labels import n_heads, silenced
+from concilium.data.phantom import DEFAULT_SITES, write_phantom
 from concilium.errors import DataError, StudyError
 from concilium.exports import export_run
 from concilium.finished import open_finished
@@ -101,10 +102,10 @@ def test_a_loss_that_needs_all_labels_is_refused_before_anything_trains(partly: 
 
 
 @pytest.fixture
-def by_case(small_study: Make, phantom: Path, tmp_path: Path) -> Make:
+def by_case(small_study: Make, tmp_path: Path) -> Make:
     """A study in which north looked in every second case for organs, in the others for lesions; south for both."""
-    own = tmp_path / "by_case"
-    shutil.copytree(phantom / "north", own)
+    write_phantom(tmp_path / "by_case", sites=[DEFAULT_SITES[0]], n_test=0, scale=0.5)
+    own = tmp_path / "by_case" / "north"
     about = json.loads((own / "dataset.json").read_text())
     cases = sorted(path.name.removesuffix(".nii.gz") for path in (own / "labelsTr").iterdir())
     about["annotated"] = {case: [["organ"], ["lesion"]][i % 2] for i, case in enumerate(cases)}
