@@ -120,10 +120,14 @@ def build(
     )
     deep = f"block{(n_blocks - 1) // 2}" if n_blocks > 2 else "embed"
     made = Stages(stages, cuts={"shallow": (("embed", "neck"),), "deep": ((deep, "neck"),)})
-    if adapt != "none":
-        mixed = ("embed.pixels.mix.*",) * (n_channels not in (1, COLOURS))
-        made.trains = (*ADAPTED, *mixed)
+    mixed = ("embed.pixels.mix.*",) * (n_channels not in (1, COLOURS))
+    made.trains = (*trains(adapt=adapt), *mixed) if adapt != "none" else ()
     return made
+
+
+def trains(*, adapt: str, **_: Any) -> tuple[str, ...]:
+    """What of the network trains by these options, where the study does not say; none: everything."""
+    return ADAPTED if adapt != "none" else ()
 
 
 def folded(options: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
