@@ -558,3 +558,9 @@ def test_pretraining_reads_other_federations_and_goes_on_where_it_was(
     assert "skin 4, lungs 3" in wire.read_tensors(out)[1]["data"]
     with pytest.raises(SystemExit):
         made.main([str(tmp_path / "skin"), "--out", str(out)])
+
+
+def test_kept_maps_train_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--size", "32", "--width", "16", "--depth", "2", "--decoder-features", "16", "--batch-size", "2"]
+    load("kept_maps").main([*small, "--steps", "2"])
+    assert "32 px, width 16, depth 2, batch 2: encoder every time" in capsys.readouterr().out

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from concilium.errors import StudyError
+from concilium.freezing import freezing, front_of
 from concilium.loads import Load, split_loads, whole_load
 from concilium.messages import PlugIn
 from concilium.network_sizes import plan_for
@@ -128,3 +130,15 @@ def test_a_network_that_would_fill_any_memory_is_told_at_once() -> None:
 def test_a_cut_that_is_not_possible_is_refused() -> None:
     with pytest.raises(StudyError, match=r"cut = \['nowhere'\] is not possible"):
         split_loads(built("unet", (16, 16), 3), ("nowhere",), (1, 3, 16, 16), training(), reveal_labels=False)
+
+
+def test_maps_that_are_kept_cost_nothing_again() -> None:
+    """Of a front that does not train, where cases have a fixed number of views."""
+    size = (2, 3, 64, 64)
+    build = freezing(partial(built("unet", size[2:], 3), deep_supervision=False), ["decode*", "heads"])
+    divided = front_of(build(deep_supervision=False))
+    assert divided is not None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        divided[0].run((torch.rand(size),))
+    once, kept = (whole_load(build, size, training(views=views)) for views in (0, 4))
+    assert once.flops - kept.flops == counter.get_total_flops() > 0

@@ -374,7 +374,7 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     (
         {"sites": {"north": {"data": "n", "micro_batch": 0}}},
-        "[sites.north] micro_batch = 0 is not allowed. Allowed: 1 or more.",
+        "[sites.north] micro_batch = 0 is not allowed. Allowed: 1 or more, or 'auto'.",
     ),
     (
         {"sites": {"north": {"data": "n", "micro_batch": 1}}, "protocol": {"name": "splitfed"}},
@@ -722,10 +722,12 @@ WITHOUT_A_VALUE = (
     "A site has no training cases in this fold.",
     "No gallery was given.",
     "No candidates were given.",
+    "No candidates, or no loss, were given.",
     "No label maps, or no loss, were given.",
     "The weights of the front were asked for.",
     "The whole network was asked for.",
     "Sites were to be steered.",
+    "The front leaves no float map.",
     "No case has foreground.",
     "Exact and binned geometry do not add up.",
 )

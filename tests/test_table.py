@@ -196,11 +196,20 @@ def test_latex_is_ready_to_paste() -> None:
 
 def test_non_inferiority_is_judged_by_the_lower_end() -> None:
     cells = {c[0]: c for c in markdown(results(), metrics=["dice", "hd95"], labels=["liver"], margin=0.02)}
-    assert cells["federated − centralized\\_long"][1].endswith(", non-inferior")
-    assert "inferior" not in cells["federated − centralized\\_long"][2], "a margin in Dice is none in mm"
+    assert cells["federated − local"][1].endswith(", non-inferior")
+    assert cells["federated − centralized\\_long"][1].endswith(", equivalent")
+    assert "equivalent" not in cells["federated − centralized\\_long"][2], "a margin in Dice is none in mm"
     cells = {c[0]: c for c in markdown(results(), metrics=["dice"], labels=["liver"], margin=0.001)}
     assert cells["federated − centralized\\_long"][1].endswith(", inferiority not excluded")
     assert cells["federated − local"][1].endswith(", non-inferior")
+
+
+def test_equivalence_is_judged_by_both_ends() -> None:
+    cells = {c[0]: c for c in markdown(results(), metrics=["dice"], labels=["liver"], margin=0.9)}
+    assert cells["federated − local"][1].endswith(", equivalent")
+    found = [r for r in rows(to_text(build([results()], margin=0.02, labels=["liver"]), "csv")) if r["non_inferior"]]
+    assert {r["equivalent"] for r in found} <= {"True", "False"}
+    assert all(r["equivalent"] == str(float(r["ci_low"]) > -0.02 and float(r["ci_high"]) < 0.02) for r in found)
 
 
 def test_the_worst_site_of_each_model_stands_below() -> None:

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from concilium import catalog
-from concilium.costs import Cost, every_way, hardware_of
+from concilium.costs import FORECAST, Cost, every_way, hardware_of, own_cost
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, percentile, to_json
 from concilium.data.plan import open_plan
 from concilium.engines import Engine
 from concilium.errors import ContractError, DataError, StudyError
+from concilium.local_updates import exchanges
 from concilium.messages import Fingerprint
 from concilium.planning import Plans, Told, network_of, share_own_plans
 from concilium.preparation import Event, Ledger, ask_sites, on_folders, plan_for
@@ -36,13 +37,8 @@ AXES = ("z", "y", "x")
 """Names of the file's axes, its last first, as arrays have them."""
 Range = tuple[float, float]
 OF_PARTIES = Advice(
-    "one",
-    (),
-    "One plan for all parties: they have the same patients, whose geometry whoever has the labels tells.",
-    (),
-    (),
-    (),
-)
+    "one", (), "One plan for all parties: they have the same patients, whose geometry whoever has the labels tells.", (), (), ()
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,8 @@ def plan(
     forecast: bool = True,
     watch: Callable[[Event], None] = lambda event: None,
 ) -> Planned:
-    """Examine the sites of a study, make the joint plan and each site's own; variants, and what models start from, do not count.
+    """Examine the sites of a study, make the joint plan and each site's own; what models start from does not count, and
+    variants in the forecast only.
 
     Args:
         out: a folder to keep the plans and fingerprints in: of all (`plans.json`, `fingerprint.json`) and of each site.
@@ -85,13 +82,14 @@ def plan(
         DataError, EngineError: the sites' data cannot be used together.
     """
     _check(study, out)
+    variants = study.variants
     study = replace(study, variants={}, start=StartTable(), plan=replace(study.plan, fingerprint="pooled"))
     with examined(study, watch) as (study, told, record, ledger):
         watch(Event("stage", "Planning for all sites together"))
         joint = plan_for(settings(study)[0][0], told, record, ledger)
         planned = _plans(study, told, joint, record, ledger, watch)
         if forecast:
-            planned = _with_costs(planned, study, joint, watch)
+            planned = _with_costs(planned, study, variants, joint, watch)
         if out is not None:
             _keep(record.folder, out)
     return planned
@@ -202,17 +200,38 @@ def _plans(
     )  # fmt: skip
 
 
-def _with_costs(planned: Planned, study: Study, joint: Plans, watch: Callable[[Event], None]) -> Planned:
+def _with_costs(
+    planned: Planned, study: Study, variants: Mapping[str, Study], joint: Plans, watch: Callable[[Event], None]
+) -> Planned:
     """The same with what training would cost by the joint plan, at each site with the cases that it has."""
     base = settings(study)[0][0]
     share = 1 - 1 / study.validation.folds
     cases = {site: max(1, round(share * planned.sites[site].n_cases)) for site in planned.sites}
+    notes: list[str] = []
+    found: list[Cost] = []
     try:
-        found = every_way(base, joint, cases, lambda text: watch(Event("stage", text)))
+        found += every_way(base, joint, cases, lambda text: watch(Event("stage", text)))
+        for name, variant in variants.items():
+            if why := _why_untold(study, variant):
+                notes.append(f"Variant {name} is not in the forecast: {why}. Plan it as a study of its own.")
+                continue
+            watch(Event("stage", f"Forecasting variant {name}"))
+            variant = replace(variant, start=StartTable(), sites=study.sites, forecast=study.forecast)
+            found.append(replace(own_cost(settings(variant)[0][0], joint, cases), name=name))
     except Exception as e:  # a network from outside need not run on shapes alone: it can be planned for all the same
-        text = f"What training would cost could not be forecast ({type(e).__name__}: {e})."
-        return replace(planned, warnings=(*planned.warnings, text))
-    return replace(planned, hardware=hardware_of(study), costs=tuple(found))
+        notes.append(f"What training would cost could not be forecast ({type(e).__name__}: {e}).")
+    return replace(planned, warnings=(*planned.warnings, *notes), hardware=hardware_of(study), costs=tuple(found))
+
+
+def _why_untold(study: Study, variant: Study) -> str:
+    """Why a variant's cost cannot be told from the study's plan; nothing where it can."""
+    if (variant.plan, variant.preprocessing) != (study.plan, study.preprocessing):
+        return "it plans or prepares otherwise"
+    if variant.protocol.name not in FORECAST:
+        return f"of protocol {variant.protocol.name} no costs can be told"
+    if exchanges(variant.local_update.name):
+        return f"its local update {variant.local_update.name} sends more than weights"
+    return ""
 
 
 def _alone(base: Setting, site: str) -> Setting:

@@ -75,6 +75,8 @@ class Cost:
     seconds: float
     """Of the round."""
     rounds: int
+    name: str = ""
+    """Of the study's variant; none: of the study itself."""
 
 
 # -------------------------------------------------------------------------------------------------------------- every way
@@ -150,7 +152,8 @@ def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> 
     known: dict[tuple[str, int], tuple[int, float]] = {}
     sites = {}
     for site, steps in _steps(setting, plans, cases).items():
-        at_once = study.sites[site].micro_batch or 0
+        told = study.sites[site].micro_batch
+        at_once = told if isinstance(told, int) else 0
         key = (plans.of(site), at_once)
         if key not in known:
             network, batch = network_of(study, plans, site), image_of(study, plans, site)

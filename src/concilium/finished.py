@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,7 @@ from concilium.data.plan import Plan, open_plan
 from concilium.defences import guarded
 from concilium.errors import StudyError
 from concilium.messages import Tensors
-from concilium.networks import Stages, make_network
+from concilium.networks import Stages, beside_build, make_network
 from concilium.schedule import BEST, folds_of, is_one, names, settings, title_of
 from concilium.statistics import WITHOUT
 from concilium.study import Study, guard_of, read_study, undefended
@@ -40,6 +40,8 @@ class Finished:
     files: tuple[Path, ...]
     unknown: tuple[str, ...] = ()
     """Labels that no site which trained it looked for; of a model whose heads are its site's own, that site."""
+    fold: Callable[[Tensors], Tensors] | None = None
+    """Makes of the weights in the files those of the study's network, where that is another than the one that trained."""
 
     @property
     def plan(self) -> Plan:
@@ -56,7 +58,24 @@ class Finished:
 
     def weights(self) -> tuple[Tensors, ...]:
         """The weights of each member."""
-        return tuple(read_tensors(file)[0] for file in self.files)
+        read = (read_tensors(file)[0] for file in self.files)
+        return tuple(read if self.fold is None else map(self.fold, read))
+
+    def folded(self) -> Finished:
+        """The same model without what its network has beside the published one, in whose place other weights have changed.
+
+        Raises:
+            StudyError: it has nothing such, or what it has cannot be folded.
+        """
+        network = self.study.network
+        known = beside_build(network, "folded")
+        if known is None:
+            raise StudyError(
+                f"[network] name = {network.name!r} has nothing that could be folded into its weights. Allowed: 'sam' with "
+                "adapt = 'lora'. Export without --fold."
+            )
+        options, fold = known(network.options)
+        return replace(self, study=replace(self.study, network=replace(network, options=options)), fold=fold)
 
     def networks(self) -> tuple[Stages, ...]:
         """Each member as a network with its weights, on the CPU, ready to predict."""

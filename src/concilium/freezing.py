@@ -165,3 +165,19 @@ def _keep(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> N
                 f"{prefix}{name} is frozen, and these weights have another {tuple(given.shape)}. Expected the same tensor, or "
                 "none. Use weights of this run."
             )
+
+
+def front_of(network: nn.Module) -> tuple[Stages, Stages] | None:
+    """The stages at the beginning that train nothing, and the rest; `None` where the network cannot be cut after any."""
+    if not isinstance(network, Stages):
+        return None
+    last = ""
+    for name in network.names:
+        if any(p.requires_grad for p in network[name].parameters()):
+            break
+        if name in network.split_points:
+            last = name
+    if not last:
+        return None
+    front, rest = network.split(last)
+    return front, rest

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from concilium.errors import ContractError
-from concilium.freezing import frozen_of
+from concilium.freezing import front_of, frozen_of
 from concilium.messages import Training
 from concilium.networks import Parts, Stack, Stages, cut_apart
 from concilium.networks._fusion import FRONTS, Own, fronts_of, own_part
@@ -58,7 +58,18 @@ def whole_load(build: Callable[..., Stages], batch: Sequence[int], training: Tra
         with site.watched():
             site.note((*network.state_dict().values(), *frozen_of(network).values()))
             kept = [*_moments(network, training), *(torch.empty_like(t) for t in network.state_dict().values())]
-        whole_step(network, torch.empty(n, *batch[1:]), training, at_site=site.watched)
+        image = torch.empty(n, *batch[1:])
+        kept_maps = front_of(network) if training.views else None
+        if kept_maps is None:
+            whole_step(network, image, training, at_site=site.watched)
+        else:  # what the front makes of each view is computed once, and read from then on
+            front, rest = kept_maps
+            with torch.no_grad(), autocast(CPU, training.precision):
+                maps = front.run((image,))
+            with site.watched():
+                site.note(maps)
+                with autocast(CPU, training.precision):
+                    torch.autograd.backward(_loss(rest.run(maps)[::-1]))
         del kept  # the optimiser's state, and the weights as they came
     return Load(round(site.flops * batch[0] / n), site.most)
 

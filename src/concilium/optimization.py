@@ -6,8 +6,10 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,11 @@ try:
 except ImportError:  # there is none on Windows
     resource = None  # type: ignore[assignment]
 
+LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Of a control group of Linux (version 2, version 1): the memory that its processes may have, and have."""
 POWER = 0.9
 """Exponent of the polynomial decay of the learning rate (Isensee et al. 2021)."""
 
@@ -102,6 +109,20 @@ def memory_of(device: torch.device) -> int:
     if resource is None:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def at_hand(device: torch.device) -> int:
+    """Bytes of memory that can still be taken; of a GPU, there. On Linux no more than the process's control group allows."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    here = int(psutil.virtual_memory().available)
+    for limit, used in LIMITS:
+        try:
+            return min(here, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or one without a limit
+            continue
+    return here
 
 
 def floats_of(network: nn.Module) -> torch.dtype:

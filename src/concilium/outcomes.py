@@ -143,12 +143,12 @@ class Run:
         return write_events(self.folder)
 
     def export(
-        self, out: str | Path, *, format: str, model: str | None = None, intended_use: str | None = None
-    ) -> tuple[Path, str]:
+        self, out: str | Path, *, format: str, model: str | None = None, intended_use: str | None = None, fold: bool = False
+    ) -> tuple[Path, str]:  # fmt: skip
         """Write a model for other programs: the folder, and the command that uses it, with what else to know below."""
         from concilium.exports import export_run
 
-        return export_run(self.folder, Path(out), format=format, model=model, intended_use=intended_use)
+        return export_run(self.folder, Path(out), format=format, model=model, intended_use=intended_use, fold=fold)
 
     def _table(self, name: str) -> pandas.DataFrame:
         import pandas

@@ -20,7 +20,7 @@ from concilium.defences import check_batches, lapses
 from concilium.engines import Engine, ask
 from concilium.errors import DataError, EngineError
 from concilium.filters import site_level
-from concilium.local_updates import check_labels
+from concilium.local_updates import check_labels, doubts_of
 from concilium.messages import (
     Describe,
     Described,
@@ -227,7 +227,8 @@ def prepare_sites(
     for name, reply in _must(engine, record, asked, study, ledger):
         if isinstance(reply, Prepared):
             ready[name] = reply
-            ledger.warnings += [f"{name}: {text}" for text in reply.warnings]
+            told = (*reply.warnings, doubts_of(study.local_update, reply.n_patients if reply.n_training else 0))
+            ledger.warnings += [f"{name}: {text}" for text in told if text]
             if record.is_elsewhere(name):
                 ledger.warnings += [
                     f"{name}: {e.count} case{'s' * (e.count != 1)} set aside ({e.reason})." for e in reply.excluded

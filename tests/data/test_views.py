@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from concilium.answers import features
-from concilium.answers.features import Features, front_of
+from concilium.answers.features import Features
 from concilium.data.dataset import open_dataset
 from concilium.data.patches import Batches, stream
 from concilium.data.plan import Plan
 from concilium.data.preprocess import prepare
+from concilium.freezing import front_of
 from concilium.local_updates import Local
 from concilium.local_updates.plain import step
 from concilium.networks import Stages, unet

@@ -256,6 +256,19 @@ def test_without_noise_there_is_no_bound() -> None:
     assert dp_sgd.account([(0.0, 0.1, 1)], delta=1e-5, accountant="rdp") == math.inf
 
 
+def test_where_epsilon_is_large_no_memory_is_taken_to_find_it_closer() -> None:
+    history = [(0.05, 0.3, 400)]
+    bound = dp_sgd.account(history, delta=1e-5, accountant="rdp")
+    assert dp_sgd.account(history, delta=1e-5, accountant="prv") == bound > dp_sgd.LARGE
+
+
+def test_a_delta_that_gives_a_patient_away_is_doubted() -> None:
+    assert "no protection for 40 patients" in dp_sgd.doubts(40, delta=0.05)
+    assert "Take less than 0.025." in dp_sgd.doubts(40, delta=0.025)
+    assert not dp_sgd.doubts(40, delta=1e-5)
+    assert not dp_sgd.doubts(0, delta=1.0)
+
+
 # ----------------------------------------------------------------------------------------------------------- the ledger
 
 

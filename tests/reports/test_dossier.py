@@ -270,6 +270,13 @@ def test_what_protects_is_named(tmp_path: Path, of: Callable[..., str]) -> None:
     assert "| differential privacy | dp_sgd" in of("dp-sgd")
     assert "| defences | nopeek" in of("defences")
     assert "| frozen | all but norms, heads | What does not train does not leave" in of("frozen-encoder")
+    adapted = tmp_path / "adapted.toml"
+    raw = (ROOT / "studies/fedsam-polyps.toml").read_text(encoding="utf-8").partition("[variants.msa]")[0]
+    adapted.write_text(raw.replace('name = "sam"', 'name = "sam"\nadapt = "adapters"'), encoding="utf-8")
+    said = cc.dossier(adapted, tmp_path / "said", forecast=False).text
+    assert "| frozen | all but adapters, decoder.[!p]*, heads | What does not train" in said, (
+        "as the network itself says"
+    )
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,30 @@ def test_what_stays_at_a_site_is_not_counted(small_study: Make) -> None:
     )
     assert body.up < 0.9 * whole.up
     assert body.memory == whole.memory
+
+
+def test_variants_stand_beside_the_study(small_study: Make) -> None:
+    study = small_study(
+        variants__heads={"training": {"tensors": ["heads"]}},
+        variants__split={"protocol": {"name": "splitfed", "cut": "deep", "transport": "int8"}},
+        variants__own={"plan": {"fingerprint": "site"}},
+        variants__scaffold={"local_update": {"name": "scaffold"}},
+    )
+    told = cc.plan(forecast_by(study, mbit=8.0, ms=10.0, site_gflops=2.0, server_gflops=4.0)).found
+    by_name = {cost.name: cost for cost in told.costs if cost.name}
+    assert by_name.keys() == {"heads", "split"}
+    (whole,) = (cost for cost in told.costs if cost.protocol == "federated" and not cost.name)
+    few = by_name["heads"].sites["north"]
+    assert few.up < 0.05 * whole.sites["north"].up
+    assert few.memory < whole.sites["north"].memory
+    assert few.seconds < 0.8 * whole.sites["north"].seconds, "on the same machine"
+    same = [c for c in told.costs if (c.cut, c.transport) == (("deep",), "int8")]
+    assert [replace(c, name="") for c in same] == 2 * [same[0]]
+    untold = "\n".join(told.warnings)
+    assert "Variant own is not in the forecast: it plans or prepares otherwise." in untold
+    assert "Variant scaffold is not in the forecast: its local update scaffold sends more than weights." in untold
+    times = grids(told)[3]
+    assert [row[0] for row in times.rows][-2:] == ["heads", "split"]
 
 
 def test_without_figures_a_step_is_timed_here(small_study: Make) -> None:

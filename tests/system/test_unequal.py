@@ -15,10 +15,11 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 
 import concilium
-from concilium.answers import time_box, train
+from concilium.answers import fitting, time_box, train
 from concilium.engines.simulation import connect
 from concilium.errors import DataError, EngineError
 from concilium.line import Outcome, run
+from concilium.preparation import Event
 from concilium.record import Record
 from concilium.study import Study
 
@@ -34,6 +35,30 @@ def small_south(phantom: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------- micro-batches
+
+
+def test_a_run_by_the_memory_at_hand_has_the_same_network_and_goes_on_as_it_began(
+    small_study: Make, phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "round":
+            raise KeyboardInterrupt
+
+    changes = {"training__optimizer": "sgd", "training__batch_size": 4, "test": False, "sites": ("north", "south")}
+    by_memory = changes | {"sites__south": {"data": str(phantom / "south"), "micro_batch": "auto"}}
+    monkeypatch.setattr(fitting, "at_hand", lambda device: 1000)
+    whole, parts = run(small_study(**changes), tmp_path / "whole"), run(small_study(**by_memory), tmp_path / "parts")
+    a, b = (load_file(o.folder / "weights" / "federated.safetensors") for o in (whole, parts))
+    assert parts.exit_code == 0
+    assert 0 < max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
+    with pytest.raises(KeyboardInterrupt):
+        run(small_study(**by_memory), tmp_path / "half", watch=stop)
+    monkeypatch.setattr(fitting, "at_hand", lambda device: 10**12)  # other programs have ended
+    again = run(small_study(**by_memory), tmp_path / "half", resume=True)
+    (way,) = json.loads((again.folder / "sites" / "south" / fitting.NOTE).read_text()).values()
+    assert (way["at_once"], way["had"]) == (1, 1000)
+    resumed = load_file(again.folder / "weights" / "federated.safetensors")
+    assert all(torch.equal(b[name], resumed[name]) for name in b)
 
 
 @pytest.mark.parametrize("patch", [[16, 16, 8], pytest.param([16, 16], marks=pytest.mark.exhaustive)], ids=["3D", "2D"])

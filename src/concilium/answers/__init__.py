@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from concilium.data.dataset import Case, Dataset
 from concilium.data.draws import drawn_from
@@ -22,6 +23,9 @@ from concilium.networks import Stages
 from concilium.sealing import Identity
 
 NO_GUARD = Guard()
+AUTO: Literal["auto"] = "auto"
+"""Says that the memory at hand tells how many patches are computed at a time."""
+AtOnce: TypeAlias = int | Literal["auto"]
 
 
 class Cancelled(Exception):
@@ -78,8 +82,8 @@ class Settings:
     """By which other sites know this one; none in a simulation."""
     sealing_key: Path | None = None
     """Where it lies; omitted: in `folder`."""
-    micro_batch: int | None = None
-    """How many patches fit into this site's memory at once while it trains; `None`: a batch of any study."""
+    micro_batch: AtOnce | None = None
+    """How many patches fit into this site's memory at once while it trains; `None`: a batch of any study; `auto`: see for it."""
     weights: tuple[Path, ...] = ()
     """Files of weights that a study may start from, as far as it freezes tensors of them: those never travel."""
     secret: Path | None = None
@@ -142,6 +146,8 @@ class Job:
     """The tensors that do not train, which `network` has as they are; a party's are those of all parties."""
     has_all: bool = True
     """Whether finished models here are whole networks; a party has its own part."""
+    by_memory: bool = False
+    """Whether `micro_batch` was chosen by the memory at hand: split training, which needs whole batches, then has them."""
 
     @property
     def in_one_place(self) -> Callable[..., Stages]:

@@ -20,7 +20,7 @@ from concilium.answers import Job
 from concilium.data.kept import kept
 from concilium.data.labels import Labels
 from concilium.data.patches import Batch
-from concilium.freezing import digest_of
+from concilium.freezing import digest_of, front_of
 from concilium.local_updates import in_parts
 from concilium.messages import Prepare
 from concilium.networks import Stack, Stages
@@ -33,22 +33,6 @@ def views_of(request: Prepare, labels: Labels) -> str:
     """A digest of what views depend on, beside seed and case."""
     told = [request.plans, request.configuration, repr(request.training), repr(labels)]
     return blake2b("\0".join(told).encode(), digest_size=16).hexdigest()
-
-
-def front_of(network: nn.Module) -> tuple[Stages, Stages] | None:
-    """The stages at the beginning that train nothing, and the rest; `None` where the network cannot be cut after any."""
-    if not isinstance(network, Stages):
-        return None
-    last = ""
-    for name in network.names:
-        if any(p.requires_grad for p in network[name].parameters()):
-            break
-        if name in network.split_points:
-            last = name
-    if not last:
-        return None
-    front, rest = network.split(last)
-    return front, rest
 
 
 def features_of(

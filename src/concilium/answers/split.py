@@ -43,7 +43,9 @@ class Session:
         if learner.parts is None:
             raise ContractError(f"{request.model} was not cut at {site}. A split step needs a cut. Report this.")
         _must_be_guarded(learner, request)
-        must_be_whole(learner.job.micro_batch, learner.job.plan.batch_size, request.model)
+        must_be_whole(
+            None if learner.job.by_memory else learner.job.micro_batch, learner.job.plan.batch_size, request.model
+        )
         self.learner = learner
         self.parts: Parts = learner.parts
         self.model, self.round, self.steps = request.model, request.round, request.steps

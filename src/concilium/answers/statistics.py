@@ -11,9 +11,10 @@ from typing import TypeVar
 
 import torch
 
-from concilium.answers import Cancelled, Check, Entry, Job, Settings, secret_of
+from concilium.answers import AUTO, Cancelled, Check, Entry, Job, Settings, secret_of
 from concilium.answers._aligned import aligned, divided, limit
 from concilium.answers.features import views_of
+from concilium.answers.fitting import fitted
 from concilium.answers.frozen import with_frozen
 from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
@@ -120,10 +121,13 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
     bare, frozen = with_frozen(settings, request, _builder(request, plan, found[0].dataset))
+    at_once = None
+    if trains:
+        at_once, bare = fitted(settings, request, plan, bare, len(found[0].dataset.channels))
     network = guarded(bare, request.guard, image=(1, len(found[0].dataset.channels), *plan.configuration.patch_size))
-    if trains and settings.micro_batch is not None:  # before an hour of preprocessing
+    if at_once is not None:  # before an hour of preprocessing
         with drawn_from("micro_batch"):
-            must_be_divisible(settings.micro_batch, plan.batch_size, request.training.local_update.name, network())
+            must_be_divisible(at_once, plan.batch_size, request.training.local_update.name, network())
     read = partial(_prepare_case, plan=plan, cache=settings.cache, labelled=_has_labels(request))
     files = _each(found, read, excluded, cancelled) if trains else {}
     if trains:
@@ -146,7 +150,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         dataset.channels,
         _kept(request, network),
         unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
-        settings.micro_batch,
+        at_once,
         _has_labels(request),
         request.guard,
         bare,
@@ -155,6 +159,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         secret_of(settings),
         frozen,
         request.holding is None,
+        settings.micro_batch == AUTO,
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})

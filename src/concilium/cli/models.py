@@ -102,10 +102,13 @@ def export(
     intended_use: Annotated[
         str | None, typer.Option("--intended-use", help="What the model is for, for its card: text, or a text file.")
     ] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Fold low-rank updates into the weights that they change.")
+    ] = False,
 ) -> None:
     """Write a model of a run for other programs, with a model card made from the run's record."""
     from concilium.api import Run
 
-    folder, after = Run(run).export(out, format=format, model=model, intended_use=intended_use)
+    folder, after = Run(run).export(out, format=format, model=model, intended_use=intended_use, fold=fold)
     shown.print(f"{format}: {folder}", markup=False, soft_wrap=True)
     shown.print(f"Next: {after}", markup=False, soft_wrap=True)

@@ -20,7 +20,7 @@ DIVISION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "[sites.NAME] values": (lambda x: len(x) > 0, "one or more"),
     "[sites.NAME] share": (lambda x: x > 0, "more than 0"),
     "[sites.NAME] annotated": (lambda x: len(x) > 0, "one or more labels"),
-    "[sites.NAME] micro_batch": (lambda x: x >= 1, "1 or more"),
+    "[sites.NAME] micro_batch": (lambda x: x == "auto" or x >= 1, "1 or more, or 'auto'"),
     "[sites.NAME.shift] gamma": (lambda x: 0.1 <= x <= 10, "0.1 to 10"),
     "[sites.NAME.shift] noise": (lambda x: 0 <= x <= 10, "0 to 10 (of the image's standard deviation)"),
     "[sites.NAME.shift] blur": (lambda x: 0 <= x <= 50, "0 to 50 mm (or pixels)"),

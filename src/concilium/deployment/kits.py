@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tomli_w
 
@@ -86,8 +86,9 @@ class SiteSettings:
     """Whether tensors that a study keeps at its sites may leave once, to make a network for sites elsewhere."""
     pictures: bool = True
     """Whether a picture of each scored case is kept in the run's folder here."""
-    micro_batch: int | None = None
-    """How many patches fit into this machine's memory at once; larger batches are trained in parts. Omitted: a batch fits."""
+    micro_batch: int | Literal["auto"] | None = None
+    """How many patches fit into this machine's memory at once; larger batches are trained in parts. `auto`: as many as the memory
+    at hand allows when a study begins. Omitted: a batch fits."""
     weights: Path | None = None
     """This site's copy of the file that a study starts from, where some tensors of it do not train: those never travel."""
 
@@ -164,7 +165,7 @@ def read_site(path: Path, given: dict[str, Any] | None = None) -> SiteSettings:
         "folder": Path | None,
         "weights": Path | None,
         "threads": int,
-        "micro_batch": int,
+        "micro_batch": int | Literal["auto"],
         "least_summed": int,
         "device": str,
         "split": bool,
@@ -196,9 +197,9 @@ def read_site(path: Path, given: dict[str, Any] | None = None) -> SiteSettings:
 
 
 def _check_numbers(settings: SiteSettings, path: Path) -> None:
-    if settings.micro_batch is not None and settings.micro_batch < 1:
+    if isinstance(settings.micro_batch, int) and settings.micro_batch < 1:
         raise StudyError(
-            f"micro_batch = {settings.micro_batch} is not allowed. Allowed: 1 or more. Correct it in {path}."
+            f"micro_batch = {settings.micro_batch} is not allowed. Allowed: 1 or more, or 'auto'. Correct it in {path}."
         )
     if settings.weights is not None and not settings.weights.is_file():
         raise StudyError(

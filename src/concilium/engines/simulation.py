@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from concilium import wire
-from concilium.answers import Settings
+from concilium.answers import AtOnce, Settings
 from concilium.data.matching import Names
 from concilium.engines import Engine, SiteInfo, Traffic, role_of
 from concilium.engines._delivery import open_reply, require_free
@@ -45,7 +45,7 @@ def connect(
     cache: Path | None = None,
     names: Mapping[str, Names] | None = None,
     pictures: bool = True,
-    micro_batch: Mapping[str, int] | None = None,
+    micro_batch: Mapping[str, AtOnce] | None = None,
     pooled: Path | None = None,
     weights: tuple[Path, ...] = (),
 ) -> Engine:

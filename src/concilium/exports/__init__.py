@@ -30,7 +30,13 @@ NOT_STATED = "Not stated."
 
 
 def export_run(
-    run: Path, out: Path, *, format: str, model: str | None = None, intended_use: str | None = None
+    run: Path,
+    out: Path,
+    *,
+    format: str,
+    model: str | None = None,
+    intended_use: str | None = None,
+    fold: bool = False,
 ) -> tuple[Path, str]:
     """Write a model of a run into a new folder, with its model card; the folder, and the command that comes next.
 
@@ -39,6 +45,7 @@ def export_run(
         format: one of the files in this folder.
         model: as in results.json; omitted: the study's own protocol.
         intended_use: what the model is for: a text, or a text file. All else in the card comes from the record.
+        fold: without what was added to the network to be trained (low rank), in whose place other weights have changed.
 
     Raises:
         StudyError: no finished run, no such model or format, a folder in use, or a model that the format cannot hold.
@@ -56,6 +63,7 @@ def export_run(
             "that. Exported, it would draw that all the same. Export a model of all labels, or use concilium predict."
         )
     _refuse_defences(finished, format)
+    finished = finished.folded() if fold else finished
     purpose = _intended_use(intended_use)
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

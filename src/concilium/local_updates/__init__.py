@@ -29,6 +29,10 @@ It makes sense with these optimisers of the study only; others are refused.
 called for every variant before anything trains: it raises a `StudyError` where the update cannot train a network of these
 labels.
 
+    doubts(n_patients: int, **options) -> str
+
+what should be known of it at a site of so many patients, which a run warns of.
+
     PROTOCOLS = ("federated",)
 
 It makes sense with these protocols only.
@@ -199,6 +203,12 @@ def exchanges(name: str) -> bool:
 def needs_others(name: str) -> bool:
     """Whether a local update makes sense only where weights are shared."""
     return part_of(name, "TOGETHER") is not None
+
+
+def doubts_of(update: PlugIn, n_patients: int) -> str:
+    """What a local update says of a site of so many patients."""
+    said = part_of(update.name, "doubts")
+    return "" if said is None else str(said(n_patients, **update.options))
 
 
 def optimizers_of(name: str) -> tuple[str, ...]:

@@ -30,6 +30,8 @@ from concilium.sharing import HIDDEN, STATISTICS
 
 TOGETHER = True
 PROTOCOLS = ("federated",)
+LARGE = 20.0
+"""An epsilon above which no accountant is asked for a closer one."""
 
 
 def step(  # noqa: PLR0913  (options of the study)
@@ -52,7 +54,8 @@ def step(  # noqa: PLR0913  (options of the study)
         rate: chance of each patient to be in a step.
         patches: of each patient that is.
         delta: the probability with which epsilon may not hold; less than 1 in the number of patients.
-        accountant: `rdp` (Renyi), or `prv`, which takes longer and finds a smaller epsilon for the same training.
+        accountant: `rdp` (Renyi), or `prv`, which takes longer and finds a smaller epsilon for the same training; above 20 the
+            figure is that of `rdp`.
         tell_loss: send the mean loss after each round, for which epsilon does not account.
 
     Raises:
@@ -175,6 +178,12 @@ def account(history: Sequence[tuple[float, float, int]], *, delta: float, accoun
     """
     if any(noise == 0 for noise, _, _ in history):
         return float("inf")
+    if (
+        accountant == "prv"
+    ):  # an upper bound too, and enough where epsilon is large: there `prv` takes memory without end
+        bound = account(history, delta=delta, accountant="rdp")
+        if bound > LARGE:
+            return bound
     try:
         from opacus import accountants
     except ImportError as e:
@@ -189,6 +198,19 @@ def account(history: Sequence[tuple[float, float, int]], *, delta: float, accoun
             "ignore"
         )  # of orders at the end of their range: epsilon is then larger than need be, not smaller
         return float(kept.get_epsilon(delta))
+
+
+def doubts(n_patients: int, *, delta: float, **_: Any) -> str:
+    """What should be known of the guarantee for a site of so many patients; nothing where it is as it should be.
+
+    With delta of 1 / n or more, giving away one patient of n in full is allowed (Dwork and Roth 2014, section 2.3).
+    """
+    if n_patients and delta * n_patients >= 1:
+        return (
+            f"delta = {delta:g} is no protection for {n_patients} patients: a site that gives one away in full keeps to it. "
+            f"Take less than {1 / n_patients:.2g}."
+        )
+    return ""
 
 
 def check(labels: object, *, delta: float, accountant: str, **_: Any) -> None:

@@ -20,7 +20,8 @@ tells a size: that of the image, say, for a network whose finest map is coarser.
 A file may also have, for studies that start from published weights, `names_elsewhere(*, plan, n_channels, n_labels, there)
 -> Mapping[str, str]`: our name of a tensor by each name that it has in these, of whose names `there` are the given file's;
 `refitted(name, tensor, shape) -> Tensor | None`: a tensor of ours that was made for images of another size, in this shape; and
-`added(name) -> bool`: whether published weights cannot have it."""
+`added(name) -> bool`: whether published weights cannot have it. And `folded(options) -> (options, weights -> weights)`: the
+same network without what was added. And `trains(**options) -> tuple[str, ...]`: which tensors train, unless a study says it."""
 
 from __future__ import annotations
 

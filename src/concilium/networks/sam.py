@@ -20,8 +20,10 @@ nnU-Net puts that of the largest spacing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
 
 from concilium.errors import StudyError
 from concilium.networks import Stage, Stages
@@ -33,7 +35,7 @@ from concilium.networks._sam_pixels import COLOURS, scales_of
 from concilium.networks._sam_prompted import Answers, prompted
 from concilium.networks._sam_stages import Embed, Head, Neck, OneBlock, Sizes
 
-__all__ = ["Answers", "added", "build", "merged", "names_elsewhere", "prompted", "refitted"]
+__all__ = ["Answers", "added", "build", "folded", "merged", "names_elsewhere", "prompted", "refitted"]
 
 Size: TypeAlias = Literal["vit_b", "vit_l", "vit_t"]
 SIZES: Mapping[str, tuple[int, int]] = {"vit_b": (768, 12), "vit_l": (1024, 24), "vit_t": (192, 12)}
@@ -118,10 +120,28 @@ def build(
     )
     deep = f"block{(n_blocks - 1) // 2}" if n_blocks > 2 else "embed"
     made = Stages(stages, cuts={"shallow": (("embed", "neck"),), "deep": ((deep, "neck"),)})
-    if adapt != "none":
-        mixed = ("embed.pixels.mix.*",) * (n_channels not in (1, COLOURS))
-        made.trains = (*ADAPTED, *mixed)
+    mixed = ("embed.pixels.mix.*",) * (n_channels not in (1, COLOURS))
+    made.trains = (*trains(adapt=adapt), *mixed) if adapt != "none" else ()
     return made
+
+
+def trains(*, adapt: str, **_: Any) -> tuple[str, ...]:
+    """What of the network trains by these options, where the study does not say; none: everything."""
+    return ADAPTED if adapt != "none" else ()
+
+
+def folded(options: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
+    """The options of the network that is the same without what was added, and what makes its weights of those with it.
+
+    Raises:
+        StudyError: nothing was added that is a change of weights.
+    """
+    if options.get("adapt") != "lora":
+        raise StudyError(
+            f"[network] adapt = {options.get('adapt')!r} cannot be folded into the other weights. Allowed: 'lora'; adapters have "
+            "a bend between their layers. Export without --fold."
+        )
+    return {**options, "adapt": "none"}, merged
 
 
 def _settled(

@@ -12,6 +12,7 @@ from concilium import catalog
 from concilium.disclosure import count
 from concilium.errors import StudyError
 from concilium.messages import FAILURES, PlugIn
+from concilium.networks import beside_build
 from concilium.reports._bytes import Bytes, Forecast, Measured
 from concilium.reports._elements import size
 from concilium.reports._permissions import WHY, needed
@@ -255,13 +256,19 @@ def _not_sent(study: Study) -> Iterator[tuple[str, str, str]]:
             "none",
             "All that is trained at the site leaves, as is said above.",
         )
-    if study.training.tensors:
+    if trains := _trains(study):
         where = "its own copy of the file that the study starts from" if study.start.weights else "the study's seed"
         yield (
             "frozen",
-            f"all but {', '.join(study.training.tensors)}",
+            f"all but {', '.join(trains)}",
             f"What does not train does not leave, and comes to no site: each has it from {where}.",
         )
+
+
+def _trains(study: Study) -> tuple[str, ...]:
+    """The roles and patterns of tensors that train, as the study or its network says; none: all do."""
+    says = beside_build(study.network, "trains")
+    return study.training.tensors or (() if says is None else says(**study.network.options))
 
 
 def _spelt(plug_in: PlugIn) -> str:

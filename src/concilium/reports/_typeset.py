@@ -17,7 +17,7 @@ from concilium.statistics import FOREGROUND_MEAN, MIN_PATIENTS
 SHORT = {"hd95": "HD95", "nsd": "NSD"}
 FIELDS = (
     "study", "subset", "label", "metric", "unit", "model", "minus", "value", "ci_low", "ci_high", "p_holm", "n", "n_seeds",
-    "non_inferior", "n_undefined", "site", "gap",
+    "non_inferior", "equivalent", "n_undefined", "site", "gap",
 )  # fmt: skip
 """Columns of the CSV. `minus`: the row is the difference of two models. `site`: it is that of a model's worst site, `gap`
 behind its best."""
@@ -117,7 +117,8 @@ def _judged(figure: Figure) -> str:
     if figure["p_holm"] is not None:
         text += ", p < 0.001" if figure["p_holm"] < 0.001 else f", p = {figure['p_holm']:.3f}"
     if figure["non_inferior"] is not None:
-        text += ", non-inferior" if figure["non_inferior"] else ", inferiority not excluded"
+        judged = "non-inferior" if figure["non_inferior"] else "inferiority not excluded"
+        text += ", equivalent" if figure["equivalent"] else f", {judged}"
     return text
 
 
@@ -150,7 +151,10 @@ def caption(table: Comparison) -> str:
     if any(g.n_seeds == 1 for g in table.groups):
         text += "One seed: intervals and tests are of these trained models, not of training again. "
     if table.margin is not None:
-        text += f"Non-inferior: the lower end of the interval of the difference is above −{table.margin:g}. "
+        text += (
+            f"Non-inferior: the lower end of the interval of the difference is above −{table.margin:g}; equivalent: the upper "
+            f"one below {table.margin:g} as well. "
+        )
     if WORST in kinds:
         text += (
             f"Worst site: of those with {MIN_PATIENTS} patients or more, on validation cases; gap: between its mean and "

@@ -152,6 +152,8 @@ def _times(planned: Planned) -> Grid:
         for cost in planned.costs
     ]  # fmt: skip
     note = "Sent and received in a round by the site that it costs most; the time of a round and of all, the link included."
+    if any(cost.name for cost in planned.costs):
+        note += " Variants of the study come last, by their names."
     return Grid(title, ("way", "maps as", "sent", "received", "a round", "all rounds"), tuple(rows), (note,))
 
 
@@ -174,7 +176,7 @@ def _machines(planned: Planned) -> Grid:
 
 
 def _way(cost: Cost) -> str:
-    return " ".join(part for part in (cost.protocol, cost.variant, *cost.cut) if part)
+    return cost.name or " ".join(part for part in (cost.protocol, cost.variant, *cost.cut) if part)
 
 
 def _most(cost: Cost, key: str) -> float:

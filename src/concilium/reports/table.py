@@ -145,8 +145,14 @@ def _differences(
             "minus": row["a"] if row["b"] == first else row["b"], "value": value, "ci_low": low, "ci_high": high,
             "p_holm": row["p_holm"], "n": row["n"], "n_seeds": row["n_seeds"],
             "non_inferior": non_inferior({"ci_low": low, "ci_high": high}, margin or 0.0) if judged else None,
+            "equivalent": _within(low, high, margin or 0.0) if judged else None,
         })  # fmt: skip
     return found
+
+
+def _within(low: float | None, high: float | None, margin: float) -> bool | None:
+    """Whether neither model is worse than the other by the margin; `None` where there is no interval."""
+    return None if low is None or high is None else -margin < low <= high < margin
 
 
 def _group(results: Mapping[str, Any], subset: str, rows: Sequence[Figure]) -> Group:

@@ -22,7 +22,7 @@ def unequal(found: Mapping[str, Any]) -> list[str]:
 def _undivided(found: Mapping[str, Any]) -> list[str]:
     """Micro-batches where steps are not taken in parts."""
     p, update, test = found["protocol"], found["local_update"].name, found["test"]
-    sites = {name: site.micro_batch for name, site in found["sites"].items() if site.micro_batch is not None}
+    sites = {n: site.micro_batch for n, site in found["sites"].items() if isinstance(site.micro_batch, int)}
     problems = []
     if test and test.micro_batch is not None:
         problems.append(

@@ -45,9 +45,9 @@ class SiteTable:
     """The same of channels (`channel_names`)."""
     holds: tuple[str, ...] | None = None
     """In `vertical`: the channels that it contributes, in the study's words; [] of one whose images serve for its labels only."""
-    micro_batch: int | None = None
-    """How many patches fit into its memory at once: a larger batch is trained in so large parts, to the same step. Omitted: a
-    batch fits. Between hospitals `micro_batch` in the site's `site.toml`."""
+    micro_batch: int | Literal["auto"] | None = None
+    """How many patches fit into its memory at once: a larger batch is trained in so large parts, to the same step. `auto`: as
+    many as the memory at hand allows. Omitted: a batch fits. Between hospitals `micro_batch` in the site's `site.toml`."""
 
 
 @dataclass(frozen=True)
