@@ -197,12 +197,12 @@ def test_a_site_with_time_enough_is_as_ever(small_study: Make, tmp_path: Path) -
 def test_a_step_that_is_longer_than_the_box_is_still_a_failure(small_study: Make, tmp_path: Path) -> None:
     (tmp_path / "fuse").touch()
     study = small_study(
-        local_update__name="faults:sleeps", local_update__fuse=str(tmp_path / "fuse"), local_update__seconds=2.5,
-        protocol__round_seconds=2.0, protocol__time_box=True, protocol__rounds=1, test=False,
+        local_update__name="faults:sleeps", local_update__fuse=str(tmp_path / "fuse"), local_update__seconds=3.5,
+        protocol__round_seconds=3.0, protocol__time_box=True, protocol__rounds=1, test=False,
     )  # fmt: skip
     outcome = run(study, tmp_path / "run")
     assert outcome.exit_code == 4
-    assert lines(tmp_path / "run")[0]["failures"] == {"north": {"type": "SiteTimeout", "text": "no reply within 2 s"}}
+    assert lines(tmp_path / "run")[0]["failures"] == {"north": {"type": "SiteTimeout", "text": "no reply within 3 s"}}
 
 
 @pytest.mark.slow
