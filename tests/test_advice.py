@@ -117,6 +117,7 @@ def test_the_joint_plan_is_the_one_of_a_run_and_a_sites_own_that_of_a_run_of_it_
     assert alone.sites.loc["north", "shared"] is None
 
 
+@pytest.mark.slow
 def test_the_command_fits_a_terminal_of_80_columns(uneven: Path, tmp_path: Path, command: Command) -> None:
     file = tmp_path / "study.toml"
     sites = "".join(f'[sites.{s.name}]\ndata = "{uneven / s.name}"\n' for s in SITES)

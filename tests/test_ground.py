@@ -151,6 +151,7 @@ def test_the_release_of_nnunet_is_bounded() -> None:
     assert re.fullmatch(r"nnunetv2>=\d+\.\d+\.\d+,<\d+\.\d+", requirement)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["", pytest.param("import matplotlib.pyplot; ", marks=pytest.mark.exhaustive)])
 def test_figures_are_shown_as_before(before: str) -> None:
     """nnU-Net chooses a backend of matplotlib as it is imported. A notebook that has trained goes on with its own."""

@@ -58,7 +58,7 @@ def allocated(build: Build, batch: tuple[int, ...], told: Any) -> int:
 
 
 @of_each_network
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_memory_is_what_a_step_takes(name: str, size: tuple[int, ...], channels: int, precision: str) -> None:
     """Within a seventh: kernels hold a little more than the tensors that can be seen."""
     build, batch = built(name, size, channels), (4, channels, *size)

@@ -193,6 +193,7 @@ def test_options_of_a_command_line() -> None:
         read_size("256,256")
 
 
+@pytest.mark.slow
 def test_options_that_only_some_have_reach_those() -> None:
     found, missing = all_sizes(options={"output_stride": 8, "levels": 1}, size=(64, 64))
     coarsest = {n.name: n.stages[-3].stack[-1][-1] for n in found if n.name == "deeplabv3"}

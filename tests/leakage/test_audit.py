@@ -75,6 +75,7 @@ def test_a_decoder_that_was_not_trained_finds_nothing(split_run: Path, tmp_path:
     assert got < naive + 0.05
 
 
+@pytest.mark.slow
 def test_the_same_again_to_the_bit(undefended: tuple[dict[str, Any], Path], split_run: Path, tmp_path: Path) -> None:
     assert found(split_run, tmp_path, "inversion") == undefended[0]
 
@@ -167,6 +168,7 @@ def test_rounds_and_cuts_each_have_their_figures(split_run: Path, tmp_path: Path
         found(split_run, tmp_path / "other", "reidentify", rounds=(5,))
 
 
+@pytest.mark.slow
 def test_the_other_attacks_run_on_what_they_see(split_run: Path, tmp_path: Path) -> None:
     told = found(
         split_run, tmp_path, "inversion", "inversion_white", "label_inference", "membership", "gradient_inversion",

@@ -522,6 +522,7 @@ def test_split_equals_whole_for_every_network(name: str, cut: tuple[str, ...], a
     assert len(engine.up) == 2 * STEPS + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_a_doubled_gradient_is_noticed_in_every_network(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -534,6 +535,7 @@ def test_a_doubled_gradient_is_noticed_in_every_network(
 WITH_SKIPS = [n for n in ZOO if n not in ("deeplabv3", "sam", "segnet")]  # two have none, the third's are whole numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_SKIPS)
 def test_a_skip_that_stays_at_home_without_its_gradient_is_noticed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

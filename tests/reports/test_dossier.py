@@ -210,6 +210,7 @@ def test_the_dossier_of_a_run_stands_beside_what_was_said(ran: list[tuple[Study,
     assert str(folder) not in after.text + before.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_it_can_be_made_of_every_preset(path: Path, tmp_path: Path) -> None:
     made = cc.dossier(path, tmp_path, forecast=False)

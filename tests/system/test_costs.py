@@ -70,6 +70,7 @@ def test_sites_that_wait_for_each_other_take_longer(variant: str, split_study: M
     assert beside.server_memory == 3 * found.server_memory, "a body for each site"
 
 
+@pytest.mark.slow
 def test_unequal_sites_are_told_apart(small_study: Make) -> None:
     """By their cases, where a round is an epoch; and one computes a batch in parts."""
     study = small_study(protocol__steps=None, protocol__epochs=2.0, training__batch_size=4, **HARDWARE)
@@ -118,6 +119,7 @@ def test_variants_stand_beside_the_study(small_study: Make) -> None:
     assert [row[0] for row in times.rows][-2:] == ["heads", "split"]
 
 
+@pytest.mark.slow
 def test_without_figures_a_step_is_timed_here(small_study: Make) -> None:
     found = costs(small_study())
     assert all(c.seconds and all(s.seconds for s in c.sites.values()) for c in found.values())

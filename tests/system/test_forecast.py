@@ -28,8 +28,10 @@ Make = Callable[..., Study]
         ("nnunet", {"protocol__cut": ["down0", "up0"], "protocol__reveal_labels": True}),
         ("nnunet", {"training__precision": "bfloat16", "protocol__cut": "shallow"}),
         ("unet", {"protocol__cut": ["encode0", "decode1"], "protocol__variant": "v2"}),
-        ("unet", {"protocol__cut": "deep", "protocol__transport": "float16"}),
-        ("nnunet", {"protocol__cut": "deep", "protocol__transport": "bfloat16"}),
+        pytest.param("unet", {"protocol__cut": "deep", "protocol__transport": "float16"}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            "nnunet", {"protocol__cut": "deep", "protocol__transport": "bfloat16"}, marks=pytest.mark.exhaustive
+        ),
         ("segnet", {"protocol__cut": "shallow", "protocol__transport": "int8", "network__levels": 3}),
     ],
     ids=["deep", "heads on maps of the server", "bfloat16", "unet", "as float16", "as bfloat16", "as int8"],

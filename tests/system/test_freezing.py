@@ -533,7 +533,9 @@ def test_a_network_may_say_itself_what_trains_and_the_study_otherwise(frozen: Ma
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"protocol__name": "splitfed", "protocol__cut": "deep"}], ids=["federated", "splitfed"]
+    "changes",
+    [{}, pytest.param({"protocol__name": "splitfed", "protocol__cut": "deep"}, marks=pytest.mark.slow)],
+    ids=["federated", "splitfed"],
 )
 def test_bytes_are_those_forecast_and_what_is_frozen_costs_less(
     changes: dict[str, Any], frozen: Make, tmp_path: Path

@@ -189,6 +189,7 @@ def test_voxels_to_be_ignored_are_not_scored(small_study: Make, phantom: Path, t
     assert any(lower), "nothing was predicted where voxels are to be ignored: the test sees nothing"
 
 
+@pytest.mark.slow
 def test_low_resolution_is_trained_and_predicted(small_study: Make, tmp_path: Path) -> None:
     """Volumes of about 80 x 80 x 56 voxels, for a GPU of 20 MB."""
     write_phantom(tmp_path / "data", sites=[replace(DEFAULT_SITES[0], n_cases=3)], n_test=1, scale=2.0)

@@ -55,6 +55,7 @@ def test_predictions_are_what_was_scored(model: str, run_folder: Path, phantom: 
     assert evaluation.problems == evaluation.warnings == ()
 
 
+@pytest.mark.slow
 def test_the_command_needs_neither_the_sites_nor_their_data(run_folder: Path, phantom: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     moved.mkdir()

@@ -84,7 +84,7 @@ def test_a_study_with_each_rule_runs_to_its_end(rule: str, brief: Make, tmp_path
     assert weights.keys() == part(tensors, "weights/").keys()
 
 
-@pytest.mark.parametrize("rule", ["adam", "agreement"])
+@pytest.mark.parametrize("rule", [pytest.param("adam", marks=pytest.mark.slow), "agreement"])
 def test_a_run_that_stopped_goes_on_with_what_the_rule_kept(rule: str, brief: Make, tmp_path: Path) -> None:
     """Bits are those of a run without a stop."""
 

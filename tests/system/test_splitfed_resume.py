@@ -107,7 +107,7 @@ STOPS = {
 
 
 @several(
-    ("v1", "tail"), ("v1", "forward"), ("v2", "front"), ("v2", "backward"), ("v3", "finish"), ("sequential", "tail"),
+    ("v1", "forward"), ("v2", "front"), ("v2", "backward"), ("v3", "finish"), ("sequential", "tail"),
     names=("study", "method"), of=(VARIANTS, tuple(STOPS)), indirect=["study"],
 )  # fmt: skip
 def test_a_stop_within_a_round_loses_no_more_than_the_round(
