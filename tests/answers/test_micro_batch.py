@@ -144,6 +144,7 @@ def test_steps_are_those_of_the_whole_batch(dims: int, n: int, loss: str, batch_
         assert apart(whole, as_ever) == 0, "to the bit"
 
 
+@pytest.mark.slow
 @in_2d_and_3d
 @pytest.mark.parametrize(("loss", "annotated"), [("dice_ce", False), ("marginal", True)])
 def test_in_double_precision_they_are_equal_to_its_last_digits(dims: int, loss: str, annotated: bool) -> None:

@@ -131,7 +131,7 @@ def test_the_plan_is_nnunets_own_on_the_pooled_folder(sites: list[Path], pool: C
         assert comparable(ours) == comparable(theirs)
 
 
-@pytest.mark.parametrize("name", ["hippocampus", "glioma3d"])
+@pytest.mark.parametrize("name", ["hippocampus", pytest.param("glioma3d", marks=pytest.mark.slow)])
 def test_the_plan_is_nnunets_own_on_real_sites(
     name: str, federation: Callable[[str], Path], pool: Callable[..., Any]
 ) -> None:
@@ -155,7 +155,7 @@ def test_a_site_of_three_cases_does_not_plan_for_itself(sites: list[Path]) -> No
     assert batches[0] > 3 * batches[1]
 
 
-@pytest.mark.parametrize("planner", ["default", "resenc_l"])
+@pytest.mark.parametrize("planner", ["default", pytest.param("resenc_l", marks=pytest.mark.slow)])
 def test_low_resolution_is_planned_as_nnunet_does(planner: str, sites: list[Path], pool: Callable[..., Any]) -> None:
     """Large anisotropic volumes; nnU-Net reads the same fingerprint from its own file."""
     merged = made_up(
@@ -179,7 +179,7 @@ def test_low_resolution_is_planned_as_nnunet_does(planner: str, sites: list[Path
 def tried(folder: Path | None) -> Any:
     """Those that another test has read, and pictures; the others with `./test --all`."""
     name = folder.name if folder else "none"
-    few = {"hippocampus", "glioma3d", "nuclei", "none"}
+    few = {"hippocampus", "nuclei", "none"}
     return pytest.param(folder, id=name, marks=() if name in few else pytest.mark.exhaustive)
 
 

@@ -457,8 +457,8 @@ def test_this_engine_is_not_started_without_a_place(tmp_path: Path) -> None:
     ("protocol", "collect", "tensors"),
     [
         ("federated", "plain", None),
-        ("federated", "plain", ["decoder"]),
-        ("federated", "secure_sum", None),
+        pytest.param("federated", "plain", ["decoder"], marks=pytest.mark.slow),
+        pytest.param("federated", "secure_sum", None, marks=pytest.mark.slow),
         ("splitfed", "plain", None),
         ("cyclic", "plain", None),
         ("vertical", "plain", None),

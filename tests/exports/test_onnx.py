@@ -65,6 +65,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_run(tmp_path_factory.mktemp("run") / "plain", data, patch=[24, 24, 24], edit=other_spacing), data
 
 
+@pytest.mark.slow
 def test_the_plain_script_gives_the_same_label_maps_too(
     plain: tuple[Path, Path], predicted: Predicted, same_label_maps: Same, tmp_path: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_logits_are_those_of_torch_at_any_batch_and_size(exported: Path, picture
         assert np.abs(found - expected).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_members_are_files_whose_logits_the_script_averages(picture_run: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     exports_onnx.export(two_members(picture_run), tmp_path / "out", card="", intended_use="")

@@ -496,7 +496,11 @@ def cuts_of(name: str) -> list[tuple[str, ...]]:
     return [("shallow",), ("deep",), one_more(name)]
 
 
-EVERY_CUT = [pytest.param(name, cut, id=f"{name} {' '.join(cut)}") for name in ZOO for cut in cuts_of(name)]
+EVERY_CUT = [
+    pytest.param(name, cut, id=f"{name} {' '.join(cut)}", marks=() if cut == ("deep",) else pytest.mark.slow)
+    for name in ZOO
+    for cut in cuts_of(name)
+]
 
 
 Apart = Callable[[str, tuple[str, ...]], tuple[dict[str, Tensor], Engine]]

@@ -111,6 +111,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Study, Path, Sen
     return found
 
 
+@pytest.mark.slow
 def test_every_message_that_is_sent_is_listed(ran: list[tuple[Study, Path, Sent]]) -> None:
     seen = set()
     for study, _, sent in ran:
@@ -196,6 +197,7 @@ def test_messages_are_counted_as_they_were_sent(ran: list[tuple[Study, Path, Sen
             assert said == (0 if model.beside else len(seen) - at_the_end), model.name
 
 
+@pytest.mark.slow
 def test_the_dossier_of_a_run_stands_beside_what_was_said(ran: list[tuple[Study, Path, Sent]], tmp_path: Path) -> None:
     study, folder, _ = ran[0]
     before, after = cc.dossier(study, tmp_path / "before"), cc.dossier(folder, tmp_path / "after")

@@ -73,7 +73,10 @@ def test_a_stopped_run_goes_on_with_the_same_sites(
     assert [line["asked"] for line in lines(tmp_path / "run")] == [line["asked"] for line in lines(uninterrupted)]
 
 
-@pytest.mark.parametrize("number", [1, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (2, 4)), 3, 5])
+@pytest.mark.parametrize(
+    "number",
+    [1, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (2, 4)), 3, pytest.param(5, marks=pytest.mark.slow)],
+)
 def test_a_kill_between_the_sites_snapshots_and_the_rounds_commit(
     number: int, study: Study, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +174,7 @@ def test_rules_take_what_they_get(rule: str, small_study: Make, tmp_path: Path) 
     assert all(bool(torch.isfinite(t).all()) for t in weights.values())
 
 
+@pytest.mark.slow
 def test_splitfed_in_turns(make: Make, tmp_path: Path) -> None:
     study = make(protocol__cohorts=[["north", "south"], ["west"]], protocol__rounds=4)
     assert run(study, tmp_path / "whole").exit_code == 0

@@ -430,7 +430,7 @@ def further(frozen: Make, first: Path, tmp_path_factory: pytest.TempPathFactory)
     return run(frozen(network__weights=str(source), **BATCH), tmp_path_factory.mktemp("further") / "run").folder
 
 
-@pytest.mark.parametrize("change", ["changed", "gone"])
+@pytest.mark.parametrize("change", [pytest.param("changed", marks=pytest.mark.slow), "gone"])
 def test_a_run_goes_on_where_the_file_does_not_lie_any_more(
     change: str, frozen: Make, first: Path, further: Path, tmp_path: Path
 ) -> None:

@@ -120,7 +120,7 @@ def test_aggregation_is_the_weighted_mean_of_what_the_sites_learnt(small_study: 
     assert one_round(small_study, tmp_path / "run")
 
 
-@pytest.mark.parametrize("rule", ["faults:nothing", "faults:swapped"])
+@pytest.mark.parametrize("rule", [pytest.param("faults:nothing", marks=pytest.mark.slow), "faults:swapped"])
 def test_a_wrong_aggregation_would_be_noticed(rule: str, small_study: Make, tmp_path: Path) -> None:
     assert not one_round(small_study, tmp_path / "run", rule)
 

@@ -18,8 +18,8 @@ from concilium.schedule import names, settings
 from concilium.study import parse_study
 
 PRESETS = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
-QUICK = {"fednova", "polyps", "splitfed-hippocampus", "segviz-hippocampus"}
-"""These run with the fast tests: one of each protocol, 2D and 3D, and partial labels. All others, also new ones, are slow."""
+QUICK = {"fednova", "polyps", "splitfed-hippocampus"}
+"""These run with the fast tests: one of each protocol, 2D and 3D. All others, also new ones, are slow."""
 LIKE_OTHERS = {
     "abdomen-partial", "averaging-lungs", "averaging-nuclei", "averaging-polyps", "averaging-vessels", "blastocyst",
     "corrupted-masks", "defences", "fedsam-lungs", "fedsam-polyps", "glioma", "ham10k", "hippocampus-compared", "kvasir-seg",

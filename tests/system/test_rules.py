@@ -73,7 +73,13 @@ def test_updates_wait_in_the_run_folder_and_do_not_stay(
     assert not (tmp_path / "run" / "spool").exists()
 
 
-@pytest.mark.parametrize("rule", catalog.names("aggregation"))
+QUICK = {"mean", "adam", "krum", "quality"}
+"""These run with the fast tests: a sum, a state, whole updates and judges."""
+
+
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow) for r in catalog.names("aggregation")]
+)
 def test_a_study_with_each_rule_runs_to_its_end(rule: str, brief: Make, tmp_path: Path) -> None:
     outcome = run(brief(rule), tmp_path / "run")
     assert outcome.exit_code == 0

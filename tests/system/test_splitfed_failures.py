@@ -80,6 +80,8 @@ def tried(variant: str, number: int, fault: Any) -> Any:
     """Each way to raise in `v1` and in `v2`, each other fault in one of them; all with `./test --all`."""
     here = fault.id in FEW[variant] if variant in FEW else number < 3 or number % 2 == ("v1", "v2").index(variant)
     marks = () if here else (pytest.mark.exhaustive,)
+    if here and variant == "v2" and number >= 3:
+        marks = (pytest.mark.slow,)
     return pytest.param(variant, *fault.values, id=f"{fault.id}-{variant}", marks=marks)
 
 

@@ -65,6 +65,7 @@ def table(folder: Path) -> dict[str, object]:
     return dict(json.loads((folder / "start_from.json").read_text()))
 
 
+@pytest.mark.slow
 def test_every_model_starts_from_a_run_and_its_loss_is_lower(
     first: Outcome, small_study: Make, starts: list[Tensors], tmp_path: Path
 ) -> None:
