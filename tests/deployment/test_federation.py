@@ -19,6 +19,7 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
+from concilium.data.phantom import write_phantom
 from concilium.line import run
 from concilium.study import parse_study
 
@@ -156,6 +157,14 @@ def study_of(data: Path | None, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With all its cases, at half size: from a site of six cases a federation and a simulation end with other bits."""
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, n_test=3, scale=0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def federation(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """Three sites that have joined. What a test ends of it, it starts again."""
     folder = tmp_path_factory.mktemp("federation")
@@ -228,7 +237,7 @@ def test_a_federation_gives_the_bits_of_the_simulation_and_tells_nothing_else(
     content = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
     assert content
     cases = [path.name.removesuffix("_0000.nii.gz") for s in SITES for path in (phantom / s / "imagesTr").iterdir()]
-    assert len(cases) == 13
+    assert len(cases) == 23
     secrets = [*cases, str(phantom), str(federation.folder / "private"), "imagesTr", "/labelsTr"]
     for path, text in content.items():
         assert [secret for secret in secrets if secret.encode() in text] == [], path
