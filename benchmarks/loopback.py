@@ -41,7 +41,11 @@ def tables(study: Study, site: str, protocol: str, *, rounds: int, steps: int, e
     found: dict[str, Any] = tomllib.loads(to_toml(one))
     options = {"cut": "deep"} if protocol == "splitfed" else {}
     found["protocol"] = {"name": protocol, "rounds": rounds, "steps": steps, "min_sites": 1} | options
-    found["engine"] |= {"name": engine, "workers": 1}
+    found["engine"] |= {
+        "name": engine,
+        "workers": 1,
+        "threads": 1,
+    }  # as a site's own settings say, unless it says otherwise
     if engine == "flare":
         del found["sites"][site]["data"]
     return found

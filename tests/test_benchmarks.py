@@ -18,7 +18,6 @@ from skimage import io
 
 from concilium import wire
 from concilium.answers import time_box
-from concilium.data.phantom import write_phantom
 from concilium.messages import Trained
 from concilium.study import read_study
 
@@ -480,13 +479,13 @@ def test_the_zoo_is_trained_in_four_ways(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.exhaustive
-def test_a_simulation_and_a_loopback_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all cases of the phantom: with six at the site the bits differ."""
-    write_phantom(tmp_path / "phantom", n_test=3, scale=0.5)
+def test_a_simulation_and_a_loopback_train_the_same(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loopback = load("loopback")
     monkeypatch.setattr(loopback, "PROTOCOLS", ("splitfed",))
     study = tmp_path / "study.toml"
-    study.write_text(STUDY.format(data=tmp_path / "phantom", length="steps = 2"))
+    study.write_text(STUDY.format(data=phantom, length="steps = 2"))
     (found,) = loopback.main(["--study", str(study), "--site", "north", "--rounds", "2", "--steps", "2"])
     assert found["same_bits"]
     assert found["loopback"]["up"] == pytest.approx(found["simulation"]["up"], rel=0.01)
