@@ -159,10 +159,10 @@ def test_without_its_packages_it_says_how_to_install_them(
 
 
 class Deciding(torch.nn.Module):
-    """Decides by the size of its input, which tracing takes for a constant."""
+    """Decides by the values of its input, which tracing takes for a constant."""
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        return [image * (2.0 if image.shape[-1] == 48 else 3.0)]
+        return [image * (2.0 if image.max() > 0 else 3.0)]
 
 
 def test_a_network_that_tracing_gets_wrong_is_refused(picture_run: Path, tmp_path: Path) -> None:
@@ -202,17 +202,19 @@ def test_the_script_on_real_cases(
         same_label_maps(predicted(run, two), tmp_path / script, share=SHARE)
 
 
-def test_segment_anything_is_refused_with_the_reason(pictures: Path, tmp_path: Path) -> None:
-    """What it fills in, and how it stretches its tables, depends on the size of the image."""
-    network = {
-        "name": "sam",
-        "size": "vit_t",
-        "width": 16,
-        "depth": 2,
-        "patch": 8,
-        "image_size": 48,
-        "decoder_features": 16,
-    }
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"name": "sam", "size": "vit_t", "width": 16, "depth": 2, "patch": 8, "image_size": 48, "decoder_features": 16},
+        {"name": "swin_unet", "base_features": 8, "blocks": [2, 2], "head_features": 4, "window": 7},
+    ],
+    ids=["sam", "swin_unet"],
+)
+def test_what_differs_from_size_to_size_is_written_for_the_patch_alone(
+    network: dict[str, Any], pictures: Path, predicted: Predicted, same_label_maps: Same, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run", pictures, configuration="2d", patch=[48, 48], network=network)
-    with pytest.raises(StudyError, match=r"etwork 'sam' .* ONNX.* Allowed is one .* export it as safetensors"):
-        export_run(run, tmp_path / "out", format="onnx")
+    folder, _ = export_run(run, tmp_path / "out", format="onnx")
+    assert json.loads((folder / "preprocessing.json").read_text())["any_size"] is False
+    segment(folder, pictures / "imagesTr", tmp_path / "found")
+    same_label_maps(predicted(run, pictures), tmp_path / "found", share=SHARE)

@@ -57,9 +57,10 @@ class Pixels(nn.Module):
             nn.init.constant_(self.mix.weight, 1 / n)
 
     def forward(self, image: Tensor) -> Tensor:
-        y = torch.addcmul(self.shift, image.movedim(1, -1), self.factor)
+        last = image.ndim - 1  # not -1: tracing for ONNX loses how many axes there are
+        y = torch.addcmul(self.shift, image.permute(0, *range(2, last + 1), 1), self.factor)
         y = y if self.mix is None else self.mix(y)
-        return y.movedim(-1, 1)
+        return y.permute(0, last, *range(1, last))
 
 
 def _mean(values: tuple[float, ...]) -> float:
