@@ -70,12 +70,11 @@ def plan(
     forecast: bool = True,
     watch: Callable[[Event], None] = lambda event: None,
 ) -> Planned:
-    """Examine the sites of a study, make the joint plan and each site's own; what models start from does not count, and
-    variants in the forecast only.
+    """Examine the sites, make the joint plan and each site's own; what models start from does not count.
 
     Args:
         out: a folder to keep the plans and fingerprints in: of all (`plans.json`, `fingerprint.json`) and of each site.
-        forecast: tell what every way to train would cost, with the study's `[forecast]`.
+        forecast: tell what every way to train, and every variant, would cost, with the study's `[forecast]`.
 
     Raises:
         StudyError: the study says of a site not where its data lie, or `out` is not empty.
@@ -88,10 +87,10 @@ def plan(
         watch(Event("stage", "Planning for all sites together"))
         joint = plan_for(settings(study)[0][0], told, record, ledger)
         planned = _plans(study, told, joint, record, ledger, watch)
-        if forecast:
-            planned = _with_costs(planned, study, variants, joint, watch)
-        if out is not None:
+        if out is not None:  # the study's own plans; those of its variants are for the forecast only
             _keep(record.folder, out)
+        if forecast:
+            planned = _with_costs(planned, study, variants, joint, (told, record), watch)
     return planned
 
 
@@ -201,9 +200,10 @@ def _plans(
 
 
 def _with_costs(
-    planned: Planned, study: Study, variants: Mapping[str, Study], joint: Plans, watch: Callable[[Event], None]
-) -> Planned:
-    """The same with what training would cost by the joint plan, at each site with the cases that it has."""
+    planned: Planned, study: Study, variants: Mapping[str, Study], joint: Plans, known: tuple[Told, Record],
+    watch: Callable[[Event], None],
+) -> Planned:  # fmt: skip
+    """The same with what training would cost by the joint plan, at each site with the cases that it has; variants by theirs."""
     base = settings(study)[0][0]
     share = 1 - 1 / study.validation.folds
     cases = {site: max(1, round(share * planned.sites[site].n_cases)) for site in planned.sites}
@@ -212,21 +212,22 @@ def _with_costs(
     try:
         found += every_way(base, joint, cases, lambda text: watch(Event("stage", text)))
         for name, variant in variants.items():
-            if why := _why_untold(study, variant):
+            if why := _why_untold(variant):
                 notes.append(f"Variant {name} is not in the forecast: {why}. Plan it as a study of its own.")
                 continue
             watch(Event("stage", f"Forecasting variant {name}"))
             variant = replace(variant, start=StartTable(), sites=study.sites, forecast=study.forecast)
-            found.append(replace(own_cost(settings(variant)[0][0], joint, cases), name=name))
+            setting = replace(settings(variant)[0][0], name=name, is_base=False)
+            found.append(replace(own_cost(setting, plan_for(setting, *known, Ledger()), cases), name=name))
     except Exception as e:  # a network from outside need not run on shapes alone: it can be planned for all the same
         notes.append(f"What training would cost could not be forecast ({type(e).__name__}: {e}).")
     return replace(planned, warnings=(*planned.warnings, *notes), hardware=hardware_of(study), costs=tuple(found))
 
 
-def _why_untold(study: Study, variant: Study) -> str:
-    """Why a variant's cost cannot be told from the study's plan; nothing where it can."""
-    if (variant.plan, variant.preprocessing) != (study.plan, study.preprocessing):
-        return "it plans or prepares otherwise"
+def _why_untold(variant: Study) -> str:
+    """Why a variant's cost cannot be told; nothing where it can."""
+    if variant.plan.fingerprint == "site":
+        return "its sites have plans of their own"
     if variant.protocol.name not in FORECAST:
         return f"of protocol {variant.protocol.name} no costs can be told"
     if exchanges(variant.local_update.name):

@@ -99,13 +99,15 @@ def test_variants_stand_beside_the_study(small_study: Make) -> None:
     study = small_study(
         variants__heads={"training": {"tensors": ["heads"]}},
         variants__split={"protocol": {"name": "splitfed", "cut": "deep", "transport": "int8"}},
+        variants__wider={"network": {"base_features": 8}, "training": {"patch_size": [16, 16, 16]}},
         variants__own={"plan": {"fingerprint": "site"}},
         variants__scaffold={"local_update": {"name": "scaffold"}},
     )
     told = cc.plan(forecast_by(study, mbit=8.0, ms=10.0, site_gflops=2.0, server_gflops=4.0)).found
     by_name = {cost.name: cost for cost in told.costs if cost.name}
-    assert by_name.keys() == {"heads", "split"}
+    assert by_name.keys() == {"heads", "split", "wider"}
     (whole,) = (cost for cost in told.costs if cost.protocol == "federated" and not cost.name)
+    assert by_name["wider"].sites["north"].up > 2.5 * whole.sites["north"].up, "planned with its own width"
     few = by_name["heads"].sites["north"]
     assert few.up < 0.05 * whole.sites["north"].up
     assert few.memory < whole.sites["north"].memory
@@ -113,10 +115,10 @@ def test_variants_stand_beside_the_study(small_study: Make) -> None:
     same = [c for c in told.costs if (c.cut, c.transport) == (("deep",), "int8")]
     assert [replace(c, name="") for c in same] == 2 * [same[0]]
     untold = "\n".join(told.warnings)
-    assert "Variant own is not in the forecast: it plans or prepares otherwise." in untold
+    assert "Variant own is not in the forecast: its sites have plans of their own." in untold
     assert "Variant scaffold is not in the forecast: its local update scaffold sends more than weights." in untold
     times = grids(told)[3]
-    assert [row[0] for row in times.rows][-2:] == ["heads", "split"]
+    assert [row[0] for row in times.rows][-3:] == ["heads", "split", "wider"]
 
 
 @pytest.mark.slow
