@@ -291,7 +291,7 @@ def test_a_site_whose_process_is_killed_is_left_out_and_comes_back(federation: F
 
 
 def test_a_site_that_stops_answering_ends_its_round_by_the_deadline(federation: Federation, serving: Any) -> None:
-    process = serving(study_of(None, protocol__rounds=2, protocol__steps=60, protocol__round_seconds=25.0), "stopped")
+    process = serving(study_of(None, protocol__rounds=2, protocol__steps=60, protocol__round_seconds=40.0), "stopped")
     federation.until_round("stopped", 1, process)
     job = federation.job_of("west")
     job.suspend()
