@@ -56,7 +56,7 @@ class EngineError(ConciliumError):
 
 RULES = frozenset({
     "policy", "split", "labels", "plug_ins", "image", "card", "sealed", "reveal",
-    "open_weights", "kept", "shown", "least_summed", "unmask",
+    "open_weights", "kept", "shown", "new_patients", "least_summed", "unmask",
 })  # fmt: skip
 """What a `PrivacyError` may tell outside its site."""
 

@@ -43,6 +43,7 @@ from concilium.record import Record
 from concilium.results import account, write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
 from concilium.scoring import note_rounds, score, watch_validation
+from concilium.segmenting import segment_new, segments_new
 from concilium.sharing import EVERYTHING
 from concilium.start_from import weights_at_sites
 from concilium.study import Study, divide, of_sites, training_of
@@ -133,6 +134,7 @@ def _train_members(work: Work, members: Sequence[Setting], ledger: Ledger) -> It
         for model in found:
             made.setdefault(model.name, []).append(model)
             yield _train_and_score(ready, model)
+            segment_new(ready, model, ledger)
     if len(members) > 1:
         for together in made.values():
             yield _score_together(work, together)
@@ -140,15 +142,12 @@ def _train_members(work: Work, members: Sequence[Setting], ledger: Ledger) -> It
 
 def _prepared_models(work: Work, setting: Setting, ledger: Ledger) -> tuple[Work, Sequence[Model]]:
     """Have the sites get ready for a setting: its models. Nothing is asked of them where a stopped run had finished all."""
-    record, name, batch_size = (
-        work.record,
-        f"checkpoints/{setting.title}{setting.suffix}.json",
-        partial(batch_size_of, setting.study, work.plans),
-    )
+    record, name = work.record, f"checkpoints/{setting.title}{setting.suffix}.json"
+    batch_size = partial(batch_size_of, setting.study, work.plans)
     ready = record.read_json(name)
     own = models(setting, ready["cases"], batch_size) if ready else ()
     done = ready and all(_finished(record, m.key) and (not m.member or _finished(record, ensemble_key(m))) for m in own)
-    if not done:
+    if not done or segments_new(setting.study):
         p, name_of = work.plans, setting.title + setting.suffix
         patch = "×".join(map(str, p.patch_size))
         what = f"{name_of}: patch {patch}, batch {p.batch_size} ({setting.study.plan.configuration})"

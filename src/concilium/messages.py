@@ -248,6 +248,8 @@ class Offer:
     """Show which cases the site has, blinded with a secret of its own (`alignment.py`)."""
 
     holding: Holding
+    subset: str = "known"
+    """`new`: those in `imagesTs`, of which nobody has a label map yet."""
 
 
 @dataclass(frozen=True)
@@ -259,11 +261,15 @@ class Blind:
 
 @dataclass(frozen=True)
 class Align:
-    """Train on these of the cases that the site offered, and on no others; `apart` lie elsewhere in space at another site."""
+    """Train on these of the cases that the site offered, and on no others; `apart` lie elsewhere in space at another site.
+
+    Those that are `new` are segmented together, and never trained on.
+    """
 
     holding: Holding
     rows: tuple[int, ...]
     apart: tuple[int, ...]
+    subset: str = "known"
 
 
 @dataclass(frozen=True)
@@ -557,8 +563,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Conclude:
-    """Run the tail of a finished model on the maps of these windows; after the last of a case score it, and after the last case
-    answer as to `Evaluate`."""
+    """Run the tail of a finished model on the maps of these windows; after the last of a case score it (one that is `new`: write
+    its label map), and after the last case answer as to `Evaluate`."""
 
     evaluate: Evaluate
     case: int

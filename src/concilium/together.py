@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
 from concilium.alignment import intersect
+from concilium.answers.new_patients import NEW
 from concilium.data.dataset import open_dataset, restricted
 from concilium.data.joined import write_joined
 from concilium.data.parties import joined
@@ -82,11 +84,7 @@ def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
     """
     held, labels = holdings(study), str(study.protocol.options["labels"])
     offered = _all(engine, {name: Offer(own) for name, own in held.items()}, Offered)
-
-    def blind(site: str, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return _all(engine, {site: Blind(points)}, Blinded)[site].points
-
-    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, blind)
+    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, partial(_blind, engine))
     replies = _all(engine, {n: Align(held[n], f.rows, f.apart) for n, f in found.items()}, Aligned)
     patients = replies[labels].patients
     counts = {name: len(o.cases) for name, o in offered.items()}
@@ -106,6 +104,24 @@ def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
         text = f"{apart} cases that all sites have lie elsewhere in space at one of them, and are set aside (geometry_differs)."
         (problems if apart > study.study.max_excluded * (n + apart) else warnings).append(text)
     return Agreed(patients, tuple(warnings), tuple(problems))
+
+
+def align_new(study: Study, engine: Engine) -> tuple[int, int]:
+    """Have the sites find which new cases all of them have; how many, and how many more lie elsewhere in space at one of them.
+
+    Raises:
+        EngineError: a site failed.
+    """
+    held = {name: own for name, own in holdings(study).items() if name in sites_of(study)}
+    offered = _all(engine, {name: Offer(own, NEW) for name, own in held.items()}, Offered)
+    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, partial(_blind, engine))
+    _all(engine, {n: Align(held[n], f.rows, f.apart, NEW) for n, f in found.items()}, Aligned)
+    one = next(iter(found.values()))
+    return len(one.rows), len(one.apart)
+
+
+def _blind(engine: Engine, site: str, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return _all(engine, {site: Blind(points)}, Blinded)[site].points
 
 
 def _told(counts: Mapping[str, int]) -> str:

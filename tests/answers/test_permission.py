@@ -20,6 +20,7 @@ TRAIN = Train("federated", 1, 0, 5, 10, {}, True)
     [
         pytest.param("shown", replace(TRAIN, shown=True), "sent this site's update of federated as it is", id="shown"),
         pytest.param("open_weights", TRAIN, "asks for weights in the open", id="open_weights"),
+        pytest.param("new_patients", Look("federated", "new", 0, 0, 1), "asks for new patients", id="new_patients"),
         pytest.param("kept", Fetch("federated"), "that stay here were asked for", id="kept"),
         pytest.param("split", Offer(HOLDING), "Offer has to do with activations", id="offer"),
         pytest.param("split", Blind(()), "Blind has to do with activations", id="blind"),

@@ -218,7 +218,7 @@ def test_settings_that_are_given_are_kept(kit: Path, phantom: Path, monkeypatch:
 def test_by_default_nothing_beyond_updates_leaves_a_site(kit: Path, phantom: Path) -> None:
     write_settings(kit, read_settings(kit, {"data": phantom / "north"}))
     settings = settings_of_run(kit, read_about(kit), "0a1b")
-    shut = dict.fromkeys(("split", "labels", "reveal", "case_scores", "shown", "kept"), False)
+    shut = dict.fromkeys(("split", "labels", "reveal", "case_scores", "shown", "kept", "new_patients"), False)
     assert settings.policy == Policy(plug_ins=(), least_summed=3, **shut)
     assert settings.identity is not None
     assert set(settings.identity.sites) >= {"north"}

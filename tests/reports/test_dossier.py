@@ -40,7 +40,7 @@ FORBIDDEN = "anonym"
 SITES = ("north", "south", "west")
 STRICT = Policy(
     plug_ins=(), split=False, labels=False, open_weights=False, least_summed=99, reveal=False, case_scores=False,
-    shown=False, kept=False,
+    shown=False, kept=False, new_patients=False,
 )  # fmt: skip
 Sent = dict[str, list[tuple[Any, type]]]
 

@@ -53,6 +53,8 @@ class Policy:
     """Whether the scores of single cases may leave, under numbers; otherwise averages over `MIN_CASES` patients or more."""
     shown: bool = True
     """Whether other sites may be sent this site's update as it is, to judge it (`[collect] judged`)."""
+    new_patients: bool = True
+    """Whether maps of new patients (`imagesTs`) may leave, to be segmented together with the other parties (`vertical`)."""
     kept: bool = True
     """Whether tensors that a study keeps at its sites may leave once, at a model's end, to make one for sites elsewhere."""
 

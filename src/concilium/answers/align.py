@@ -11,20 +11,24 @@ from typing import Any
 from concilium.alignment import blinded, hidden, order_of, secret_in
 from concilium.answers import Cancelled, Check, Entry, Settings
 from concilium.answers._aligned import note_aligned
+from concilium.answers.new_patients import NEW, find_new, note_new
 from concilium.answers.statistics import Exclusions, find_cases
 from concilium.data.dataset import read_case
 from concilium.errors import ContractError, DataError
 from concilium.messages import Align, Aligned, Blind, Blinded, Offer, Offered
 
-OFFERED = "offered.json"
-"""Which cases were shown, in that order: in the site's own folder."""
+OFFERED = "offered.json", "offered_new.json"
+"""Which cases were shown, in that order, and which new ones: in the site's own folder."""
 DIGITS = 2
 """To so many decimals [mm] two sites must agree where a case lies."""
 
 
 def offer(settings: Settings, request: Offer, cancelled: Check) -> tuple[Offered, Exclusions]:
     """The site's cases that can be read, blinded; and those that cannot."""
-    found, excluded = find_cases(settings.data, settings.names, holding=request.holding)
+    if request.subset == NEW:
+        found, excluded = find_new(settings, request.holding.channels)
+    else:
+        found, excluded = find_cases(settings.data, settings.names, holding=request.holding)
     names, places = [], []
     for entry in found:
         if cancelled():
@@ -37,8 +41,11 @@ def offer(settings: Settings, request: Offer, cancelled: Check) -> tuple[Offered
     secret = secret_in(settings.folder / "alignment.key")
     points = hidden(names, secret)
     order = order_of(points)
-    _file(settings).write_text(json.dumps([names[i] for i in order]), encoding="utf-8")
+    _file(settings, request).write_text(json.dumps([names[i] for i in order]), encoding="utf-8")
     geometry = hidden([f"{name} {place}" for name, place in zip(names, places, strict=True)], secret)
+    if request.subset == NEW:  # of these nothing is counted: they are left out, and the site can read why
+        note_new(settings, request.holding, (), {key: text for key, (_, text) in excluded.items()})
+        excluded = {}
     return Offered(points[order], geometry[order]), excluded
 
 
@@ -58,7 +65,7 @@ def align(settings: Settings, request: Align) -> tuple[Aligned, Exclusions]:
     Raises:
         ContractError: nothing was offered, or a row is none of it.
     """
-    file = _file(settings)
+    file = _file(settings, request)
     offered: list[str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     rows = (*request.rows, *request.apart)
     if any(not 0 <= row < len(offered) for row in rows) or len(set(rows)) < len(rows):
@@ -67,7 +74,6 @@ def align(settings: Settings, request: Align) -> tuple[Aligned, Exclusions]:
             "those. Start the alignment again."
         )
     chosen = sorted(offered[row] for row in request.rows)
-    note_aligned(settings, chosen)
     (member,) = settings.data
     texts = {
         "geometry_differs": ([offered[row] for row in request.apart], "it lies elsewhere in space at another party"),
@@ -76,6 +82,10 @@ def align(settings: Settings, request: Align) -> tuple[Aligned, Exclusions]:
     excluded = {
         f"{member}/{name}": (code, f"Case {name}: {why}.") for code, (names, why) in texts.items() for name in names
     }
+    if request.subset == NEW:
+        note_new(settings, request.holding, chosen, {key: text for key, (_, text) in excluded.items()})
+        return Aligned(len(chosen), ()), {}
+    note_aligned(settings, chosen)
     return Aligned(len(chosen), _patients(settings, request, chosen) if request.holding.labelled else ()), excluded
 
 
@@ -117,5 +127,5 @@ def _rounded(value: Any) -> Any:
     return round(number, DIGITS) + 0.0 if math.isfinite(number) else str(number)
 
 
-def _file(settings: Settings) -> Path:
-    return settings.folder / OFFERED
+def _file(settings: Settings, request: Offer | Align) -> Path:
+    return settings.folder / OFFERED[request.subset == NEW]

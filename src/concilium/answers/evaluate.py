@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from concilium import catalog
 from concilium.answers import Cancelled, Check, Entry, Job, Settings, pictures
+from concilium.answers.new_patients import NEW, new_entries
 from concilium.answers.statistics import Exclusions, count, find_cases
 from concilium.data.dataset import Case, Dataset, pixel_size, read_case
 from concilium.data.draws import drawn_from
@@ -150,6 +151,8 @@ def subset_of(settings: Settings, job: Job, subset: str) -> tuple[Sequence[Entry
     """
     if subset in job.entries:
         return job.entries[subset], {}
+    if subset == NEW:
+        return new_entries(settings), {}
     if subset == "all":
         return [entry for part in job.entries.values() for entry in part], {}
     if subset == "test" and settings.test is not None:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from concilium import catalog
 from concilium.answers import Policy
+from concilium.answers.new_patients import NEW
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import (
     Align,
@@ -66,6 +67,12 @@ def _check_split(request: Splitting, policy: Policy) -> None:
             f"{request.model} would let the server compute labels. This site's policy does not allow it. Take reveal_labels "
             "out of the study, or allow it in the site's own settings.",
             rule="labels",
+        )
+    if isinstance(request, Offer | Align | Look) and request.subset == NEW and not policy.new_patients:
+        raise PrivacyError(
+            f"{type(request).__name__} asks for new patients, those in imagesTs. This site's policy does not let maps of them "
+            "leave. Allow it in the site's own settings (new_patients = true), or run the study without new_patients.",
+            rule="new_patients",
         )
     if isinstance(request, Where) and not policy.labels:
         raise PrivacyError(

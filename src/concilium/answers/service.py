@@ -15,20 +15,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from concilium.answers import Check, Entry, Job, Settings
-from concilium.answers.evaluate import Scorer, subset_of
-from concilium.answers.statistics import Exclusions
+from concilium.answers.evaluate import Scorer, segment, subset_of
+from concilium.answers.new_patients import NEW
+from concilium.answers.statistics import Exclusions, count
 from concilium.answers.vertical import set_absent
+from concilium.data.dataset import reader
 from concilium.data.draws import drawn_from
 from concilium.data.labels import n_heads
 from concilium.data.preprocess import preprocess
 from concilium.data.windows import predict_logits
-from concilium.errors import ContractError
-from concilium.messages import Conclude, Done, Evaluated, Look, Looked, Tensors
+from concilium.errors import ContractError, DataError
+from concilium.messages import Conclude, Done, Evaluate, Evaluated, Look, Looked, Tensors
 from concilium.networks import Stack
 from concilium.networks._fusion import FRONTS, Own, own_part
 from concilium.optimization import autocast, floats_of
 from concilium.transport import decode, encode
 
+SEGMENTED = "segmented"
+"""Folder of a site for label maps of new patients."""
 Finished: TypeAlias = Callable[[str], Tensors]
 """Model -> the weights that the site keeps of it."""
 
@@ -42,7 +46,7 @@ class Service:
         self._own: dict[tuple[str, str], Own] = {}
         """Model and kind of message -> the site's part of it, built as an evaluation begins: there are many messages in one."""
         self._logits: list[Tensor] = []
-        self._scorer: Scorer | None = None
+        self._scorer: Scorer | _Writer | None = None
         self._began = 0.0
 
     def look(self, job: Job, finished: Finished, request: Look) -> Looked:
@@ -78,7 +82,8 @@ class Service:
                 f"{self._settings.name} was asked to conclude. Only who has the labels can. Report this."
             )
         if request.case == 0 and request.start == 0:
-            self._scorer, self._began = Scorer(self._settings, job, request.evaluate, self._device), time.monotonic()
+            kind = _Writer if request.evaluate.subset == NEW else Scorer
+            self._scorer, self._began = kind(self._settings, job, request.evaluate, self._device), time.monotonic()
         if request.start == 0:
             self._logits = []
         if self._scorer is None:
@@ -138,6 +143,33 @@ class Windows(nn.Module):
             self.maps.append(cast(Any, self.front).run((image,)))
         self.seen += 1
         return image.new_zeros(image.shape[0], self.n_heads, *image.shape[2:])
+
+
+class _Writer:
+    """Label maps of new patients, written where the label holder finds them: `segmented/MODEL` in its folder."""
+
+    def __init__(self, settings: Settings, job: Job, request: Evaluate, device: torch.device) -> None:
+        self.excluded: Exclusions = {}
+        self._job, self._unknown, self._device = job, request.unknown, device
+        self._folder = settings.folder / SEGMENTED / request.model
+
+    def add(self, entry: Entry, networks: Sequence[nn.Module]) -> None:
+        """Segment a case and write its label map; one that cannot be is set aside."""
+        job, t = self._job, self._job.training
+        try:
+            label_map, properties = segment(
+                entry.case, entry.dataset, plan=job.plan, labels=job.labels, networks=networks, device=self._device,
+                mirror=t.mirror, precision=t.precision, unknown=self._unknown,
+            )  # fmt: skip
+            self._folder.mkdir(parents=True, exist_ok=True)
+            ending = entry.dataset.file_ending
+            reader(ending)().write_seg(label_map, str(self._folder / f"{entry.case.name}{ending}"), properties)
+        except DataError as e:
+            self.excluded[entry.key] = (e.code, str(e))
+
+    def reply(self, seconds: float) -> Evaluated:
+        """No scores: nobody knows what is right."""
+        return Evaluated((), count(self.excluded), seconds)
 
 
 class _Replay(nn.Module):

@@ -219,7 +219,7 @@ def _complete(case: Files, ending: str, about: About, add: Add) -> None:
             "error",
             "missing_label",
             text,
-            "Add the label map, or move the image away (imagesTs is never read).",
+            "Add the label map, or move the image away (to imagesTs, which no training reads).",
             case.name,
         )
 

@@ -82,6 +82,8 @@ class SiteSettings:
     """Whether the scores of single cases may leave, under numbers. Otherwise averages do, over 5 patients or more."""
     shown: bool = False
     """Whether other sites may be sent this site's update as it is, to judge it (`[collect] name = "judged"`)."""
+    new_patients: bool = False
+    """Whether new patients (`imagesTs`) may be segmented together with the other parties (`vertical`): maps of them leave."""
     kept: bool = False
     """Whether tensors that a study keeps at its sites may leave once, to make a network for sites elsewhere."""
     pictures: bool = True
@@ -170,7 +172,9 @@ def read_site(path: Path, given: dict[str, Any] | None = None) -> SiteSettings:
         "device": str,
         "split": bool,
     }
-    hints |= dict.fromkeys(("labels", "pictures", "case_scores", "shown", "kept", "open_weights", "reveal"), bool)
+    hints |= dict.fromkeys(
+        ("labels", "pictures", "case_scores", "shown", "kept", "open_weights", "reveal", "new_patients"), bool
+    )
     hints |= dict.fromkeys(("plug_ins", "annotated"), tuple[str, ...])
     hints |= dict.fromkeys(("label_names", "channel_names"), Mapping[str, str])
     values: dict[str, Any] = {}
@@ -250,6 +254,7 @@ def settings_of_run(kit: Path, about: About, run: str) -> Settings:
             reveal=s.reveal,
             case_scores=s.case_scores,
             shown=s.shown,
+            new_patients=s.new_patients,
             kept=s.kept,
         ),
         names={about.name: Names(s.label_names or {}, s.channel_names or {}, s.annotated)},

@@ -70,6 +70,7 @@ def vertical(
     patches: Literal["uniform", "labels"] = "uniform",
     transport: Transport = "float32",
     exchange_seconds: float | None = None,
+    new_patients: bool = False,
     **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: the whole network's weights, and the optimiser of the server's part.
@@ -85,6 +86,7 @@ def vertical(
             labels lie.
         transport: as what maps and gradients travel, as in `splitfed`.
         exchange_seconds: deadline of each exchange; omitted: that of a round, `round_seconds`.
+        new_patients: in the end, segment the cases that all sites have in `imagesTs`; label maps stay where the labels are.
 
     Raises:
         StudyError: the network is none of several parties.

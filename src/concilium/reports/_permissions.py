@@ -19,6 +19,7 @@ WHY: Mapping[str, str] = {
     "least_summed": "masked updates are added up, and the server reads the sum of this many sites",
     "reveal": "the server gets the finished model in the end",
     "shown": "other sites get this site's update as it is, to judge it",
+    "new_patients": "maps of patients who were never trained on (imagesTs) leave too, whenever the study is run",
     "kept": "parts of the network that otherwise stay leave once, at the end",
     "plug_ins": "code that is no part of Concilium is run at the site",
 }
@@ -59,6 +60,8 @@ def _of_model(model: Trained) -> dict[str, Any]:
         found["split"] = True
     if options.get("reveal_labels") or options.get("patches") == "labels":
         found["labels"] = True
+    if options.get("new_patients"):
+        found["new_patients"] = True
     if model.collects == "judged":
         found["shown"] = True
     return found

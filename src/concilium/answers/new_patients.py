@@ -1,0 +1,56 @@
+"""New patients of a party (`imagesTs`): which of them all parties have, whom a finished vertical model then segments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from concilium.answers import Entry, Settings
+from concilium.answers.statistics import Exclusions
+from concilium.data.dataset import restricted
+from concilium.data.new_patients import open_new
+from concilium.errors import ContractError
+from concilium.messages import Holding
+
+NEW = "new"
+"""The subset that they are."""
+FILE = "aligned_new.json"
+
+
+def find_new(settings: Settings, channels: Sequence[str]) -> tuple[tuple[Entry, ...], Exclusions]:
+    """The site's new cases with these of its channels, numbered; and those of which a file is missing.
+
+    Raises:
+        DataError: the data set cannot be used, or lacks a channel.
+    """
+    ((member, folder),) = settings.data.items()
+    dataset = restricted(open_new(folder, settings.names.get(member)), channels)
+    excluded = {
+        f"{member}/{case}": (reason, f"{folder} lacks a file of case {case}.") for case, reason in dataset.missing
+    }
+    return tuple(Entry(member, dataset, case, i, i) for i, case in enumerate(dataset.cases)), excluded
+
+
+def note_new(settings: Settings, holding: Holding, names: Sequence[str], left_out: Mapping[str, str]) -> None:
+    """Write down which new cases all parties have, and why the others are left out: for the site's own eyes."""
+    told = {"channels": list(holding.channels), "cases": sorted(names), "left_out": dict(left_out)}
+    unfinished = settings.folder / f"{FILE}.unfinished"
+    unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(settings.folder / FILE)
+
+
+def new_entries(settings: Settings) -> tuple[Entry, ...]:
+    """The new cases that all parties have, sorted by name: in the order of every party.
+
+    Raises:
+        ContractError: they were never aligned, or one is gone.
+    """
+    file = settings.folder / FILE
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    found = {} if told is None else {e.case.name: e for e in find_new(settings, told["channels"])[0]}
+    if told is None or any(name not in found for name in told["cases"]):
+        raise ContractError(
+            f"{settings.name} was asked for new cases that were not aligned, or are gone. Expected Align first, and the files "
+            "where they were. Start again with --resume."
+        )
+    return tuple(found[name] for name in told["cases"])
