@@ -563,3 +563,34 @@ def test_kept_maps_train_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--size", "32", "--width", "16", "--depth", "2", "--decoder-features", "16", "--batch-size", "2"]
     load("kept_maps").main([*small, "--steps", "2"])
     assert "32 px, width 16, depth 2, batch 2: encoder every time" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ adapters in one place
+
+
+def test_each_variant_has_its_own_baseline_in_one_place(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = load("adapters")
+    study = study_file(tmp_path, phantom, "steps = 2")
+    told = study.read_text().replace("rounds = 7", "rounds = 1").replace("[training]", "[training]\nmirror = false")
+    study.write_text(
+        f"{told}\n[validation]\nleave_one_site_out = true\n[variants.wide]\nnetwork = {{ base_features = 8 }}\n"
+    )
+    adapters.main([str(study), "--variants", "wide", "--seeds", "1", "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/wide/results.json").read_text())
+    models = {m["name"]: m for m in results["models"]}
+    assert models.keys() == {"federated", "centralized", "centralized_long"}, "and no site is left out"
+    assert len({m["parameters"] for m in models.values()}) == 1
+    assert models["federated"]["parameters"] > 100_000, "of the variant, not of the study"
+    assert (models["centralized"]["updates"], models["centralized_long"]["updates"]) == (2, 4)
+    table = capsys.readouterr().out
+    means = dict.fromkeys(models, 0.0)
+    for s in results["summary"]:
+        if (s["site"], s["metric"], s["label"]) == ("test", "dice", "foreground_mean"):
+            means[s["model"]] = s["mean"]
+    for name, mean in means.items():
+        assert f"| wide | {name} | {mean:.3f} |" in table
+    assert (
+        f"| wide | centralized | {means['centralized']:.3f} | {means['federated'] - means['centralized']:+.3f}" in table
+    )
