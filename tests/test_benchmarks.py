@@ -594,3 +594,12 @@ def test_each_variant_has_its_own_baseline_in_one_place(
     assert (
         f"| wide | centralized | {means['centralized']:.3f} | {means['federated'] - means['centralized']:+.3f}" in table
     )
+
+
+def test_steps_of_adapters_are_timed_beside_whole_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    load("adapters").main([str(FOLDER.parent / "studies/fedsam-lungs.toml"), "--only-steps", "1"])
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["whole", "msa", "lora"]
+    assert all(float(line.split()[1]) > 0 for line in lines)
