@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
-from concilium.alignment import intersect
+from concilium.alignment import Found, intersect
 from concilium.answers.new_patients import NEW
 from concilium.data.dataset import open_dataset, restricted
 from concilium.data.joined import write_joined
@@ -24,6 +23,7 @@ from concilium.messages import (
     Blind,
     Blinded,
     Examined,
+    Holding,
     Offer,
     Offered,
     Prepare,
@@ -83,11 +83,8 @@ def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
         DataError: too few cases are everywhere.
     """
     held, labels = holdings(study), str(study.protocol.options["labels"])
-    offered = _all(engine, {name: Offer(own) for name, own in held.items()}, Offered)
-    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, partial(_blind, engine))
-    replies = _all(engine, {n: Align(held[n], f.rows, f.apart) for n, f in found.items()}, Aligned)
+    counts, found, replies = _aligned(engine, held, "known")
     patients = replies[labels].patients
-    counts = {name: len(o.cases) for name, o in offered.items()}
     if len(set(patients)) < 2:
         raise DataError(
             f"{len(patients)} cases of {len(set(patients))} patients are at all sites ({_told(counts)}). At least two patients "
@@ -113,15 +110,23 @@ def align_new(study: Study, engine: Engine) -> tuple[int, int]:
         EngineError: a site failed.
     """
     held = {name: own for name, own in holdings(study).items() if name in sites_of(study)}
-    offered = _all(engine, {name: Offer(own, NEW) for name, own in held.items()}, Offered)
-    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, partial(_blind, engine))
-    _all(engine, {n: Align(held[n], f.rows, f.apart, NEW) for n, f in found.items()}, Aligned)
+    _, found, _ = _aligned(engine, held, NEW)
     one = next(iter(found.values()))
     return len(one.rows), len(one.apart)
 
 
-def _blind(engine: Engine, site: str, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return _all(engine, {site: Blind(points)}, Blinded)[site].points
+def _aligned(
+    engine: Engine, held: Mapping[str, Holding], subset: str
+) -> tuple[dict[str, int], dict[str, Found], dict[str, Aligned]]:
+    """How many cases each site offered, which of them all have, and what the sites answered when they were told."""
+
+    def blind(site: str, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _all(engine, {site: Blind(points)}, Blinded)[site].points
+
+    offered = _all(engine, {name: Offer(own, subset) for name, own in held.items()}, Offered)
+    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, blind)
+    replies = _all(engine, {n: Align(held[n], f.rows, f.apart, subset) for n, f in found.items()}, Aligned)
+    return {name: len(o.cases) for name, o in offered.items()}, found, replies
 
 
 def _told(counts: Mapping[str, int]) -> str:

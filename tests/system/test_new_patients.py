@@ -69,6 +69,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_all_parties_segment_a_new_patient_as_one_place_does(data: Path, tmp_path: Path) -> None:
     first, second = arrives(data, 0), arrives(data, 1)
     arrives(data, 2, ("first", "third"))  # of whom the second institute has nothing
+    (data / "first/imagesTs/broken_0000.nii.gz").write_bytes(b"no image")
     out = run(study_on(data), tmp_path / "run")
     assert (out.exit_code, out.results["problems"]) == (0, [])
     found = label_maps(tmp_path / f"run/sites/first/segmented/{KEY}")
@@ -81,7 +82,9 @@ def test_all_parties_segment_a_new_patient_as_one_place_does(data: Path, tmp_pat
     assert told == {"model": KEY, "site": "first", "folder": f"segmented/{KEY}", "cases": 2, "left_out": 0}
     noted = json.loads((tmp_path / "run/sites/first/aligned_new.json").read_text())
     assert noted["cases"] == sorted((first, second))
-    assert next(iter(noted["left_out"].values())).endswith("another party has no such case.")
+    assert len(noted["left_out"]) == 2
+    assert any(text.endswith("another party has no such case.") for text in noted["left_out"].values())
+    assert "broken" in noted["left_out"]["first/broken"], "what could not be read is said too"
 
 
 def test_a_finished_run_segments_whoever_has_come_since(data: Path, tmp_path: Path) -> None:

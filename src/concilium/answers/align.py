@@ -11,7 +11,9 @@ from typing import Any
 from concilium.alignment import blinded, hidden, order_of, secret_in
 from concilium.answers import Cancelled, Check, Entry, Settings
 from concilium.answers._aligned import note_aligned
+from concilium.answers.new_patients import FILE as NEW_FILE
 from concilium.answers.new_patients import NEW, find_new, note_new
+from concilium.answers.notes import noted
 from concilium.answers.statistics import Exclusions, find_cases
 from concilium.data.dataset import read_case
 from concilium.errors import ContractError, DataError
@@ -83,7 +85,8 @@ def align(settings: Settings, request: Align) -> tuple[Aligned, Exclusions]:
         f"{member}/{name}": (code, f"Case {name}: {why}.") for code, (names, why) in texts.items() for name in names
     }
     if request.subset == NEW:
-        note_new(settings, request.holding, chosen, {key: text for key, (_, text) in excluded.items()})
+        before = noted(settings.folder, NEW_FILE)["left_out"]  # those that could not be read, which were not offered
+        note_new(settings, request.holding, chosen, before | {key: text for key, (_, text) in excluded.items()})
         return Aligned(len(chosen), ()), {}
     note_aligned(settings, chosen)
     return Aligned(len(chosen), _patients(settings, request, chosen) if request.holding.labelled else ()), excluded

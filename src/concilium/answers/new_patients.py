@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 from concilium.answers import Entry, Settings
+from concilium.answers.notes import note, noted
 from concilium.answers.statistics import Exclusions
 from concilium.data.dataset import restricted
 from concilium.data.new_patients import open_new
@@ -34,9 +34,7 @@ def find_new(settings: Settings, channels: Sequence[str]) -> tuple[tuple[Entry, 
 def note_new(settings: Settings, holding: Holding, names: Sequence[str], left_out: Mapping[str, str]) -> None:
     """Write down which new cases all parties have, and why the others are left out: for the site's own eyes."""
     told = {"channels": list(holding.channels), "cases": sorted(names), "left_out": dict(left_out)}
-    unfinished = settings.folder / f"{FILE}.unfinished"
-    unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(settings.folder / FILE)
+    note(settings.folder, FILE, told)
 
 
 def new_entries(settings: Settings) -> tuple[Entry, ...]:
@@ -45,10 +43,9 @@ def new_entries(settings: Settings) -> tuple[Entry, ...]:
     Raises:
         ContractError: they were never aligned, or one is gone.
     """
-    file = settings.folder / FILE
-    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    found = {} if told is None else {e.case.name: e for e in find_new(settings, told["channels"])[0]}
-    if told is None or any(name not in found for name in told["cases"]):
+    told = noted(settings.folder, FILE)
+    found = {e.case.name: e for e in find_new(settings, told["channels"])[0]} if told else {}
+    if not told or any(name not in found for name in told["cases"]):
         raise ContractError(
             f"{settings.name} was asked for new cases that were not aligned, or are gone. Expected Align first, and the files "
             "where they were. Start again with --resume."
