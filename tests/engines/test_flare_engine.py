@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -483,9 +484,12 @@ def test_a_study_gives_the_bits_of_the_simulation(
         "engine": {"threads": 1, "device": "cpu"},
     }
     if protocol == "vertical":
-        raw["protocol"] |= {"labels": "first", "cut": "shallow", "drop": 0.3}
-        for name in names:
+        raw["protocol"] |= {"labels": "first", "cut": "shallow", "drop": 0.3, "new_patients": True}
+        for channel, name in enumerate(names):
             raw["sites"][name]["holds"] = [name]
+            (new,) = (phantom / "test/imagesTr").glob(f"*_{channel:04d}.nii.gz")
+            (phantom / name / "imagesTs").mkdir()
+            shutil.copyfile(new, phantom / name / "imagesTs/new_0000.nii.gz")
     if tensors is not None:
         raw["network"]["weights"] = str(begun_elsewhere(raw, phantom, tmp_path))
         raw["training"]["tensors"] = tensors
@@ -527,6 +531,10 @@ def test_a_study_gives_the_bits_of_the_simulation(
     before = json.loads((tmp_path / "here/results.json").read_text())
     assert scores_of(outcome.results) == scores_of(before)
     assert len(scores_of(before)) > 0
+    if protocol == "vertical":  # a patient who is new is segmented by both; the label map stays where the labels are
+        maps = [tmp_path / place / "segmented/vertical/new.nii.gz" for place in ("here/sites/first", "first")]
+        assert maps[0].read_bytes() == maps[1].read_bytes()
+        assert not [*tmp_path.glob("second/segmented"), *tmp_path.glob("there/**/new.nii.gz")]
 
 
 def begun_elsewhere(raw: Mapping[str, Any], folder: Path, out: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from concilium.engines._transcript import Keeping, read_transcript
 from concilium.errors import DataError, StudyError
 from concilium.leakage import Amount, Asked, leakage
 from concilium.leakage.exchange import Way, exchange, own_cases
-from concilium.leakage.parties import PartySender, truth_at
+from concilium.leakage.parties import PartySender, known_fronts, truth_at
+from concilium.leakage.steering import steered_scenes
 from concilium.leakage.subject import Subject, kept_at, subject_of
 from concilium.line import Event, run
 from concilium.protocols import WEIGHTS
@@ -200,3 +202,41 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(StudyError, match=said):
         found(audited[0], tmp_path, "reidentify", **asked)
+
+
+def test_a_party_is_steered_alone_in_its_own_channels(
+    audited: tuple[Path, tuple[Release, ...]], tmp_path: Path
+) -> None:
+    """Whoever returns gradients puts others in their place: that party's front goes where those point."""
+    of = subject(audited[0], tmp_path)
+    scenes = {scene.site: scene for scene in steered_scenes(of, None, replace(FEW, victims=4, steering=3))}
+    assert set(scenes) == {"second", "third"}  # who has the labels is the attacker, or at its place
+    for site, scene in scenes.items():
+        (channel,) = of.places[site]
+        assert scene.channels == (of.plans.channels[channel],)
+        sent = {}
+        for scale in (0.0, 1.0):
+            came: list[Release] = []
+            sent[scale] = scene.known.open_steer(partial(_pointing, scale=scale, came=came))
+            assert [(r.site, r.step) for r in came] == [(site, step) for step in range(3)]
+        with torch.no_grad():
+            own = [known_fronts(of)[site].run((x,))[0] for x in scene.truth.images.split(2)]
+        held = [torch.allclose(r.maps[0], m, atol=1e-3) for r, m in zip(sent[0.0], own, strict=True)]
+        moved = [not torch.allclose(r.maps[0], m, atol=1e-3) for r, m in zip(sent[1.0], own, strict=True)]
+        assert held == moved == [True] * len(own)
+
+
+def _pointing(release: Release, *, scale: float, came: list[Release]) -> tuple[torch.Tensor, ...]:
+    came.append(release)
+    return tuple(scale * torch.ones_like(m) for m in release.maps)
+
+
+def test_maps_of_a_party_are_read_once_its_front_was_steered(
+    audited: tuple[Path, tuple[Release, ...]], tmp_path: Path
+) -> None:
+    options = {"feature_hijack": {"steps": 2, "width": 4}}
+    amount = replace(FEW, victims=4, steering=3)
+    told = leakage(audited[0], tmp_path, asked=Asked(attacks=("feature_hijack",), options=options, amount=amount))
+    assert {(r["site"], r["metric"]) for r in told["rows"] if r["attack"]} == {
+        (site, metric) for site in ("second", "third") for metric in ("ssim", "psnr")
+    }
