@@ -19,7 +19,7 @@ from concilium.errors import StudyError
 from concilium.messages import SiteLost, SiteTimeout
 from concilium.protocols import Round
 from concilium.record import Record
-from concilium.study import Study, parse_study, read_study
+from concilium.study import Study, parse_study, read_study, with_seeds
 
 
 def study(**protocol: Any) -> Study:
@@ -83,6 +83,16 @@ def test_another_study_is_refused_on_resume(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"differs from .*study\.toml"):
         Record(tmp_path, study(rounds=4), resume=True)
     assert (tmp_path / "study.toml").read_bytes() == before
+
+
+def test_more_seeds_are_the_same_study_and_fewer_are_not(tmp_path: Path) -> None:
+    record(tmp_path).close()
+    again = Record(tmp_path, with_seeds(study(), 3), resume=True)
+    assert "seeds = 3" in (tmp_path / "study.toml").read_text()
+    again.close()
+    for other in (with_seeds(study(), 2), with_seeds(study(rounds=4), 4)):
+        with pytest.raises(StudyError, match=r"differs from .*study\.toml\. .*more seeds"):
+            Record(tmp_path, other, resume=True)
 
 
 def test_a_file_is_no_run_folder(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from concilium import __version__
 from concilium.errors import StudyError
 from concilium.messages import Tensors, describe
 from concilium.protocols import Round
-from concilium.study import Study, to_toml
+from concilium.study import Study, goes_on, to_toml
 from concilium.wire import read_tensors, write_tensors
 
 PACKAGES = (
@@ -50,9 +50,10 @@ class Record:
             raise StudyError(
                 f"{folder} already holds a run. Expected a new folder. Give another --out, or go on with --resume."
             )
-        if existing.exists() and existing.read_text(encoding="utf-8") != text:
+        if existing.exists() and not goes_on(existing.read_text(encoding="utf-8"), text):
             raise StudyError(
-                f"The study differs from {existing}. A run is resumed with the study it began with. Give another --out."
+                f"The study differs from {existing}. A run goes on with the study it began with, or with more seeds. Give "
+                "another --out."
             )
         if folder.exists() and not folder.is_dir():
             raise StudyError(f"{folder} is a file. Expected a new folder for the run. Give another --out.")

@@ -124,6 +124,26 @@ def test_seeds_are_the_studies_of_these_seeds(make: Make, tmp_path: Path) -> Non
     assert len(scored) == 2 * len({case for _, case in scored})
 
 
+def test_a_finished_run_goes_on_with_more_seeds(make: Make, tmp_path: Path) -> None:
+    changes = {"other": {"training": {"learning_rate": 0.1}}}
+    first, both = (make(changes, study__seeds=n, protocol__compare=["local"]) for n in (1, 2))
+    run(first, tmp_path / "run")
+    trained = (tmp_path / "run/rounds.jsonl").read_text()
+    more = run(both, tmp_path / "run", resume=True)
+    assert more.exit_code == 0
+    assert (tmp_path / "run/rounds.jsonl").read_text().startswith(trained), "the first seed is not trained again"
+    at_once = run(both, tmp_path / "at_once")
+    for part in ("cases", "summary", "comparisons"):
+        assert more.results[part] == at_once.results[part], part
+    names = {p.name for p in (tmp_path / "run/weights").iterdir()}
+    assert names == {p.name for p in (tmp_path / "at_once/weights").iterdir()}
+    assert {"federated.s4.safetensors", "other.s4.safetensors"} < names
+    for name in names:
+        assert same(*(load_file(tmp_path / folder / "weights" / name) for folder in ("run", "at_once")))
+    with pytest.raises(StudyError, match="or with more seeds"):
+        run(first, tmp_path / "run", resume=True)
+
+
 def test_a_study_with_variants_comes_back_from_its_file(make: Make, tmp_path: Path) -> None:
     variants = {
         "slow": {"training": {"momentum": 0.5}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,6 +265,13 @@ def guard_of(study: Study, cut: tuple[str, ...] | None = None) -> Guard:
 def with_seeds(study: Study, seeds: int | None) -> Study:
     """The study, with so many seeds in place of its own."""
     return study if seeds is None else dataclasses.replace(study, study=dataclasses.replace(study.study, seeds=seeds))
+
+
+def goes_on(before: str, after: str) -> bool:
+    """Whether a run of one study may go on as the other (both as `to_toml` writes them): the same one, or with more seeds."""
+    one, other = tomllib.loads(before), tomllib.loads(after)
+    fewer, more = one["study"].pop("seeds"), other["study"].pop("seeds")
+    return one == other and fewer <= more
 
 
 def least_sites(study: Study) -> int:
