@@ -19,6 +19,7 @@ import statistics
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +33,26 @@ from concilium.freezing import freeze, frozen_names
 from concilium.local_updates import Local
 from concilium.local_updates.plain import step
 from concilium.networks.sam import build, trains
+from concilium.study import Study, read_study
 
 VARIANTS = ("msa", "lora")
 PLACES = ("centralized", "centralized_long")
 
 
-def alone(study: Mapping[str, Any], variant: str, folder: Path) -> dict[str, Any]:
-    """The tables of a study of this variant alone, with paths from anywhere.
+def alone(study: Study, variant: str) -> Study:
+    """This variant as a study of its own, with the baselines in one place and without left-out sites.
 
     Raises:
         KeyError: there is no such variant.
     """
-    tables = {name: dict(table) for name, table in study.items() if name != "variants"}
-    for name, changes in study["variants"][variant].items():
-        tables[name] = tables.get(name, {}) | changes
-    tables["study"] |= {"name": f"{study['study']['name']}-{variant}"}
-    tables["sites"] = {n: site | {"data": str((folder / site["data"]).resolve())} for n, site in study["sites"].items()}
-    tables["test"]["data"] = str((folder / tables["test"]["data"]).resolve())
-    if tables["network"].get("weights"):
-        tables["network"]["weights"] = str((folder / tables["network"]["weights"]).resolve())
-    tables["protocol"] |= {"compare": ["centralized"]}
-    tables["protocol"].pop("min_sites", None)
-    tables.get("validation", {}).pop("leave_one_site_out", None)
-    return tables
+    chosen = study.variants[variant]
+    return replace(
+        chosen,
+        study=replace(study.study, name=f"{study.study.name}-{variant}"),
+        protocol=replace(chosen.protocol, compare=("centralized",), min_sites=min(2, len(study.sites))),
+        validation=replace(study.validation, leave_one_site_out=False),
+        variants={},
+    )
 
 
 def measured(results: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
@@ -111,16 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/adapters"))
     parser.add_argument("--only-steps", type=int, help="time so many steps, and train nothing")
     given = parser.parse_args(arguments)
-    study = tomllib.loads(given.study.read_text(encoding="utf-8"))
     if given.only_steps:
         torch.set_num_threads(1)
-        found = seconds_of(study, given.variants, given.only_steps)
+        found = seconds_of(tomllib.loads(given.study.read_text(encoding="utf-8")), given.variants, given.only_steps)
         print("\n".join(f"{name}: {s:.3f} s a step, {s / found['whole']:.2f} of whole" for name, s in found.items()))
         return
     lines = ["| variant | trained | test Dice | federated − this |", "|---|---|---|---|"]
     for variant in given.variants:
         out = given.out / variant
-        done = concilium.run(alone(study, variant, given.study.parent), out, resume=out.exists(), seeds=given.seeds)
+        done = concilium.run(alone(read_study(given.study), variant), out, resume=out.exists(), seeds=given.seeds)
         if not done.complete:
             raise RuntimeError(f"{variant} is not complete: {done.problems}.")
         for place, (mean, more) in measured(done.results).items():

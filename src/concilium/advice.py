@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from concilium import catalog
 from concilium.costs import FORECAST, Cost, every_way, hardware_of, own_cost
 from concilium.data.draws import drawn_from
-from concilium.data.fingerprint import merge, percentile, to_json
+from concilium.data.fingerprint import merge, to_json
 from concilium.data.plan import open_plan
+from concilium.data.typical import AXES, medians, ranges
 from concilium.engines import Engine
 from concilium.errors import ContractError, DataError, StudyError
 from concilium.local_updates import exchanges
@@ -31,11 +31,8 @@ from concilium.record import Record
 from concilium.schedule import Setting, settings
 from concilium.sharing import Table, described, kept_of, shared_now, table_of
 from concilium.study import ForecastTable, StartTable, Study, divide, is_vertical, names_of, places
-from concilium.suitability import Advice, Axes, Outline, View, advise, view_of
+from concilium.suitability import Advice, Outline, View, advise, view_of
 
-AXES = ("z", "y", "x")
-"""Names of the file's axes, its last first, as arrays have them."""
-Range = tuple[float, float]
 OF_PARTIES = Advice(
     "one", (), "One plan for all parties: they have the same patients, whose geometry whoever has the labels tells.", (), (), ()
 )  # fmt: skip
@@ -184,11 +181,11 @@ def _plans(
     views, held = {}, places(study) if is_vertical(study) else {}
     for site in (s for s in study.sites if s in told.fingerprints):
         fingerprint = told.fingerprints[site]
-        shape, spacing = _medians(fingerprint, joint.axes)
+        shape, spacing = medians(fingerprint, joint.axes)
         outline = _outline(study, own[site], fingerprint) if site in own else None
         views[site] = view_of(
             joint, n_cases=fingerprint.n_cases, shape=shape, spacing=spacing,
-            ranges=_ranges(fingerprint, held.get(site)), own=outline, why_not=why_not.get(site, ""),
+            ranges=ranges(fingerprint, held.get(site)), own=outline, why_not=why_not.get(site, ""),
             differs=networks.get(site, of_all) != of_all, shared=shared.get(site),
         )  # fmt: skip
     n_cases = len(told.patients) if is_vertical(study) else sum(v.n_cases for v in views.values())
@@ -209,19 +206,29 @@ def _with_costs(
     cases = {site: max(1, round(share * planned.sites[site].n_cases)) for site in planned.sites}
     notes: list[str] = []
     found: list[Cost] = []
-    try:
-        found += every_way(base, joint, cases, lambda text: watch(Event("stage", text)))
-        for name, variant in variants.items():
-            if why := _why_untold(variant):
-                notes.append(f"Variant {name} is not in the forecast: {why}. Plan it as a study of its own.")
-                continue
-            watch(Event("stage", f"Forecasting variant {name}"))
-            variant = replace(variant, start=StartTable(), sites=study.sites, forecast=study.forecast)
-            setting = replace(settings(variant)[0][0], name=name, is_base=False)
-            found.append(replace(own_cost(setting, plan_for(setting, *known, Ledger()), cases), name=name))
-    except Exception as e:  # a network from outside need not run on shapes alone: it can be planned for all the same
-        notes.append(f"What training would cost could not be forecast ({type(e).__name__}: {e}).")
+
+    def add(what: str, made: Callable[[], Iterable[Cost]]) -> None:
+        try:
+            found.extend(made())
+        except (
+            Exception
+        ) as e:  # a network from outside need not run on shapes alone: it can be planned for all the same
+            notes.append(f"What {what} would cost could not be forecast ({type(e).__name__}: {e}).")
+
+    add("training", lambda: every_way(base, joint, cases, lambda text: watch(Event("stage", text))))
+    for name, variant in variants.items():
+        if why := _why_untold(variant):
+            notes.append(f"Variant {name} is not in the forecast: {why}. Plan it as a study of its own.")
+            continue
+        watch(Event("stage", f"Forecasting variant {name}"))
+        variant = replace(variant, start=StartTable(), sites=study.sites, forecast=study.forecast)
+        setting = replace(settings(variant)[0][0], name=name, is_base=False)
+        add(f"variant {name}", partial(_cost_of, setting, known, cases))
     return replace(planned, warnings=(*planned.warnings, *notes), hardware=hardware_of(study), costs=tuple(found))
+
+
+def _cost_of(setting: Setting, known: tuple[Told, Record], cases: Mapping[str, int]) -> tuple[Cost]:
+    return (replace(own_cost(setting, plan_for(setting, *known, Ledger()), cases), name=setting.name),)
 
 
 def _why_untold(variant: Study) -> str:
@@ -254,7 +261,7 @@ def _outline(study: Study, plans: Plans, fingerprint: Fingerprint) -> Outline:
         kernels=tuple(tuple(int(k) for k in kernel) for kernel in arguments["kernel_sizes"]),
         strides=plan.strides,
         clips=tuple(name == "CTNormalization" for name in plan.architecture["normalization_schemes"]),
-        ranges=_ranges(fingerprint),
+        ranges=ranges(fingerprint),
         resizes=study.preprocessing.name == "resize",
     )
 
@@ -280,20 +287,3 @@ def _shared(
         return dict.fromkeys(own, 0.0)
     sizes = {site: n for site, (_, n) in networks.items()}
     return {site: share for site, (share, _) in shared_now(sharing.blocks, own, sizes).items()}
-
-
-def _medians(fingerprint: Fingerprint, axes: Sequence[str]) -> tuple[Axes, Axes]:
-    """Median shape [voxels] and spacing [mm] of a site's cases, along these axes."""
-    shapes = np.array([g.shape for g in fingerprint.geometry for _ in range(g.count)], float)
-    spacings = np.array([g.spacing for g in fingerprint.geometry for _ in range(g.count)], float)
-    order = [AXES.index(axis) for axis in axes]
-    shape, spacing = (np.median(values, axis=0)[order] for values in (shapes, spacings))
-    return tuple(map(float, shape)), tuple(map(float, spacing))
-
-
-def _ranges(fingerprint: Fingerprint, held: Sequence[int] | None = None) -> tuple[Range | None, ...]:
-    """From 0.5 to 99.5 % of the foreground of each channel; of a party, of those that it holds."""
-    return tuple(
-        (percentile(c, 0.5), percentile(c, 99.5)) if len(c.keys) and (held is None or i in held) else None
-        for i, c in enumerate(fingerprint.channels)
-    )

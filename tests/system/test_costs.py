@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import concilium as cc
+from concilium import advice
 from concilium.costs import Cost
 from concilium.errors import StudyError
 from concilium.line import run
@@ -129,6 +130,25 @@ def test_without_figures_a_step_is_timed_here(small_study: Make) -> None:
     assert len(table) == 3
     titles = [grid.title for grid in grids(cc.plan(small_study(**HARDWARE)).found)][3:]
     assert titles[0].endswith("links of 8 Mbit/s and 10 ms, sites 2 GFLOP/s, server 4 GFLOP/s")
+
+
+def test_a_variant_that_cannot_be_forecast_is_named_and_the_others_are_told(
+    small_study: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = advice.own_cost
+
+    def fails(setting: Any, *told: Any) -> Any:
+        if setting.name == "wider":
+            raise RuntimeError("values are needed")
+        return real(setting, *told)
+
+    monkeypatch.setattr(advice, "own_cost", fails)
+    study = small_study(**HARDWARE)
+    found = cc.plan(replace(study, variants={"wider": study, "other": study})).found
+    assert "federated" in {cost.protocol for cost in found.costs if not cost.name}
+    assert {cost.name for cost in found.costs if cost.name} == {"other"}
+    (text,) = [w for w in found.warnings if "could not be forecast" in w]
+    assert text == "What variant wider would cost could not be forecast (RuntimeError: values are needed)."
 
 
 def test_a_network_that_does_not_run_on_shapes_is_planned_all_the_same(
