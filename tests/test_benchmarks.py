@@ -467,12 +467,14 @@ def test_the_zoo_is_trained_in_four_ways(tmp_path: Path, capsys: pytest.CaptureF
             zoo.main([*how, *more])
         assert ended.value.code == 0
         lines = capsys.readouterr().out.splitlines()
-        (row,) = [line for line in lines if line.startswith("| skin | cgnet |")]
-        header, rule = (next(line for line in lines if line.startswith(start)) for start in ("| task", "|---"))
-        assert row.count("|") == header.count("|") == rule.count("|")
-        iou = [float(cell.split()[0]) for cell in row.split("|")[3:7]]
+        tables = [i for i, line in enumerate(lines) if line.startswith("|---")]
+        found = [lines[i + 1] for i in tables]
+        assert all(lines[i - 1].count("|") == lines[i].count("|") == lines[i + 1].count("|") for i in tables)
+        assert len(found) == 3 and all(row.startswith("| skin | cgnet |") for row in found)
         ways = zoo.rows(tmp_path / "runs" / "skin" / "cgnet")
-        assert iou == [round(ways[way]["iou"]["mean"], 3) for way in zoo.WAYS]
+        for metric, row in zip(("iou", "dice"), found[:2], strict=True):
+            told = [float(cell.split()[0]) for cell in row.split("|")[3:-1]]
+            assert told == [round(ways[way][metric]["mean"], 3) for way in zoo.WAYS]
         assert ways["federated"]["operations"][0] > ways["splitfed"]["operations"][0] > 0
         assert any(line.startswith("Split − alone, IoU: ") for line in lines)
 
