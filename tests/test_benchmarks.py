@@ -470,7 +470,8 @@ def test_the_zoo_is_trained_in_four_ways(tmp_path: Path, capsys: pytest.CaptureF
         tables = [i for i, line in enumerate(lines) if line.startswith("|---")]
         found = [lines[i + 1] for i in tables]
         assert all(lines[i - 1].count("|") == lines[i].count("|") == lines[i + 1].count("|") for i in tables)
-        assert len(found) == 3 and all(row.startswith("| skin | cgnet |") for row in found)
+        assert len(found) == 3
+        assert all(row.startswith("| skin | cgnet |") for row in found)
         ways = zoo.rows(tmp_path / "runs" / "skin" / "cgnet")
         for metric, row in zip(("iou", "dice"), found[:2], strict=True):
             told = [float(cell.split()[0]) for cell in row.split("|")[3:-1]]
