@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from concilium.aggregation import CHUNK, LARGEST_WEIGHT, Sum, check_like
+from concilium.aggregation import CHUNK, LARGEST_WEIGHT, Sum, about_before, about_own, check_like
 from concilium.aggregation.mean import rule
 from concilium.errors import ContractError
 from concilium.messages import Tensors
@@ -251,17 +251,46 @@ def test_a_mean_of_nothing_is_refused() -> None:
 
 def held(total: Sum) -> int:
     """Bytes of all tensors that a sum holds."""
-    pairs: Mapping[str, tuple[Tensor, Tensor]] = total._pairs
-    assert {name for name, value in vars(total).items() if isinstance(value, dict)} == {"_pairs", "_dtypes"}
-    return sum(t.untyped_storage().nbytes() for pair in pairs.values() for t in pair)
+    assert {name for name, value in vars(total).items() if isinstance(value, dict)} == {"_pairs", "_dtypes", "_squares"}
+    pairs = [*total._pairs.values(), *total._squares.values()]
+    return sum(t.untyped_storage().nbytes() for pair in pairs for t in pair)
 
 
 def test_memory_is_two_numbers_for_each_element_however_many_sites() -> None:
     tensors = {"a": torch.randn(100, 30), "b": torch.randn(50)}
-    total = Sum()
+    normed = {"n.running_mean": torch.randn(20), "n.running_var": torch.rand(20)}
+    total, with_norms = Sum(), Sum()
     for n_sites in range(1, 21):
         total.add(tensors, n_sites)
+        with_norms.add(tensors | normed, n_sites)
         assert held(total) == 2 * 8 * 3050
+        assert held(with_norms) == 2 * 8 * (3050 + 3 * 20)  # the squares of running means besides
+
+
+def test_the_running_variance_of_one_site_is_its_own_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1e-3, 1.0, 1e4):
+        mean = scale * torch.randn(1000, generator=generator)
+        tensors = {"n.running_var": 1e-4 * torch.rand(1000, generator=generator), "n.running_mean": mean}
+        for updates in ([(tensors, 123_457)], [(tensors, 3), (tensors, 7_000_001)]):
+            means = total_of(updates).mean()
+            assert all(torch.equal(means[name], tensors[name]) for name in tensors)
+
+
+def test_changes_that_are_only_summed_tell_the_variance_of_all_data() -> None:
+    """What sites mask (`about_before`), and what the server makes of the mean of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def statistics(where: float) -> dict[str, Tensor]:
+        drawn = torch.rand(6, generator=generator) + 0.1, where + torch.randn(6, generator=generator)
+        return dict(zip(("n.running_var", "n.running_mean"), drawn, strict=True))
+
+    before, sites = statistics(1.0), [(statistics(where), weight) for where, weight in ((-3.0, 5), (2.0, 1), (4.0, 2))]
+    told = [({n: t.double() - before[n] for n, t in about_before(site, before).items()}, w) for site, w in sites]
+    changes = {n: sum(w * t[n] for t, w in told) / 8 for n in before}
+    expected = total_of(sites).mean()
+    for name, change in about_own(changes).items():
+        torch.testing.assert_close((before[name] + change).float(), expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_adding_takes_no_memory_of_the_size_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,12 @@ def updates_of(networks: Sequence[Tensors], **columns: Sequence[Any]) -> list[Up
     return [Update(**(vars(u) | {"weights": weights})) for u, weights in zip(made, networks, strict=True)]
 
 
+def about(networks: Sequence[Tensors], mean: Tensor) -> list[dict[str, Tensor]]:
+    """The same, each running variance about this running mean, as the variance of all data is made of them."""
+    var, own = STATISTICS[1], STATISTICS[0]
+    return [{**n, var: (n[var].double() + (n[own].double() - mean.double()).square()).float()} for n in networks]
+
+
 def total_of(updates: Sequence[Update], rule: str = "mean") -> Sum:
     total, weigh = Sum(), weight_of(rule)
     for u in updates:

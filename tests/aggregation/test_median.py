@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from drawn import by_hand, near, network, same, updates_of
+from drawn import about, by_hand, near, network, same, updates_of
 
 from concilium.aggregation import CHUNK, Update
 from concilium.aggregation.median import rule
@@ -15,7 +15,8 @@ from concilium.aggregation.median import rule
 def test_it_is_torchs_and_numpys_median(n_sites: int) -> None:
     networks = [network(seed) for seed in range(n_sites)]
     weights, state = rule(updates_of(networks), {}, before=network(99))
-    for name in ("conv.weight", "norm.running_var"):
+    networks = about(networks, weights["norm.running_mean"])
+    for name in ("conv.weight", "norm.running_mean", "norm.running_var"):
         stacked = torch.stack([n[name] for n in networks])
         if n_sites % 2:  # with an even number torch takes the lower of the two in the middle
             assert torch.equal(weights[name], stacked.median(dim=0).values)
@@ -42,7 +43,7 @@ def test_fewer_than_half_of_the_sites_cannot_move_it_beyond_the_others(n_garbage
     garbage = [{name: torch.full_like(t, 1_000_000) for name, t in before.items()}] * n_garbage
     weights, _ = rule(updates_of([*honest, *garbage]), {}, before=before)
     for name, tensor in weights.items():
-        stacked = torch.stack([h[name] for h in honest])
+        stacked = torch.stack([h[name] for h in about(honest, weights["norm.running_mean"])])
         assert (tensor <= stacked.amax(dim=0)).all()
         assert (tensor >= stacked.amin(dim=0)).all()
 

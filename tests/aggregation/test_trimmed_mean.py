@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from drawn import by_hand, mean_of, near, network, updates_of
+from drawn import about, by_hand, mean_of, near, network, updates_of
 from scipy import stats
 
 from concilium.aggregation.median import rule as median
@@ -25,7 +25,8 @@ def test_by_hand() -> None:
 def test_it_is_scipys(n_sites: int, share: float) -> None:
     networks = [network(seed) for seed in range(n_sites)]
     weights, _ = rule(updates_of(networks), {}, before=network(99), share=share)
-    for name in ("conv.weight", "norm.running_var"):
+    networks = about(networks, weights["norm.running_mean"])
+    for name in ("conv.weight", "norm.running_mean", "norm.running_var"):
         stacked = np.stack([n[name].double().numpy() for n in networks])
         np.testing.assert_allclose(weights[name].numpy(), stats.trim_mean(stacked, share, axis=0), rtol=1e-6, atol=1e-7)
 
@@ -60,6 +61,6 @@ def test_garbage_of_a_fifth_of_the_sites_moves_nothing_beyond_the_others() -> No
     garbage = [{name: torch.full_like(t, sign * 1_000_000) for name, t in before.items()} for sign in (1, -1)]
     weights, _ = rule(updates_of([garbage[0], *honest, garbage[1]]), {}, before=before)
     for name, tensor in weights.items():
-        stacked = torch.stack([h[name] for h in honest])
+        stacked = torch.stack([h[name] for h in about(honest, weights["norm.running_mean"])])
         assert (tensor <= stacked.amax(dim=0)).all()
         assert (tensor >= stacked.amin(dim=0)).all()

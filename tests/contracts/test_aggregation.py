@@ -53,6 +53,7 @@ def network(seed: int) -> dict[str, Tensor]:
     return {
         "conv.weight": torch.randn(4, 2, 3, 3, generator=generator),
         "norm.running_var": torch.rand(4, generator=generator),
+        "norm.running_mean": torch.randn(4, generator=generator),
         "norm.num_batches_tracked": torch.tensor(7 + seed),
         "none": torch.empty(0, 3),
     }
@@ -63,13 +64,15 @@ def seen(weights: Tensors, n_cases: int, site: str) -> Update:
     return Update(weights, n_cases, 4, 0.5, quality=0.8, site=site)
 
 
-def given(name: str, updates: Sequence[Tensors], order: Sequence[int] = (0, 1, 2)) -> Given:
+def given(
+    name: str, updates: Sequence[Tensors], order: Sequence[int] = (0, 1, 2), n_cases: Sequence[int] = N_CASES
+) -> Given:
     """What a rule gets for these updates: their sum in this order of arrival, or each, of equal quality."""
     if must_see_updates(name):
-        return [seen(u, N_CASES[site], f"s{site}") for site, u in enumerate(updates)]
+        return [seen(u, n_cases[site], f"s{site}") for site, u in enumerate(updates)]
     total, weigh = Sum(), weight_of(name)
     for site in order:
-        total.add(updates[site], weigh(N_CASES[site], 1.0))
+        total.add(updates[site], weigh(n_cases[site], 1.0))
     return total
 
 
@@ -113,6 +116,20 @@ def test_new_weights_depend_on_every_tensor(name: str) -> None:
     for changed in ("conv.weight", "norm.running_var"):
         after, _ = rule(given(name, [{**u, changed: u[changed] + 1} for u in updates]), {})
         assert {n for n in before if not torch.equal(before[n], after[n])} == {changed}
+
+
+@every_rule
+def test_the_variance_of_all_data_is_that_within_sites_and_that_between_them(name: str) -> None:
+    """Three sites that differ in nothing but where a norm's inputs lie: at -3, 0 and 3, with a variance of 1 at each."""
+    same = network(99)
+    where = [torch.full((4,), m) for m in (-3.0, 0.0, 3.0)]
+    updates = [{**same, "norm.running_var": torch.ones(4), "norm.running_mean": m} for m in where]
+    expected = {"krum": 1.0, "median": 10.0, "trimmed_mean": 10.0}  # one site's; the middle one of 10, 1 and 10
+    for n_cases in ((5, 5, 5), (5, 20, 5)):
+        of_all = 1 + 9 * (n_cases[0] + n_cases[2]) / sum(n_cases)
+        of_equals = 7.0 if name == "unweighted" else expected.get(name, of_all)
+        weights, _ = rule_of(name)(given(name, updates, n_cases=n_cases), {})
+        torch.testing.assert_close(weights["norm.running_var"], torch.full((4,), of_equals))
 
 
 @every_rule

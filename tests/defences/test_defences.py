@@ -161,6 +161,24 @@ def test_noise_is_the_same_for_one_secret_and_another_for_another() -> None:
         )
 
 
+def test_models_settings_and_weights_have_noise_of_their_own() -> None:
+    """Two releases of one image under the same noise would tell by their difference what noise was to hide."""
+    job = replace(guarded_job(PlugIn("gaussian", {"scale": 0.5, "bound": 1.0})), told="these")
+
+    def sent(model: str = "m", told: str = "these", moved: float = 0.0) -> Tensor:
+        session = session_of(replace(job, told=told), secret="north's")
+        weights = {n: t + moved for n, t in first_weights(job).items()}
+        own = {n: t for n, t in weights.items() if n in session.learner.network.state_dict()}
+        request = replace(front_of(own, session.learner), model=model)
+        session = Session(session.learner, request, site="a")
+        return session.front(request, lambda: False).maps[0]
+
+    first, *others = sent(), sent("other"), sent(told="those"), sent(moved=1e-6)
+    assert torch.equal(first, sent())
+    for other in others:
+        assert float((first - other).std()) == pytest.approx(0.5 * math.sqrt(2), rel=0.1)
+
+
 def test_a_sites_secret_is_made_once_and_is_nobody_elses(tmp_path: Path) -> None:
     def settings(name: str) -> Settings:
         return Settings(name, "site", {}, None, tmp_path / name, tmp_path, 1, "cpu", secret=tmp_path / name / "secret")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 from sessions import lines, same, weights
 
@@ -74,6 +76,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_the_same_account
     assert same(weights(finished.folder, "federated"), weights(again.folder, "federated"))
     told = [[line["sites"]["north"]["privacy"] for line in lines(o.folder, "federated")] for o in (finished, again)]
     assert told[0] == told[1]
+
+
+def test_no_two_models_have_the_same_noise(study: Study, tmp_path: Path) -> None:
+    """Their difference would have none. One step from the same weights, with noise a hundred times as large."""
+    training = replace(study.training, optimizer="sgd", momentum=0.0, weight_decay=0.0, learning_rate=1e-3)
+    much = replace(study.local_update, options={**study.local_update.options, "noise": 100.0})
+    short = replace(study.protocol, rounds=1, steps=1, compare=())
+    one = replace(study, training=training, local_update=much, protocol=short, test=None)
+    made = run(replace(one, variants={"again": one}), tmp_path / "run")
+    first, again = (weights(made.folder, name) for name in ("federated", "again"))
+    off = torch.cat([(first[n] - again[n]).flatten() for n in first])
+    assert float(off.std()) > 1e-6
+    more = [json.loads(one)["start"] for one in (made.folder / "sites/north/privacy.jsonl").read_text().splitlines()]
+    assert len(more) == len(set(more)) == 2
 
 
 @pytest.mark.parametrize("protocol", ["local", "cyclic", "splitfed"])

@@ -32,6 +32,9 @@ import torch
 from torch import Tensor
 
 from concilium import catalog
+from concilium.aggregation._statistics import about_before as about_before
+from concilium.aggregation._statistics import about_own as about_own
+from concilium.aggregation._statistics import mean_beside, spread
 from concilium.errors import ContractError
 from concilium.messages import Tensors
 
@@ -113,6 +116,8 @@ class Sum:
     Each element is kept as an unevaluated pair of float64 (Knuth's two-sum: the rounding error of every addition is kept as
     well). The pair is exact, whatever cancels, while the largest float32 of an element is less than about 2**50 times the
     smallest and at most 2**20 cases are counted over all sites; only then is the order without effect for certain.
+
+    To the mean of running variances of norms comes the variance of the running means (`_statistics.py`).
     """
 
     def __init__(self) -> None:
@@ -120,6 +125,8 @@ class Sum:
         self.count = 0
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self._squares: dict[str, tuple[Tensor, Tensor]] = {}
+        """Of a running variance, by its name: the sum of the squares of the running means."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,12 +139,9 @@ class Sum:
             ContractError: they are not those added before, by name, shape and type.
         """
         if self.count == 0:
-            for name, tensor in tensors.items():
-                self._dtypes[name] = tensor.dtype
-                self._pairs[name] = (
-                    torch.zeros(tensor.shape, dtype=torch.float64),
-                    torch.zeros(tensor.shape, dtype=torch.float64),
-                )
+            self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+            self._pairs = {name: _zeros(tensor) for name, tensor in tensors.items()}
+            self._squares = {name: _zeros(tensor) for name, tensor in tensors.items() if mean_beside(name, tensors)}
         check_like(
             tensors,
             {
@@ -146,10 +150,9 @@ class Sum:
             },
         )
         for name, tensor in tensors.items():
-            high, low = (t.view(-1) for t in self._pairs[name])
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            for start in range(0, flat.numel(), CHUNK):
-                _add(high[start : start + CHUNK], low[start : start + CHUNK], flat[start : start + CHUNK], weight)
+            _add_all(self._pairs[name], tensor, weight)
+        for name, pair in self._squares.items():
+            _add_all(pair, tensors[cast(str, mean_beside(name, tensors))], weight, squared=True)
         self.weight += weight
         self.count += 1
 
@@ -180,6 +183,7 @@ class Sum:
                 "Expected the same sites, and names that differ. Add the same updates to both."
             )
         self._pairs |= other._pairs
+        self._squares |= other._squares
         self._dtypes |= other._dtypes
 
     def mean(self) -> dict[str, Tensor]:
@@ -195,14 +199,31 @@ class Sum:
         means: dict[str, Tensor] = {}
         for name, (high, low) in self._pairs.items():
             mean = (high + low) / self.weight
+            if name in self._squares:
+                pairs = self._squares[name], self._pairs[cast(str, mean_beside(name, self._pairs))]
+                mean = mean + spread(*((h + low_part) / self.weight for h, low_part in pairs))
             dtype = self._dtypes[name]
             means[name] = (mean if dtype.is_floating_point else mean.round()).to(dtype)
         return means
 
 
+def _zeros(like: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros(like.shape, dtype=torch.float64), torch.zeros(like.shape, dtype=torch.float64)
+
+
+def _add_all(pair: tuple[Tensor, Tensor], tensor: Tensor, weight: int, *, squared: bool = False) -> None:
+    """Two-sum of a pair and `weight` times a tensor, or its square, some elements at a time."""
+    high, low = (t.view(-1) for t in pair)
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        values = flat[start : start + CHUNK]
+        values = values.double().square() if squared else values
+        _add(high[start : start + CHUNK], low[start : start + CHUNK], values, weight)
+
+
 def _add(high: Tensor, low: Tensor, values: Tensor, weight: int) -> None:
     """Two-sum of `high` and `weight * values`, in place; its rounding error goes to `low`."""
-    product = values.double().mul_(weight)  # exact: 24 bits times a whole number below 2**29
+    product = values.double() * weight  # exact: 24 bits times a whole number below 2**29 (but of squares)
     total = high + product
     part = total - high
     product.sub_(part)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from concilium.aggregation import CHUNK, UNITS, Sum, Update
+from concilium.aggregation._statistics import mean_beside
 
 
 def counted(update: Update, factor: float = 1.0) -> int:
@@ -20,20 +21,28 @@ def weighted_mean(updates: Sequence[Update], weights: Sequence[int]) -> dict[str
     """The mean as `mean` forms it, to the bit; updates that weigh nothing are not read."""
     members = [(update, weight) for update, weight in zip(updates, weights, strict=True) if weight]
     means: dict[str, Tensor] = {}
-    for name in members[0][0].weights:
+    for name in (names := members[0][0].weights):
         total = Sum()
+        beside = mean_beside(name, names)
         for update, weight in members:
-            total.add({name: update.weights[name]}, weight)
+            total.add({n: update.weights[n] for n in (beside, name) if n}, weight)
         means |= total.mean()
-    return means
+    return {name: means[name] for name in names}
 
 
 def elementwise(updates: Sequence[Update], function: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-    """New tensors from a function of a name and values (n sites, m elements) -> (m,) in float64; whole numbers are rounded."""
+    """New tensors from a function of a name and values (n sites, m elements) -> (m,) in float64; whole numbers are rounded.
+
+    To each running variance of a norm comes the square by which its running mean is off the function's (`_statistics.py`).
+    """
     found: dict[str, Tensor] = {}
-    for name in updates[0].weights:
-        like = updates[0].weights[name]
-        value = torch.cat([function(name, piece) for piece in pieces(updates, name)]).reshape(like.shape)
+    for name in (names := updates[0].weights):
+        like = names[name]
+        values = pieces(updates, name)
+        if (beside := mean_beside(name, names)) is not None:
+            of_means = (means - function(beside, means) for means in pieces(updates, beside))
+            values = (piece + off.square() for piece, off in zip(values, of_means, strict=True))
+        value = torch.cat([function(name, piece) for piece in values]).reshape(like.shape)
         found[name] = (value if like.is_floating_point() else value.round()).to(like.dtype)
     return found
 

@@ -18,6 +18,7 @@ from concilium.data.labels import Labels
 from concilium.data.matching import Names
 from concilium.data.patches import Batches
 from concilium.data.plan import Plan
+from concilium.freezing import digest_of
 from concilium.messages import Guard, PlugIn, Tensors, Training
 from concilium.networks import Stages
 from concilium.sealing import Identity
@@ -150,6 +151,8 @@ class Job:
     """Whether finished models here are whole networks; a party has its own part."""
     by_memory: bool = False
     """Whether `micro_batch` was chosen by the memory at hand: split training, which needs whole batches, then has them."""
+    told: str = ""
+    """A digest of all that it was asked to prepare: what is drawn to hide something is drawn anew under other settings."""
 
     @property
     def in_one_place(self) -> Callable[..., Stages]:
@@ -184,6 +187,12 @@ def secret_of(settings: Settings) -> str:
         unfinished.write_text(secrets.token_hex(32), encoding="utf-8")
         unfinished.replace(path)
     return path.read_text(encoding="utf-8")
+
+
+def noise_key(job: Job, model: str, weights: Tensors) -> tuple[str, ...]:
+    """What a server would need to take noise off again, and what no other model, settings or weights (those at the start) share:
+    of two releases under the same noise, the difference would have none. Nothing where the site has no secret."""
+    return (job.secret, model, job.told, digest_of(weights)) if job.secret else ()
 
 
 def built(job: Job) -> Stages:

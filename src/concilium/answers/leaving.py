@@ -17,5 +17,5 @@ def leaving(job: Job, weights: Tensors, received: Tensors, *, model: str, round:
     if not (job.filters and received and weights):
         return weights
     about = Leaving(model, round, n_steps, len(job.entries["training"]), received)
-    key = (job.seed, job.site, model, round, job.secret, digest_of(received))
+    key = (job.seed, job.site, model, round, job.secret, job.told, digest_of(received))
     return filtered(weights, about, job.filters, key)

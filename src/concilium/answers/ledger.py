@@ -1,8 +1,8 @@
 """A site's own account of what its updates have told of its patients, where it trains with differential privacy.
 
-A line for each update that leaves: model, round, a digest of the weights that it started from, and what it adds. The file only
-grows, whatever a server restores or forgets; an update that is computed again from the same weights is the same one to the bit,
-noise included, and counts once.
+A line for each update that leaves: model, round, a digest of the weights and settings that it started from, and what it adds. The
+file only grows, whatever a server restores or forgets; an update that is computed again from the same weights, under the same
+settings, is the same one to the bit, noise included, and counts once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from concilium.answers import Job
+from concilium.data.draws import digest
 from concilium.data.patches import Batches
 from concilium.errors import DataError
 from concilium.freezing import digest_of
@@ -37,12 +38,15 @@ class Draws:
 
     @property
     def start(self) -> str:
-        """A digest of the weights that the round started from, where patients are drawn."""
-        return self.hidden[-1] if self.hidden else ""
+        """A digest of the weights that the round started from and all else that draws depend on, where patients are drawn."""
+        return f"{digest(*self.hidden):016x}" if self.hidden else ""
 
 
-def draws_of(job: Job, update: PlugIn, network: nn.Module, batches: Batches) -> Draws:
-    """Where the batches of this local update come from in a round that starts from this network.
+def draws_of(job: Job, request: Train, update: PlugIn, network: nn.Module, batches: Batches) -> Draws:
+    """Where the batches of this local update come from in this round, which starts from this network.
+
+    No two models, settings, schedules or starting points share what is drawn: the difference of two updates under the same noise
+    would have none, and no epsilon.
 
     Raises:
         StudyError: the update cannot train it.
@@ -54,7 +58,8 @@ def draws_of(job: Job, update: PlugIn, network: nn.Module, batches: Batches) -> 
     for entry in job.entries["training"]:
         of.setdefault((entry.member, entry.patient), []).append(entry.key)
     patients = [sorted(cases) for _, cases in sorted(of.items())]
-    hidden = (job.secret, digest_of(network.state_dict()))
+    when = f"{request.first_step} of {request.total_steps}"
+    hidden = (job.secret, request.model, job.told, when, digest_of(network.state_dict()))
     return Draws(sampled(update, batches, patients), hidden, len(patients))
 
 

@@ -20,7 +20,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from concilium import masking
-from concilium.aggregation import weight_of
+from concilium.aggregation import about_before, weight_of
 from concilium.answers import Check, Settings
 from concilium.answers.ledger import note
 from concilium.answers.summed import note_sum
@@ -93,9 +93,9 @@ class Secure:
         order = request.train
         trained = learner.train(replace(order, send_weights=True), site=name, cancelled=cancelled)
         trained = note(self._settings.folder, order, trained, learner.job.training.local_update, learner.draws)
-        changes = masking.flat(trained.weights, order.weights, how)
-        beside = masking.flat(trained.control, None, how)
-        held = {"changes": torch.from_numpy(changes), "beside": torch.from_numpy(beside)}
+        changes = masking.flat(about_before(trained.weights, order.weights), order.weights, how)
+        flat = {"changes": changes, "beside": masking.flat(trained.control, None, how)}
+        held = {part: torch.from_numpy(values) for part, values in flat.items()}
         share = trained.n_steps / order.steps
         weight = weight_of(masking.COUNTS[how.counts])(trained.n_cases, share)
         share_key, mask_key = X25519PrivateKey.generate(), X25519PrivateKey.generate()

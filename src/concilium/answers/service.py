@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from concilium.answers import Check, Entry, Job, Settings
+from concilium.answers import Check, Entry, Job, Settings, noise_key
 from concilium.answers.evaluate import Scorer, segment, subset_of
 from concilium.answers.new_patients import NEW
 from concilium.answers.statistics import Exclusions, count
@@ -46,6 +46,8 @@ class Service:
         self._own: dict[tuple[str, str], Own] = {}
         """Model and kind of message -> the site's part of it, built as an evaluation begins: there are many messages in one."""
         self._logits: list[Tensor] = []
+        self._noise: tuple[str, ...] = ()
+        """What draws the noise of the front that was last built."""
         self._scorer: Scorer | _Writer | None = None
         self._began = 0.0
 
@@ -64,7 +66,7 @@ class Service:
         if self._image is None or self._image[0] != entry.key:
             self._image = (entry.key, preprocess(entry.case, entry.dataset, job.plan)[0])
         window = Windows(own.front, request.start, request.count, n_heads(job.labels))
-        with drawn_from(job.seed, "look", entry.key, request.start, *filter(None, [job.secret])):  # what defences draw
+        with drawn_from(job.seed, "look", entry.key, request.start, *self._noise):  # what defences draw
             _predict(window.to(self._device), self._image[1], job, self._device)
         return Looked(tuple(encode(maps, request.transport) for maps in window.maps), window.seen, len(entries))
 
@@ -110,6 +112,7 @@ class Service:
             names = own.held.state_dict().keys()
             weights = finished(request.model)
             own.held.load_state_dict({n: t for n, t in weights.items() if labelled or n in names})
+            self._noise = self._noise if labelled else noise_key(job, request.model, own.front.state_dict())
             self._own = {k: v for k, v in self._own.items() if k[0] == request.model} | {key: own}
         return self._own[key]
 

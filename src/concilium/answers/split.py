@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from concilium.answers import Cancelled, Check
+from concilium.answers import Cancelled, Check, noise_key
 from concilium.answers.micro_batch import must_be_whole
 from concilium.answers.objective import make_objective
 from concilium.answers.train import Learner
@@ -63,8 +63,8 @@ class Session:
         """What the front left in the step at hand; its top `_reach` maps were sent."""
         self._reach = self.parts.body.reach()
         self._front, self._defences = undefended(self.parts.front)
-        self._secret = (learner.job.secret,) if self._defences.names and learner.job.secret else ()
-        """What a server that knows the study's seed would need to take the noise off again."""
+        at_start = self.parts.at_site.state_dict() if self._defences.names else {}
+        self._secret = noise_key(learner.job, request.model, at_start) if self._defences.names else ()
         self._batch: Batch | None = None
         self._known = True
         """Whether anything is annotated in the batch of the step at hand; otherwise the step changes nothing, anywhere."""

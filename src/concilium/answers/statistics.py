@@ -18,7 +18,7 @@ from concilium.answers.fitting import fitted
 from concilium.answers.frozen import with_frozen
 from concilium.answers.micro_batch import must_be_divisible
 from concilium.data.dataset import Dataset, open_dataset, read_case, restricted, translated
-from concilium.data.draws import drawn_from
+from concilium.data.draws import digest, drawn_from
 from concilium.data.fingerprint import fingerprint_of_case, merge
 from concilium.data.labels import annotation_mask, flaw, foreground, n_heads, unknown_labels, with_labels
 from concilium.data.matching import Names, Space
@@ -160,6 +160,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         frozen,
         request.holding is None,
         settings.micro_batch == AUTO,
+        f"{digest(repr(request)):016x}",
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})

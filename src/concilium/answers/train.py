@@ -230,7 +230,7 @@ class Learner:
         update = when_alone(update) if request.alone else update
         if has_personal(update.name):
             self.begin_personal()
-        self.draws = draws_of(self.job, update, self.network, batches)
+        self.draws = draws_of(self.job, request, update, self.network, batches)
         local = self._lend(request)
         losses = self._steps(local, update, request, site, cancelled, started)
         if self.brought is not None:

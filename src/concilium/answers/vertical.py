@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from concilium.answers import Cancelled, Check, Job
+from concilium.answers import Cancelled, Check, Job, noise_key
 from concilium.answers.objective import make_objective
 from concilium.answers.split import back_propagate, image_would_leave, leaf, shows
 from concilium.answers.train import Learner
@@ -50,7 +50,7 @@ class Party:
             batches.tell(dict(zip(self._keys, request.places, strict=False)))
         self._batches: Iterator[Batch] = stream(batches, self._keys, workers=job.training.loader_workers)
         self._front, self._defences = undefended(self.own.front)
-        self._secret = (job.secret,) if self._defences.names and job.secret else ()
+        self._secret = noise_key(job, request.model, self._front.state_dict()) if self._defences.names else ()
         """What draws noise that nobody else can draw again."""
         self._penalty: Tensor | None = None
         self._drawn = 0

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from torch import Tensor
 
 from concilium import masking
-from concilium.aggregation import weight_of
+from concilium.aggregation import about_own, weight_of
 from concilium.collect import Answer, Ask
 from concilium.collect._receive import untrue
 from concilium.errors import ContractError, EngineError
@@ -103,7 +103,7 @@ class Gathering:
             if np.abs(part).max(initial=0.0) > 1 + n * 2.0 ** (2 - self.how.bits) * dealt / has:
                 raise self._unusable("values are out of all range, as where masks do not cancel")
             made.append(part)
-        weights = masking.unflat(made[0], self.like, self.how)
+        weights = about_own(masking.unflat(made[0], self.like, self.how))
         return weights, masking.unflat(made[1], {name: self.like[name] for name in self.beside}, self.how)
 
     @property

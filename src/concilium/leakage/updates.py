@@ -16,9 +16,20 @@ from concilium.answers.ledger import draws_of
 from concilium.attacks import Auxiliary, Cases, Known, Release, Transcript
 from concilium.data.draws import digest
 from concilium.errors import StudyError
-from concilium.leakage.exchange import Way, batches_of, exchange, label_map, one_round, own_cases, ready, together
+from concilium.leakage.exchange import (
+    MODEL,
+    Way,
+    batches_of,
+    exchange,
+    label_map,
+    one_round,
+    own_cases,
+    ready,
+    together,
+)
 from concilium.leakage.scene import Amount, Scene, loss_of, whole_of
 from concilium.leakage.subject import Subject
+from concilium.messages import Train
 from concilium.protocols import WEIGHTS
 from concilium.wire import part
 
@@ -98,7 +109,8 @@ def _behind(subject: Subject, site: str, number: int) -> tuple[Cases, frozenset[
     job, seed = subject.jobs[site], subject.study.study.seed
     network = job.in_one_place()
     network.load_state_dict(dict(subject.weights))
-    draws = draws_of(job, job.training.local_update, network, batches_of(job))
+    asked = Train(MODEL, number, number - 1, 1, number, {}, True)  # as the audit's round asks it (`exchange.one_round`)
+    draws = draws_of(job, asked, job.training.local_update, network, batches_of(job))
     key: tuple[str | int, ...] = (seed, site, number, 0, *draws.hidden)
     if not draws.n_patients:
         batch, names = batches_of(job).draw_named(*key)
