@@ -142,3 +142,24 @@ def test_maps_that_are_kept_cost_nothing_again() -> None:
         divided[0].run((torch.rand(size),))
     once, kept = (whole_load(build, size, training(views=views)) for views in (0, 4))
     assert once.flops - kept.flops == counter.get_total_flops() > 0
+
+
+def test_the_memory_of_maps_that_are_kept_is_what_making_them_takes() -> None:
+    """The front is run on each view once: that may be the most that is ever held, although nothing is kept for the way back."""
+    size = (1, 3, 256, 256)
+    build = freezing(partial(built("unet", size[2:], 3), deep_supervision=False), ["heads"])
+    divided = front_of(build(deep_supervision=False))
+    assert divided is not None
+    largest = 0
+    with torch.no_grad():
+        for name in divided[0].names:
+            for module in divided[0][name].modules():
+                module.register_forward_hook(lambda m, i, out: sizes.append(max(t.nbytes for t in _tensors(out))))
+        sizes: list[int] = []
+        divided[0].run((torch.rand(size),))
+    largest = max(sizes)
+    assert whole_load(build, size, training(views=4)).memory > 2 * largest  # what goes into a layer, and what it leaves
+
+
+def _tensors(out: object) -> list[torch.Tensor]:
+    return [out] if isinstance(out, torch.Tensor) else [t for t in out if isinstance(t, torch.Tensor)]  # type: ignore[attr-defined]

@@ -159,7 +159,8 @@ def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> 
             network, batch = network_of(study, plans, site), image_of(study, plans, site)
             load = whole_load(network, batch, training, at_once=at_once)
             clock = partial(time_whole, network, training)
-            speed = speed_of(hardware_of(study), study.engine.device, clock, batch, load, load)
+            timed = whole_load(network, batch, replace(training, views=0), at_once=at_once) if training.views else load
+            speed = speed_of(hardware_of(study), study.engine.device, clock, batch, timed, timed)
             known[key] = load.memory, speed.of_site(load)
         memory, a_step = known[key]
         size = _shared(sharing, weights, site)

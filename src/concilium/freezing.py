@@ -167,13 +167,19 @@ def _keep(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> N
             )
 
 
+def _changes(module: nn.Module) -> bool:
+    """Whether training changes a tensor of this module: a parameter, or the running statistics of a norm."""
+    measures = getattr(module, STATISTICS[0], None) is not None and STATISTICS[0] not in getattr(module, HIDDEN, ())
+    return measures or any(p.requires_grad for p in module.parameters(recurse=False))
+
+
 def front_of(network: nn.Module) -> tuple[Stages, Stages] | None:
     """The stages at the beginning that train nothing, and the rest; `None` where the network cannot be cut after any."""
     if not isinstance(network, Stages):
         return None
     last = ""
     for name in network.names:
-        if any(p.requires_grad for p in network[name].parameters()):
+        if any(_changes(module) for module in network[name].modules()):
             break
         if name in network.split_points:
             last = name

@@ -65,6 +65,9 @@ def whole_load(build: Callable[..., Stages], batch: Sequence[int], training: Tra
         else:  # what the front makes of each view is computed once, and read from then on
             front, rest = kept_maps
             with torch.no_grad(), autocast(CPU, training.precision):
+                with site.watched():  # a view at a time, whose maps are all let go of but the last
+                    front.run((image[:1],))
+                site.flops = 0
                 maps = front.run((image,))
             with site.watched():
                 site.note(maps)

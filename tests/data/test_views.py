@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from concilium.answers import features
-from concilium.answers.features import Features
+from concilium.answers.features import Features, features_of
 from concilium.data.dataset import open_dataset
 from concilium.data.patches import Batches, stream
 from concilium.data.plan import Plan
 from concilium.data.preprocess import prepare
-from concilium.freezing import front_of
+from concilium.freezing import freezing, front_of
 from concilium.local_updates import Local
 from concilium.local_updates.plain import step
 from concilium.networks import Stages, unet
@@ -143,6 +144,30 @@ def test_other_weights_of_the_front_have_other_maps(tmp_path: Path) -> None:
     assert Features(*a, tmp_path, about=("y",))._folder != first
     assert Features(*b, tmp_path, about=("x",))._folder != first
     assert not first.exists(), "what no model uses any more is removed"
+
+
+def test_the_maps_of_another_seeds_views_are_others(site: Callable[..., Batches], tmp_path: Path) -> None:
+    """A seed draws other views of the same numbers: what was left by one that was not forgotten must not be read."""
+    job: Any = SimpleNamespace(
+        batches=SimpleNamespace(views_in=tmp_path / "views"), training=SimpleNamespace(precision="float32"), seed=1
+    )
+    batch = site(views=2).draw(*FEW_KEYS[0])
+    first = features_of(job, network(), tmp_path / "site")
+    other = features_of(SimpleNamespace(**(vars(job) | {"seed": 2})), network(), tmp_path / "site")  # type: ignore[arg-type]
+    assert first is not None
+    assert other is not None
+    noise = batch._replace(image=torch.randn_like(batch.image))
+    before = first(batch, None)[0]
+    assert torch.equal(before, first(noise, None)[0]), "of the same view the maps are kept"
+    assert not torch.equal(before, other(noise, None)[0])
+
+
+def test_stages_whose_statistics_train_are_not_kept() -> None:
+    def built(**_: Any) -> Stages:
+        return unet.build(n_channels=3, n_labels=3, plan=PLAN, base_features=4, levels=3, norm="batch")
+
+    for tensors, is_kept in ((["decode*", "heads"], True), (["decode*", "heads", "statistics"], False)):
+        assert (front_of(freezing(built, tensors)()) is not None) == is_kept
 
 
 def test_only_stages_that_train_nothing_are_kept() -> None:

@@ -161,6 +161,8 @@ def test_tables_are_stretched_in_place() -> None:
     assert torch.allclose(finer[0, 2:6, 3, 0], torch.tensor([0.8789, 0.8789, 0.2617, -0.1055]), atol=1e-3)
     assert refitted("block1.block.linear.0.weight", torch.ones(4, 2), (8, 2)) is None
     assert refitted("embed.position", position, (1, 8, 8, 2)) is None
+    assert refitted("embed.position", torch.empty(1, 0, 4, 1), (1, 8, 8, 1)) is None
+    assert refitted("block1.block.attention.relative_rows", torch.empty(0, 2), (5, 2)) is None
 
 
 def test_prefixes_and_wrapped_checkpoints(tmp_path: Path) -> None:

@@ -620,6 +620,38 @@ def test_a_site_sends_no_image_and_none_made_smaller(how: str, tmp_path: Path) -
         trained_apart(job, ("down0", "up1"), tmp_path)
 
 
+@pytest.mark.parametrize("kept", [(), (1,)], ids=["all of air", "one channel of air"])
+def test_a_patch_of_air_shows_nothing(kept: tuple[int, ...], tmp_path: Path) -> None:
+    """Dead features of a channel that is the same everywhere are no image; a channel that is not, is."""
+
+    class Air(Noise):
+        def draw(self, *key: Any) -> Batch:
+            batch = super().draw(*key)
+            there = torch.tensor([float(i in kept) for i in range(CHANNELS)])
+            return batch._replace(image=batch.image * there[:, None, None])
+
+    class Dead(Leak):
+        def forward(self, *maps: Tensor) -> Stack:
+            return (super().forward(maps[0])[0] * torch.tensor([1.0, 0.0])[:, None, None],)
+
+    stages = {
+        "down0": Dead("itself"),
+        "up1": Convolve(CHANNELS, 4),
+        "up0": Convolve(4, 4),
+        "head0": Convolve(4, LABELS),
+    }
+    job = replace(
+        job_of("unet", 2, False),
+        network=lambda deep_supervision=False: Stages(stages).double(),
+        batches=Air(2),  # type: ignore[arg-type]
+    )
+    trained_apart(job, ("down0", "up1"), tmp_path)
+    stages["down0"] = Leak("itself")
+    if kept:
+        with pytest.raises(EngineError, match=r"refused by its policy \(image\)"):
+            trained_apart(job, ("down0", "up1"), tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.int8], ids=str)
 def test_places_of_another_type_are_refused_at_both_ends(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -240,6 +240,13 @@ def test_pooling_places_cannot_be_fused() -> None:
         fused(held_by(2), False, of="segnet", options={"base_features": 4}, cut="deep")
 
 
+def test_a_network_that_is_mostly_frozen_cannot_be_fused() -> None:
+    small = {"width": 32, "depth": 3, "heads": 2, "patch": 4, "image_size": 16, "window": 2, "decoder_features": 32}
+    options = small | {"whole_image_blocks": (1,), "adapt": "adapters"}
+    with pytest.raises(StudyError, match=r"only adapters, .* train was to have a front for each party"):
+        fused(held_by(2), False, of="sam", options=options, cut="deep")
+
+
 @pytest.mark.parametrize("transport", ["float16", "int8"])
 def test_maps_travel_shortened(transport: str, tmp_path: Path) -> None:
     jobs = jobs_of(held_by(2), labels="b")

@@ -42,7 +42,7 @@ def features_of(
     views = None if job.batches is None else job.batches.views_in
     if views is None or folder is None or (divided := front_of(network)) is None:
         return None
-    return Features(*divided, folder, about=(job.training.precision, str(views))).logits
+    return Features(*divided, folder, about=(job.training.precision, str(views), str(job.seed))).logits
 
 
 class Features:

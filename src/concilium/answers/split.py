@@ -237,7 +237,10 @@ def leaf(m: Tensor) -> Tensor:
 
 
 def shows(image: Tensor, m: Tensor) -> bool:
-    """Whether a channel of the map is a channel of the image, or of the image made smaller: by means, maxima or single voxels."""
+    """Whether a channel of the map is a channel of the image, or of the image made smaller: by means, maxima or single voxels.
+
+    A channel that is the same number everywhere shows nothing: a patch of air gives dead features, too.
+    """
     dims = image.ndim - 2
     size = m.shape[2:]
     if any(small > large for small, large in zip(size, image.shape[2:], strict=True)):
@@ -245,5 +248,6 @@ def shows(image: Tensor, m: Tensor) -> bool:
     smaller = [functional.interpolate(image, size)]  # the image itself, where sizes are equal
     if size != image.shape[2:]:
         smaller += [pool(image, size) for pool in POOLED[dims]]
-    channels = (s[:, i : i + 1].to(m.dtype) for s in smaller for i in range(s.shape[1]))
+    told = [i for i in range(image.shape[1]) if bool((image[:, i] != image[0, i].flatten()[0]).any())]
+    channels = (s[:, i : i + 1].to(m.dtype) for s in smaller for i in told)
     return any(bool((m == channel).flatten(2).all(2).all(0).any()) for channel in channels)

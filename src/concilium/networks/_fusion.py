@@ -145,14 +145,18 @@ def fused(
             f"of whole numbers ({', '.join(kinds)}), which have no mean. Allowed: a cut above, or a network without them, such "
             "as unet. Choose one."
         )
+    if trains := next((network.trains for network in whole.values() if network.trains), ()):
+        raise StudyError(
+            f"A network of which only {', '.join(trains)} train was to have a front for each party. No file of weights fits "
+            "such a network, so that all else would stay as it was drawn, the new stage that fuses too. Allowed: a network that "
+            "trains as a whole, such as sam with adapt = 'none'. Choose one."
+        )
     features = [m.shape[1] for m in shapes_left(first.front, (1, len(next(iter(parties.values()))), *patch_size))]
     stages: dict[str, Stage] = {FRONTS: Fronts({name: c.front for name, c in cuts.items()}, parties)}
     stages[FUSE] = Fuse(tuple(parties), features, len(patch_size), how)
     stages |= {name: part[name] for part in (first.body, first.tail) for name in part.names}
     last = first.body.names[-1]
-    made = Stages(stages, {"shallow": ((FRONTS, last),), "deep": ((FUSE, last),)})
-    made.trains = next(iter(whole.values())).trains
-    return made
+    return Stages(stages, {"shallow": ((FRONTS, last),), "deep": ((FUSE, last),)})
 
 
 def fronts_of(network: Stages) -> Fronts | None:

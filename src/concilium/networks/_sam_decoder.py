@@ -92,7 +92,7 @@ class Prompts(nn.Module):
     def places(self, h: int, w: int) -> Tensor:
         """Vectors (h * w, f) of the middles of h × w patches."""
         like = self.frequencies
-        rows, columns = ((torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n for n in (h, w))
+        rows, columns = ((torch.arange(n, device=like.device).to(self.frequencies) + 0.5) / n for n in (h, w))
         return self._at(torch.stack((columns.expand(h, w), rows[:, None].expand(h, w)), dim=-1)).flatten(0, 1)
 
     def points(self, at: Tensor, kinds: Tensor, size: tuple[int, int]) -> Tensor:
@@ -108,7 +108,9 @@ class Prompts(nn.Module):
         return torch.where((kinds < 0)[..., None], self.no_point.expand_as(vectors), vectors)
 
     def _at(self, places: Tensor) -> Tensor:
-        angles = 2 * math.pi * ((2 * places - 1) @ self.frequencies)
+        kind = "cpu" if places.is_meta else places.device.type
+        with torch.autocast(kind, enabled=False):  # a pixel of a thousand is less than bfloat16 can tell
+            angles = 2 * math.pi * ((2 * places.to(self.frequencies) - 1) @ self.frequencies)
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 

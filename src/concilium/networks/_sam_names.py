@@ -42,7 +42,7 @@ def refitted(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None
 
     Positions are interpolated bicubically, distances linearly, as the network does for images of another size than its own.
     """
-    if name == POSITION and tensor.ndim == len(shape) == 4 and tensor.shape[::3] == (1, shape[3]):
+    if name == POSITION and tensor.ndim == len(shape) == 4 and tensor.shape[::3] == (1, shape[3]) and tensor.numel():
         return placed(tensor, (shape[1], shape[2]))
     if name.endswith(TABLES) and tensor.ndim == len(shape) == 2 and tensor.shape[1] == shape[1] and len(tensor):
         return stretched(tensor, shape[0])
