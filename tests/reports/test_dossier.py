@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import shutil
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pages import Page
@@ -29,6 +31,7 @@ from concilium.reports import _risks
 from concilium.reports._bytes import forecasts, measured
 from concilium.reports._found import find
 from concilium.reports._permissions import WHY, needed
+from concilium.reports._sheet import to_markdown
 from concilium.reports._talk import COLLECTED, TALK, exchanges, how_often, trained_in
 from concilium.reports._words import WORDS, fields_of
 from concilium.site import Site
@@ -259,6 +262,35 @@ def test_attacks_stand_with_what_they_found(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(StudyError, match=r"is no leakage\.json"):
         cc.dossier(ROOT / "studies/hippocampus.toml", tmp_path, forecast=False, leakage=path)
+
+
+def test_every_audit_of_a_run_stands_in_its_dossier_and_every_partys_figure(
+    ran: list[tuple[Study, Path, Sent]], tmp_path: Path
+) -> None:
+    """A sweep over defences writes one in a folder for each model; of a vertical one a hospital looks for its own figure."""
+    shutil.copytree(ran[0][1], tmp_path / "run", ignore=shutil.ignore_patterns("cache", "sites", "weights"))
+    (row, *_) = cast(list[dict[str, Any]], AUDIT["rows"])
+    of_sites = [{**row, "site": site, "value": v} for site, v in (("north", 0.9), ("south", 0.7))]
+    for model in ("federated", "noisy"):
+        (tmp_path / "run/leakage" / model).mkdir(parents=True)
+        told = {**AUDIT, "model": model, "rows": of_sites}
+        (tmp_path / "run/leakage" / model / "leakage.json").write_text(json.dumps(told))
+    made = cc.dossier(tmp_path / "run", tmp_path / "out", forecast=False).text
+    assert "On the model federated, against" in made
+    assert "On the model noisy, against" in made
+    assert made.count("| inversion | SSIM | site south, after round 3, cut down0, map down0 | 0.70 | 0.30 |") == 2
+    assert "No attack was run" not in made
+
+
+def test_of_patches_that_follow_labels_no_other_thing_is_said(of: Callable[..., str]) -> None:
+    raw = tomllib.loads((ROOT / "studies/two-sequences.toml").read_text())
+    raw["protocol"]["patches"] = "labels"
+    text = to_markdown(
+        "s", "over", [_risks.unprotected(parse_study(raw, folder=ROOT / "studies", check_data=False), [])]
+    )
+    assert "Patches follow the labels" in text
+    assert "reveal_labels" not in text
+    assert "can have the guess blinded as a party's" in text
 
 
 def test_what_protects_is_named(tmp_path: Path, of: Callable[..., str]) -> None:

@@ -13,6 +13,8 @@ from concilium.reports._elements import e, figure, number, table
 from concilium.reports._figures import legend, scatter
 from concilium.reports._sections import section
 
+AUDITS = "leakage"
+"""Folder of a run: its audits, one beside or below the other."""
 FILE, PRICE = "leakage/leakage.json", "leakage/price.json"
 HEADER = ("attack", "cut", "map", "channel", "figure", "found", "naive", "n")
 CALLED = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,60 +11,61 @@ from concilium import catalog
 from concilium.attacks import AUDITED
 from concilium.defences import lapses
 from concilium.reports._leaks import CALLED
-from concilium.reports._permissions import needed, outside
+from concilium.reports._permissions import outside
 from concilium.reports._sheet import Content, Grid, Lines, Part
 from concilium.reports._talk import Trained, trained_in
 from concilium.schedule import is_partly_shared
 from concilium.study import Study
 
 
-def attacks(study: Study, found: Mapping[str, Any] | None) -> Part:
-    """Which attacks were run, and what they found."""
-    if found is None:
+def attacks(study: Study, found: Sequence[Mapping[str, Any]]) -> Part:
+    """Which attacks were run, and what they found: audit by audit."""
+    if not found:
         return Part("Attacks that were run", _not_attacked(study))
-    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    every = [a for audit in found for a in audit["attacks"]]
+    who = {a["name"]: f"{a['name']}: guesses {a['guesses']} from {a['sees']}. Who could: {a['who']}." for a in every}
+    return Part(
+        "Attacks that were run",
+        [
+            *(content for audit in found for content in _audit(study, audit)),
+            "Guess: what one gets without looking at anything that was sent. A figure means what it exceeds the guess "
+            "by. SSIM: how alike an image that was found and the true one are, 1 being the same. Dice: the same of label maps. "
+            "AUC: how well it is told who was trained on, 0.5 being chance.",
+            Lines([*who.values(), *_left_out(study, who)]),
+            Lines(list(dict.fromkeys(note for audit in found for note in audit["notes"]))),
+        ],
+    )
+
+
+def _audit(study: Study, found: Mapping[str, Any]) -> Iterator[Content]:
+    """Of each figure of an audit, at each party where they differ, the place where most was found."""
+    best: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for row in found["rows"]:
-        key = row["attack"], row["metric"]
+        key = row["attack"], row["metric"], row.get("site", "")
         if key not in best or row["value"] - row["naive"] > best[key]["value"] - best[key]["naive"]:
             best[key] = row
     rows = [
         [
             row["attack"] or "no attack",
-            CALLED.get(metric, metric),
+            CALLED.get(row["metric"], row["metric"]),
             _place(row),
             f"{row['value']:.2f}",
             f"{row['naive']:.2f}",
         ]
-        for (_, metric), row in best.items()
+        for row in best.values()
     ]
-    other = (
-        []
-        if found["study"] == study.study.name
-        else [f"These figures are of the study {found['study']}, not of this one."]
+    if found["study"] != study.study.name:
+        yield f"These figures are of the study {found['study']}, not of this one."
+    yield (
+        f"On the model {found['model']}, against the sites {', '.join(found['victims'])}, by an attacker with "
+        f"{found['n_own_cases']} cases of its own. Of each figure the place where most was found."
     )
     header = ["attack", "figure", "where", "found", "guess"]
-    who = [f"{a['name']}: guesses {a['guesses']} from {a['sees']}. Who could: {a['who']}." for a in found["attacks"]]
-    return Part(
-        "Attacks that were run",
-        [
-            *other,
-            f"On the model {found['model']}, against the sites {', '.join(found['victims'])}, by an attacker with "
-            f"{found['n_own_cases']} cases of its own. Of each figure the place where most was found.",
-            Grid(header, rows, "What was found, beside a guess without looking", figures=2),
-            "Guess: what one gets without looking at anything that was sent. A figure means what it exceeds the guess "
-            "by. SSIM: how "
-            "alike an image that was found and the true one are, 1 being the same. Dice: the same of label maps. AUC: "
-            "how well it is "
-            "told who was trained on, 0.5 being chance.",
-            Lines([*who, *_left_out(study, found)]),
-            Lines(found["notes"]),
-        ],
-    )
+    yield Grid(header, rows, f"What was found of {found['model']}, beside a guess without looking", figures=2)
 
 
-def _left_out(study: Study, found: Mapping[str, Any]) -> Iterator[str]:
+def _left_out(study: Study, there: Container[str]) -> Iterator[str]:
     """The attacks that could be run on what the study sends, and were not."""
-    there = {a["name"] for a in found["attacks"]}
     if left := [name for name, _ in _applicable(study) if name not in there]:
         yield f"Not run, although they read what is sent here: {', '.join(left)}."
 
@@ -80,6 +81,7 @@ def _applicable(study: Study) -> Iterator[tuple[str, ModuleType]]:
 
 def _place(row: Mapping[str, Any]) -> str:
     where = [
+        f"site {row['site']}" if row.get("site") else "",
         f"after round {row['round']}",
         f"cut {row['cut']}" if row["cut"] else "",
         f"map {row['map']}" if row["map"] else "",
@@ -116,12 +118,12 @@ def _applies(sees: str, model: Trained) -> bool:
 # ----------------------------------------------------------------------------------------------------------- not protected
 
 
-def unprotected(study: Study, found: Mapping[str, Any] | None) -> Part:
+def unprotected(study: Study, found: Sequence[Mapping[str, Any]]) -> Part:
     """What nothing here protects."""
     return Part("What is not protected", [Lines(list(_unprotected(study, found)))])
 
 
-def _unprotected(study: Study, found: Mapping[str, Any] | None) -> Iterator[str]:
+def _unprotected(study: Study, found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     models = [m for m in trained_in(study) if not m.beside and m.protocol != "centralized"]
     yield from _in_training(study, models)
     if not any(m.study.local_update.name.startswith("dp") for m in models):
@@ -136,7 +138,7 @@ def _unprotected(study: Study, found: Mapping[str, Any] | None) -> Iterator[str]
     )
     if any(outside(m.study) for m in models):
         yield "Code from outside Concilium runs at the site, with all that the site's process may read."
-    steered = {a["name"] for a in found["attacks"] if a["sees"] == "steering"} if found else set()
+    steered = {a["name"] for audit in found for a in audit["attacks"] if a["sees"] == "steering"}
     yield (
         "A malicious server or holder of labels, which sends what makes a network tell more: nothing stops it, and "
         + (
@@ -154,7 +156,7 @@ def _unprotected(study: Study, found: Mapping[str, Any] | None) -> Iterator[str]
             "As a simulation the study runs on one machine, whose owner sees all cases of all sites. It is for one owner's "
             "data."
         )
-    if found is None:
+    if not found:
         yield "No attack was run: nothing is claimed of how much, or how little, can be found out."
     yield (
         "Data of patients stay data of patients: nothing in this study, and no figure here, makes weights, maps or scores "
@@ -171,8 +173,19 @@ def _in_training(study: Study, models: Sequence[Trained]) -> Iterator[str]:
             "can be computed back, at a shallow cut nearly whole, and much of the label map from the gradients. The server "
             "must be trusted with what it could see."
         )
-    if "labels" in needed(study):
+    if any(m.study.protocol.options.get("reveal_labels") for m in models if m.splits):
         yield "The study has reveal_labels: the server can compute the label maps of single cases."
+    if any(m.study.protocol.options.get("patches") == "labels" for m in models):
+        yield (
+            "Patches follow the labels (patches = 'labels'): in every round all sites, and the server, learn where in the "
+            "images of which patients structures lie."
+        )
+    if any(m.protocol == "vertical" for m in models):
+        yield (
+            "Names of cases are blinded, not out of reach: who can guess a name (a hospital's numbers, a scheme of names) and "
+            "takes part, or is the server, can have the guess blinded as a party's and learn whether a site has such a case. "
+            "The same holds of where a case lies in space."
+        )
     if any(m.protocol in ("federated", "splitfed") and not m.sums_secretly for m in models):
         yield (
             "The server reads each site's update by itself. An update is computed from patients, and something of them may "

@@ -48,7 +48,7 @@ _SPLIT = (
     Exchange(m.Tail, m.Gradients, STEP),
     Exchange(m.Finish, m.Trained, ROUND),
 )
-_POINTS = "the server; the other sites, blinded: nobody can read a name"
+_POINTS = "the server; the other sites, blinded: a name cannot be read, only guessed"
 
 TALK: Mapping[str, tuple[Exchange, ...]] = {
     "local": (Exchange(m.Train, m.Trained, ROUND),),

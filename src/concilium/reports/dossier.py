@@ -21,7 +21,7 @@ from concilium.preparation import Event
 from concilium.reports import _kept, _leaving, _risks, _seeing
 from concilium.reports._bytes import Forecast, forecasts, measured, why_not
 from concilium.reports._found import find
-from concilium.reports._leaks import FILE
+from concilium.reports._leaks import AUDITS
 from concilium.reports._sheet import Grid, Lines, Part, to_html, to_markdown
 from concilium.reports._talk import Trained, exchanges, trained_in
 from concilium.reports._words import VOXELS, WORDS
@@ -55,7 +55,7 @@ def write_dossier(
 
     Args:
         defaults: of a hospital's `site.toml`, by key.
-        leakage: leakage.json of an audit; omitted: the run's own, if there is one.
+        leakage: leakage.json of an audit; omitted: all of the run's own.
         forecast: forecast the bytes, for which the sites' cases are read, where they are here.
 
     Raises:
@@ -63,7 +63,8 @@ def write_dossier(
     """
     run = what if isinstance(what, Path) else None
     study = read_study(what / "study.toml", check_data=False) if isinstance(what, Path) else what
-    attacked = _read_leakage(leakage or (run / FILE if run is not None else None), must=leakage is not None)
+    own = sorted((run / AUDITS).glob("**/leakage.json")) if run is not None else []
+    attacked = [_read_leakage(path) for path in ([leakage] if leakage is not None else own)]
     told = forecasts(study, watch) if forecast else _reasons(study)
     parts = dossier(study, told, attacked, run=run, defaults=defaults)
     when = "before it runs" if run is None else "after a run of it"
@@ -82,7 +83,7 @@ def write_dossier(
 def dossier(
     study: Study,
     told: Mapping[str, Forecast],
-    attacked: Mapping[str, Any] | None,
+    attacked: Sequence[Mapping[str, Any]],
     *,
     run: Path | None,
     defaults: Mapping[str, Any],
@@ -117,9 +118,7 @@ def _reasons(study: Study) -> dict[str, Forecast]:
     return {m.name: why for m in trained_in(study) if (why := why_not(m))}
 
 
-def _read_leakage(path: Path | None, *, must: bool) -> Mapping[str, Any] | None:
-    if path is None or (not must and not path.is_file()):
-        return None
+def _read_leakage(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not {"study", "model", "attacks", "rows", "notes", "victims"} <= found.keys():
@@ -135,7 +134,7 @@ def _read_leakage(path: Path | None, *, must: bool) -> Mapping[str, Any] | None:
 # ------------------------------------------------------------------------------------------------------------- short parts
 
 
-def _short(study: Study, attacked: Mapping[str, Any] | None, run: Path | None) -> Part:
+def _short(study: Study, attacked: Sequence[Mapping[str, Any]], run: Path | None) -> Part:
     """The whole in some lines."""
     models = [m for m in trained_in(study) if not m.beside]
     own = models[0]
@@ -158,7 +157,7 @@ def _short(study: Study, attacked: Mapping[str, Any] | None, run: Path | None) -
         if voxels
         else "No map of voxels leaves; weights and statistics do, which are computed from patients.",
         *_readings(models),
-        f"{len(attacked['attacks'])} attacks were run on what is sent: see below."
+        f"{len({a['name'] for audit in attacked for a in audit['attacks']})} attacks were run on what is sent: see below."
         if attacked
         else "No attack was run on what is sent.",
     ]
@@ -184,10 +183,7 @@ def _readings(models: Sequence[Trained]) -> Iterator[str]:
 
 def _server_reads(model: Trained) -> str:
     if model.sums_secretly:
-        return (
-            "The server reads the sum of the sites' updates, and the new model; a single site's update looks like noise (no "
-            "attack on sums was measured)."
-        )
+        return "The server reads the sum of the sites' updates, and the new model; a single site's update looks like noise."
     match model.protocol:
         case "local":
             return "The server gets no weights."
