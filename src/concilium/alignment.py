@@ -82,14 +82,15 @@ def found_of(cases: Mapping[str, Tensor], geometry: Mapping[str, Tensor]) -> dic
 
     Args:
         cases: party -> points of its cases' names.
-        geometry: party -> points of the same cases' names together with where they lie in space.
+        geometry: party -> points of the same cases' names together with where they lie in space, in one way of rounding, and
+            then in each other one: cases lie alike that do in any.
     """
     named, lying = ({p: _rows(points) for p, points in of.items()} for of in (cases, geometry))
     common, agreed = (set.intersection(*map(set, of.values())) for of in (named, lying))
     found = {}
     for party, rows in named.items():
         there = {i for point, i in rows.items() if point in common}
-        same = {i for point, i in lying[party].items() if point in agreed}
+        same = {i % len(rows) for point, i in lying[party].items() if point in agreed}
         found[party] = Found(tuple(sorted(there & same)), tuple(sorted(there - same)))
     return found
 

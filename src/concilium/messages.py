@@ -241,6 +241,8 @@ class Examine:
     max_excluded: float
     holding: Holding | None = None
     """With it images are not cropped, and where there are no labels intensities are those of whole images."""
+    common: bool = False
+    """Tell of the cases only that `Align` named."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,10 @@ class Prepare:
     filters: tuple[PlugIn, ...] = ()
     """What is done, in this order, to each update before it leaves."""
     frozen: Frozen = Frozen()
+
+    @property
+    def labelled(self) -> bool:
+        return self.holding is None or self.holding.labelled
 
 
 @dataclass(frozen=True)
@@ -692,6 +698,7 @@ class Offered:
 
     cases: Tensor
     geometry: Tensor
+    """(2 n, 32): two ways of rounding, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -732,6 +739,8 @@ class Prepared:
     excluded: tuple[Excluded, ...]
     warnings: tuple[str, ...]
     """Sentences from a fixed list, without names."""
+    shapes: str = ""
+    """With a `holding`: a digest of the shapes of all preprocessed cases, which must be the same at all parties."""
 
 
 @dataclass(frozen=True)
@@ -914,6 +923,7 @@ HINTS = {
     "out_of_memory": "; in training, a smaller micro_batch at the site may help",
     "out_of_range": "; a value changed by more than [collect] range: raise it, and with it bits",
     "no_weights": "; its site.toml must name a copy of the file that the study starts from (weights = 'PATH')",
+    "cases_changed": "; other cases are at all sites than when the run began: put the data back, or start a new run",
     "frozen_differs": "; what does not train differs from the server's: use one version everywhere, or [network] weights",
     "no_epsilon": "; differential privacy promises nothing any more: more noise ([local_update] noise), or fewer rounds",
     "below_threshold": "; fewer sites than [collect] threshold were left, and nothing was unmasked",

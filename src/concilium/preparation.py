@@ -41,7 +41,7 @@ from concilium.schedule import Setting
 from concilium.sharing import Sharing, table_of
 from concilium.start_from import check_start
 from concilium.study import SiteTable, Study, holdings, is_vertical, places
-from concilium.together import align_parties, as_one, held_requests
+from concilium.together import NOTHING, align_parties, as_one, held_requests, must_lie_alike
 
 
 @dataclass
@@ -108,8 +108,9 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
     told = {name: told[name] for name in (*study.sites, *told) if name in told}  # the first site's order and ids count
     ledger.excluded += [x for name, r in told.items() if record.is_elsewhere(name) for x in set_aside(name, r.excluded)]
+    each = told
     if held:
-        told = as_one(study, told)
+        told = as_one(study, each)
     space, how = agree({name: Space(reply.channels, reply.labels, reply.annotated) for name, reply in told.items()})
     first = next(iter(told.values()))
     about = {
@@ -127,14 +128,16 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
         partly=[name for name, reply in told.items() if name in study.sites and reply.partly],
     )
     ledger.warnings += unknown
+    agreed = align_parties(study, engine, record) if held else NOTHING
+    ledger.warnings += agreed.warnings
+    ledger.problems += agreed.problems
+    if agreed.fewer:  # the plan is that of the cases that all have
+        again = {name: replace(asked[name], common=True) for name in held}
+        replies = _must(engine, record, again, study, ledger)
+        told = as_one(study, each | {name: reply for name, reply in replies if isinstance(reply, Examined)})
     fingerprints = {name: reorder(told[name].fingerprint, how[name]) for name in sorted(told) if name in study.sites}
     about_labels = {name: told[name].annotated for name in fingerprints}
     found = Told(space.channels, dict(space.labels), first.file_ending, fingerprints, bool(unknown), about_labels)
-    if not held:
-        return found
-    agreed = align_parties(study, engine, record)
-    ledger.warnings += agreed.warnings
-    ledger.problems += agreed.problems
     return replace(found, patients=agreed.patients)
 
 
@@ -234,6 +237,8 @@ def prepare_sites(
                     f"{name}: {e.count} case{'s' * (e.count != 1)} set aside ({e.reason})." for e in reply.excluded
                 ]
                 ledger.excluded += set_aside(name, reply.excluded)
+    if is_vertical(study):
+        must_lie_alike(ready)
     return ready
 
 

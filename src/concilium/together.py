@@ -27,6 +27,7 @@ from concilium.messages import (
     Offer,
     Offered,
     Prepare,
+    Prepared,
     Request,
     as_failure,
     describe,
@@ -70,9 +71,14 @@ def as_one(study: Study, told: Mapping[str, Examined]) -> dict[str, Examined]:
 class Agreed:
     """A number for the patient of each case that all sites have, and what a report must say of it."""
 
-    patients: tuple[int, ...]
-    warnings: tuple[str, ...]
-    problems: tuple[str, ...]
+    patients: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    fewer: bool = False
+    """Whether a site has cases that not all have."""
+
+
+NOTHING = Agreed()
 
 
 def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
@@ -100,7 +106,22 @@ def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
     if apart:
         text = f"{apart} cases that all sites have lie elsewhere in space at one of them, and are set aside (geometry_differs)."
         (problems if apart > study.study.max_excluded * (n + apart) else warnings).append(text)
-    return Agreed(patients, tuple(warnings), tuple(problems))
+    return Agreed(patients, tuple(warnings), tuple(problems), any(count != n for count in counts.values()))
+
+
+def must_lie_alike(ready: Mapping[str, Prepared]) -> None:
+    """Check that all parties' preprocessed cases have the same shapes: they draw the same patches of them.
+
+    Raises:
+        DataError: they have not.
+    """
+    told = {name: reply.shapes for name, reply in ready.items() if reply.shapes}
+    if len(set(told.values())) > 1:
+        raise DataError(
+            f"Preprocessed images of the same cases have other shapes at some of {', '.join(told)}, although their files agree "
+            "to a ten-thousandth: spacings differ by that little, and the plan's is such that it is rounded otherwise. Write the "
+            "same spacing at all sites."
+        )
 
 
 def align_new(study: Study, engine: Engine) -> tuple[int, int]:

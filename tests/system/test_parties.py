@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,20 +12,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 from safetensors.torch import load_file
 
 import concilium
 from concilium import wire
+from concilium.answers import Entry
+from concilium.answers.align import places_of
+from concilium.data.dataset import open_dataset
 from concilium.data.phantom_sequences import SEQUENCES, write_sequences
 from concilium.data.plan import open_plan
-from concilium.errors import DataError, StudyError
+from concilium.errors import DataError, EngineError, StudyError
 from concilium.line import Event, Outcome, run
 from concilium.loads import whole_load
+from concilium.messages import Prepared
 from concilium.planning import Plans, network_of
 from concilium.predict import predict
 from concilium.study import Study, parse_study, read_study, to_toml, training_of
+from concilium.together import must_lie_alike
 
 Make = Callable[..., Study]
 N = 6
@@ -134,6 +141,92 @@ def test_extra_cases_elsewhere_change_nothing(sequences: Path, tmp_path: Path) -
     assert any(f"{N} cases are at all sites" in text for text in more.results["warnings"])
     left = {(e["site"], e["case"], e["reason"]) for e in more.results["excluded"]}
     assert left == {("second", "aaa", "not_everywhere")}
+
+
+def test_the_plan_is_that_of_the_cases_that_all_have(sequences: Path, tmp_path: Path) -> None:
+    """Whoever has the labels has more patients, of larger voxels and brighter: nobody trains on them, and they plan nothing."""
+    data = tmp_path / "data"
+    shutil.copytree(sequences, data)
+    for i in range(N + 2):
+        for part, end in (("imagesTr", "_0000"), ("labelsTr", "")):
+            image = sitk.ReadImage(str(data / f"first/{part}/case_000{end}.nii.gz"))
+            image = image * (1 + 9 * (part == "imagesTr"))
+            image.SetSpacing((2.0, 2.0, 2.0))
+            sitk.WriteImage(image, str(data / f"first/{part}/more_{i:03d}{end}.nii.gz"))
+    plain = run(study_on(sequences), tmp_path / "plain")
+    more = run(study_on(data), tmp_path / "more")
+    for name in ("plans.json", "fingerprint.json"):
+        assert (plain.folder / name).read_bytes() == (more.folder / name).read_bytes(), name
+    assert digest(plain.folder) == digest(more.folder)
+
+
+def test_a_run_does_not_go_on_with_other_cases(sequences: Path, tmp_path: Path) -> None:
+    """Those that validated would be trained on, or the other way round."""
+    data = tmp_path / "data"
+    shutil.copytree(sequences, data)
+    path = data / "second" / "imagesTr" / "case_002_0000.nii.gz"
+    before = path.read_bytes()
+    image = sitk.ReadImage(str(path))
+    image.SetOrigin((5.0, 0.0, 0.0))
+    sitk.WriteImage(image, str(path))
+    study = study_on(data, study__max_excluded=0.2)
+    assert run(study, tmp_path / "run").exit_code == 0
+    assert run(study, tmp_path / "run", resume=True).exit_code == 0
+    path.write_bytes(before)
+    more = replace(study, study=replace(study.study, seeds=2))
+    with pytest.raises(EngineError, match="other cases are at all sites than when the run began"):
+        run(more, tmp_path / "run", resume=True)
+
+
+def test_files_that_round_otherwise_lie_alike_and_those_that_differ_do_not(tmp_path: Path) -> None:
+    """Decimals in one file and float32 in another; the numbers are such that hundredths of a millimetre are rounded apart."""
+    draw = np.random.default_rng(0)
+
+    def placed(name: str, ending: str, spacing: Any, origin: Any, angle: float = 0.3) -> tuple[str, ...]:
+        folder = tmp_path / name
+        for part in ("imagesTr", "labelsTr"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        image = sitk.GetImageFromArray(np.ones((4, 4, 4), np.float32))
+        image.SetSpacing(spacing)
+        image.SetOrigin(origin)
+        c, s = math.cos(angle), math.sin(angle)
+        image.SetDirection((c, -s, 0, s, c, 0, 0, 0, 1))
+        sitk.WriteImage(image, str(folder / f"imagesTr/a_0000{ending}"))
+        about = {
+            "channel_names": {"0": "x"},
+            "labels": {"background": 0, "x": 1},
+            "numTraining": 1,
+            "file_ending": ending,
+        }
+        (folder / "dataset.json").write_text(json.dumps(about))
+        dataset = open_dataset(folder, labelled=False)
+        return places_of(Entry("", dataset, dataset.cases[0], 0, 0))
+
+    origins = [-125.485, 0.005, 77.775]
+    for i in range(40):
+        spacing = tuple(draw.uniform(0.3, 5.0, 3)) if i else (0.4883, 0.4883, 1.25)
+        origin = tuple(draw.uniform(-300, 300, 3).round(3)) if i else tuple(origins)
+        a, b = placed(f"n{i}", ".nii.gz", spacing, origin), placed(f"m{i}", ".mha", spacing, origin)
+        assert any(x == y for x, y in zip(a, b, strict=True)), (spacing, origin)
+    alike = placed("n0", ".nii.gz", (0.4883, 0.4883, 1.25), origins)
+    others = (
+        placed("o1", ".nii.gz", (0.4951, 0.4883, 1.25), origins),
+        placed("o2", ".nii.gz", (0.4883, 0.4883, 1.25), (-125.46, 0.005, 77.775)),
+        placed("o3", ".nii.gz", (0.4883, 0.4883, 1.25), origins, angle=0.301),
+        placed("o4", ".nii.gz", (0.003, 0.004, 1.25), origins),
+    )
+    for other in others:
+        assert not any(x == y for x, y in zip(alike, other, strict=True))
+    assert not any(
+        x == y for x, y in zip(others[3], placed("o5", ".nii.gz", (0.004, 0.004, 1.25), origins), strict=True)
+    )
+
+
+def test_parties_whose_preprocessed_images_have_other_shapes_stop_the_run() -> None:
+    made = {name: Prepared(3, 1, 4, (), (), shapes) for name, shapes in (("a", "1"), ("b", "1"), ("c", ""))}
+    must_lie_alike(made)
+    with pytest.raises(DataError, match="other shapes at some of a, b"):
+        must_lie_alike({**made, "b": replace(made["b"], shapes="2")})
 
 
 def test_a_case_that_lies_elsewhere_in_space_is_set_aside(sequences: Path, tmp_path: Path) -> None:

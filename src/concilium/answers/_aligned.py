@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from concilium.answers import Entry, Settings
 from concilium.data.dataset import folds
+from concilium.data.draws import digest
+from concilium.data.preprocess import Prepared
 from concilium.errors import ContractError, DataError
 from concilium.messages import Prepare
 
@@ -15,8 +17,21 @@ FILE = "aligned.json"
 
 
 def note_aligned(settings: Settings, names: Sequence[str]) -> None:
-    """Write which cases all parties have."""
+    """Write which cases all parties have.
+
+    Raises:
+        DataError: they are not those that the run began with.
+    """
     file = _file(settings)
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if before is not None and before != sorted(names):
+        more, fewer = sorted(set(names) - set(before)), sorted(set(before) - set(names))
+        raise DataError(
+            f"{len(names)} cases are at all sites now, {len(before)} were when this run began: {len(more)} are new "
+            f"({', '.join(more[:3]) or 'none'}), {len(fewer)} are gone ({', '.join(fewer[:3]) or 'none'}). A run goes on with "
+            "the cases that it began with, or those that validate would be others. Put the data back, or start a new run.",
+            code="cases_changed",
+        )
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(sorted(names)), encoding="utf-8")
     unfinished.replace(file)
@@ -42,6 +57,11 @@ def aligned(settings: Settings, found: Sequence[Entry]) -> tuple[Entry, ...]:
             "all of them, unchanged, while a run goes on. Put them back, or start the run again."
         )
     return tuple(there[name] for name in names)
+
+
+def shapes_of(files: Iterable[Prepared]) -> str:
+    """A digest of the shapes of preprocessed cases, in the order of all parties, who draw the same patches of them."""
+    return f"{digest(*(str(tuple(f.image.shape[1:])) for f in files)):016x}"
 
 
 def divided(settings: Settings, request: Prepare, usable: Sequence[Entry]) -> dict[str, tuple[Entry, ...]]:

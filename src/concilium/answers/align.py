@@ -6,7 +6,9 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+import torch
 
 from concilium.alignment import blinded, hidden, order_of, secret_in
 from concilium.answers import Cancelled, Check, Entry, Settings
@@ -21,8 +23,11 @@ from concilium.messages import Align, Aligned, Blind, Blinded, Offer, Offered
 
 OFFERED = "offered.json", "offered_new.json"
 """Which cases were shown, in that order, and which new ones: in the site's own folder."""
-DIGITS = 2
-"""To so many decimals [mm] two sites must agree where a case lies."""
+ORIGIN, RELATIVE = 0.01, 1e-4
+"""To how much two sites must agree where a case lies: its origin [mm], and spacing and directions, of which that is a share."""
+GRIDS = 0.31830989, 0.81830989
+"""Two ways to round, half a step apart. A number that one of them rounds differently at two sites, since one file has it in
+float32 and the other in decimals, is far from where the other does."""
 
 
 def offer(settings: Settings, request: Offer, cancelled: Check) -> tuple[Offered, Exclusions]:
@@ -36,7 +41,7 @@ def offer(settings: Settings, request: Offer, cancelled: Check) -> tuple[Offered
         if cancelled():
             raise Cancelled
         try:
-            places.append(_place(entry))
+            places.append(places_of(entry))
             names.append(entry.case.name)
         except DataError as e:
             excluded[entry.key] = (e.code, str(e))
@@ -44,11 +49,13 @@ def offer(settings: Settings, request: Offer, cancelled: Check) -> tuple[Offered
     points = hidden(names, secret)
     order = order_of(points)
     _file(settings, request).write_text(json.dumps([names[i] for i in order]), encoding="utf-8")
-    geometry = hidden([f"{name} {place}" for name, place in zip(names, places, strict=True)], secret)
+    geometry = [
+        hidden([f"{n} {p[i]}" for n, p in zip(names, places, strict=True)], secret)[order] for i, _ in enumerate(GRIDS)
+    ]
     if request.subset == NEW:  # of these nothing is counted: they are left out, and the site can read why
         note_new(settings, request.holding, (), {key: text for key, (_, text) in excluded.items()})
         excluded = {}
-    return Offered(points[order], geometry[order]), excluded
+    return Offered(points[order], torch.cat(geometry)), excluded
 
 
 def blind(settings: Settings, request: Blind) -> Blinded:
@@ -88,7 +95,7 @@ def align(settings: Settings, request: Align) -> tuple[Aligned, Exclusions]:
         before = noted(settings.folder, NEW_FILE)["left_out"]  # those that could not be read, which were not offered
         note_new(settings, request.holding, chosen, before | {key: text for key, (_, text) in excluded.items()})
         return Aligned(len(chosen), ()), {}
-    note_aligned(settings, chosen)
+    note_aligned(settings, chosen)  # those of before, where the run goes on
     return Aligned(len(chosen), _patients(settings, request, chosen) if request.holding.labelled else ()), excluded
 
 
@@ -105,29 +112,21 @@ def patients_of(found: Sequence[Entry], names: Sequence[str]) -> tuple[int, ...]
     return tuple(numbers[patient[name]] for name in names)
 
 
-def _place(entry: Entry) -> str:
-    """Where a case lies in space: its voxels, their size, and origin and directions where the file tells them.
+def places_of(entry: Entry) -> tuple[str, ...]:
+    """Where a case lies in space, rounded in two ways: its voxels, their size, and origin and directions if the file tells them.
 
     Raises:
         DataError: it cannot be read.
     """
     image, _, properties = read_case(entry.case, entry.dataset)
-    told: list[Any] = [image.shape[1:], properties["spacing"]]
-    for kind in ("sitk_stuff", "nibabel_stuff"):
-        for key, value in sorted(properties.get(kind, {}).items()):
-            if key != "spacing":
-                told.append(value)
-    return json.dumps([_rounded(value) for value in told])
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers to a hundredth, of any nesting."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_rounded(v) for v in value]
-    number = float(value)
-    return round(number, DIGITS) + 0.0 if math.isfinite(number) else str(number)
+    steps = [float(n) for n in image.shape[1:]]  # numbers, in steps of what makes a difference
+    steps += [math.log(s) / RELATIVE for s in properties["spacing"]]
+    told = properties.get("sitk_stuff", {})
+    steps += [x / ORIGIN for x in told.get("origin", ())] + [x / RELATIVE for x in told.get("direction", ())]
+    for _, affine in sorted(properties.get("nibabel_stuff", {}).items()):
+        rows = np.asarray(affine, float)[:3]
+        steps += [x / ORIGIN for x in rows[:, 3]] + [x / RELATIVE for x in rows[:, :3].flatten()]
+    return tuple(f"{grid} {[math.floor(x + grid) if math.isfinite(x) else str(x) for x in steps]}" for grid in GRIDS)
 
 
 def _file(settings: Settings, request: Offer | Align) -> Path:

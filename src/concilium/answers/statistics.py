@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from concilium.answers import AUTO, Cancelled, Check, Entry, Job, Settings, secret_of
-from concilium.answers._aligned import aligned, divided, limit
+from concilium.answers._aligned import aligned, divided, limit, shapes_of
 from concilium.answers.features import views_of
 from concilium.answers.fitting import fitted
 from concilium.answers.frozen import with_frozen
@@ -81,6 +81,7 @@ def examine(settings: Settings, request: Examine, cancelled: Check) -> tuple[Exa
     """
     held = request.holding
     found, excluded = find_cases(settings.data, settings.names, holding=held)
+    found, excluded = (aligned(settings, found), {}) if request.common else (found, excluded)
     labelled = held is None or held.labelled
     read = partial(_fingerprint, exact_geometry=request.exact_geometry, crop=held is None, labelled=labelled)
     made = _each(found, read, excluded, cancelled)
@@ -128,7 +129,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     if at_once is not None:  # before an hour of preprocessing
         with drawn_from("micro_batch"):
             must_be_divisible(at_once, plan.batch_size, request.training.local_update.name, network())
-    read = partial(_prepare_case, plan=plan, cache=settings.cache, labelled=_has_labels(request))
+    read = partial(_prepare_case, plan=plan, cache=settings.cache, labelled=request.labelled)
     files = _each(found, read, excluded, cancelled) if trains else {}
     if trains:
         limit(excluded, len(files), 0.0 if request.holding else request.max_excluded)
@@ -151,7 +152,7 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
         _kept(request, network),
         unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
         at_once,
-        _has_labels(request),
+        request.labelled,
         request.guard,
         bare,
         request.filters,
@@ -164,12 +165,11 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     )
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
-    reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings))
+    shapes = shapes_of(files[e.key] for e in usable) if request.holding is not None and trains else ""
+    reply = Prepared(
+        len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings), shapes
+    )
     return reply, job, excluded
-
-
-def _has_labels(request: Prepare) -> bool:
-    return request.holding is None or request.holding.labelled
 
 
 def _kept(request: Prepare, network: Callable[..., Stages]) -> frozenset[str]:

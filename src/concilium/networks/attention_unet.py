@@ -3,7 +3,8 @@
 Oktay et al., Attention U-Net: Learning Where to Look for the Pancreas, MIDL 2018 (arXiv:1804.03999). The gate (section 2.2,
 grid attention) compares skip and gating map on the coarser grid, and its coefficients, one a voxel, are interpolated to the
 skip's. Deviations: the width and the normalised double convolutions are those of the U-Net (arXiv:1505.04597), where the
-paper's networks are as narrow as its volumes require; one head, without the paper's deep supervision.
+paper's networks are as narrow as its volumes require; one head, without the paper's deep supervision; every skip has a gate, the
+first one too, which the paper leaves without.
 """
 
 from __future__ import annotations
