@@ -129,11 +129,11 @@ def binary(masks: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def embryo(masks: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Grey levels in order; of three masks zona pellucida, trophectoderm and inner cell mass, which win in this order."""
+    """Grey levels in order; of three masks zona pellucida, trophectoderm and inner cell mass, of which later ones win."""
     if len(masks) == 1:
         return np.digitize(masks[0], LEVELS).astype(np.uint8)
     label = np.zeros(masks[0].shape, np.uint8)
-    for value, mask in zip((1, 2, 4), masks, strict=True):
+    for value, mask in enumerate(masks, start=1):
         label[mask > WHITE] = value
     return label
 
@@ -165,9 +165,11 @@ def lay_out(name: str, source: Path, out: Path) -> tuple[int, list[str]]:
             left_out.append(f"{case.image.name}: {problem}")
         else:
             patients[called] = case.patient or called
+    # where it was not drawn it is no label: what nobody looked for must not be learnt to be background
+    drawn = [label for label in of.labels if label != "blastocoel" or all(len(case.masks) < 3 for case in cases)]
     about = {
         "channel_names": {"0": "R", "1": "G", "2": "B"},
-        "labels": {"background": 0, **{label: i for i, label in enumerate(of.labels, start=1)}},
+        "labels": {"background": 0, **{label: i for i, label in enumerate(drawn, start=1)}},
         "numTraining": len(patients),
         "file_ending": ".png",
         "patient": patients,

@@ -117,10 +117,12 @@ def test_masks_mean_what_they_show(layout: str, tmp_path: Path, public_sets: Mod
         assert np.array_equal(label, expected)
     else:
         expected = np.zeros((ROWS, COLUMNS), int)
-        for value, size in ((1, 24), (2, 16), (4, 8)):
+        for value, size in ((1, 24), (2, 16), (3, 8)):
             expected[square(3, size=size) > 0] = value
         assert np.array_equal(label, expected)
     about = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert ("blastocoel" in about["labels"]) == (layout == "blastocyst")
+    assert set(np.unique(label)) <= set(about["labels"].values())
     if layout == "ham10k":
         assert about["patient"]["ISIC_0002"] == about["patient"]["ISIC_0003"] == "HAM_0000001"
     else:

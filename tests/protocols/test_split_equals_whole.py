@@ -496,9 +496,10 @@ def cuts_of(name: str) -> list[tuple[str, ...]]:
     return [("shallow",), ("deep",), one_more(name)]
 
 
+EVERY = [*ZOO, "unet", "nnunet"]
 EVERY_CUT = [
     pytest.param(name, cut, id=f"{name} {' '.join(cut)}", marks=() if cut == ("deep",) else pytest.mark.slow)
-    for name in ZOO
+    for name in EVERY
     for cut in cuts_of(name)
 ]
 
@@ -528,7 +529,17 @@ def test_split_equals_whole_for_every_network(name: str, cut: tuple[str, ...], a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("cut", ["shallow", "deep"])
+@pytest.mark.parametrize("name", ["unet", "segnet", "attention_unet", "sunet"])
+def test_split_equals_whole_in_3d(name: str, cut: str, tmp_path: Path) -> None:
+    job = job_of(name, 3, False)
+    weights, _ = trained_apart(job, (cut,), tmp_path, reveal_labels=False, steps={"a": LONG})
+    assert difference(weights, whole(name, 3, False, steps=LONG)) <= EQUAL
+    assert difference(weights, first_weights(job)) > 1e-4, "nothing was trained"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
 def test_a_doubled_gradient_is_noticed_in_every_network(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -537,7 +548,7 @@ def test_a_doubled_gradient_is_noticed_in_every_network(
     assert difference(weights, whole(name, 2, False)) > 1e-6
 
 
-WITH_SKIPS = [n for n in ZOO if n not in ("deeplabv3", "sam", "segnet")]  # two have none, the third's are whole numbers
+WITH_SKIPS = [n for n in EVERY if n not in ("deeplabv3", "sam", "segnet")]  # two have none, the third's are whole numbers
 
 
 @pytest.mark.slow
