@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from concilium import catalog
-from concilium.costs import FORECAST, Cost, every_way, hardware_of, own_cost
+from concilium.costs import FORECAST, Cost, every_way, hardware_of, own_cost, untold
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.plan import open_plan
 from concilium.data.typical import AXES, medians, ranges
 from concilium.engines import Engine
 from concilium.errors import ContractError, DataError, StudyError
-from concilium.local_updates import exchanges
 from concilium.messages import Fingerprint
 from concilium.planning import Plans, Told, network_of, share_own_plans
 from concilium.preparation import Event, Ledger, ask_sites, on_folders, plan_for
@@ -210,11 +209,11 @@ def _with_costs(
     def add(what: str, made: Callable[[], Iterable[Cost]]) -> None:
         try:
             found.extend(made())
-        except (
-            Exception
-        ) as e:  # a network from outside need not run on shapes alone: it can be planned for all the same
+        except Exception as e:  # a network from outside need not run on shapes alone: it can be planned all the same
             notes.append(f"What {what} would cost could not be forecast ({type(e).__name__}: {e}).")
 
+    if why := untold(study):
+        notes.append(f"The forecast is of plain steps, and training costs more: {why}. What it costs, a run tells.")
     add("training", lambda: every_way(base, joint, cases, lambda text: watch(Event("stage", text))))
     for name, variant in variants.items():
         if why := _why_untold(variant):
@@ -237,9 +236,7 @@ def _why_untold(variant: Study) -> str:
         return "its sites have plans of their own"
     if variant.protocol.name not in FORECAST:
         return f"of protocol {variant.protocol.name} no costs can be told"
-    if exchanges(variant.local_update.name):
-        return f"its local update {variant.local_update.name} sends more than weights"
-    return ""
+    return untold(variant)
 
 
 def _alone(base: Setting, site: str) -> Setting:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import ceil
 
 from torch import Tensor
 
@@ -27,15 +28,16 @@ from concilium.beginning import drawn_weights
 from concilium.errors import StudyError
 from concilium.forecast import crossing_of, party_bytes, step_bytes
 from concilium.loads import Load, party_loads, split_loads, whole_load
-from concilium.local_updates import exchanges
+from concilium.local_updates import exchanges, part_of
 from concilium.networks._fusion import FRONTS, tail_of
 from concilium.planning import Plans, batch_size_of, image_of, network_of
+from concilium.protocols._cohort import size
 from concilium.protocols.splitfed import ONE_BODY
 from concilium.record import Record
 from concilium.schedule import Setting, models
 from concilium.sharing import EVERYTHING, Sharing
 from concilium.speed import speed_of, time_parties, time_split, time_whole
-from concilium.study import ForecastTable, Study, is_vertical, training_of, undefended
+from concilium.study import ForecastTable, Study, is_vertical, least_sites, training_of, undefended
 from concilium.transport import KINDS
 
 FORECAST = ("federated", "splitfed", "vertical")
@@ -113,14 +115,19 @@ def every_way(
     return found
 
 
-def note_cost(setting: Setting, plans: Plans, cases: Mapping[str, int], record: Record) -> list[str]:
-    """Write down for the report what the setting's own model will cost, if the study has `[forecast]`; why that cannot be told.
+def untold(study: Study) -> str:
+    """Why local training costs more than is told here, which is what plain steps cost; nothing where it does not."""
+    name = study.local_update.name
+    if exchanges(name):
+        return f"its local update {name} sends more than weights"
+    return f"its local update {name} computes more than a step" if part_of(name, "COMPUTES_MORE") else ""
 
-    It is told of `federated`, `splitfed` and `vertical`, with local updates that exchange nothing but weights.
-    """
+
+def note_cost(setting: Setting, plans: Plans, cases: Mapping[str, int], record: Record) -> list[str]:
+    """Write down for the report what the setting's own model will cost, if `[forecast]` asks and it can be; why it cannot."""
     study = setting.study
     p = study.protocol
-    if study.forecast is None or exchanges(study.local_update.name) or p.name not in FORECAST:
+    if study.forecast is None or untold(study) or p.name not in FORECAST:
         return []
     try:
         cost = own_cost(setting, plans, cases)
@@ -196,13 +203,13 @@ def splitfed_costs(
     for kind in kinds:
         step_up, step_down = step_bytes(crossing.sent, crossing.left, kind)
         sites = {
-            site: SiteCost(
-                n * step_up + held, n * step_down + held, site_load.memory, n * at_site, n
-            )
-            for site, n in steps.items()
-        }  # fmt: skip
-        memory = server_load.memory * (1 if variant in ONE_BODY else len(sites))
-        seconds, of_server = _split_seconds(study, variant, sites, at_server), at_server * sum(steps.values())
+            s: SiteCost(n * step_up + held, n * step_down + held, site_load.memory, n * at_site, n)
+            for s, n in steps.items()
+        }
+        present = _present(study)
+        memory = server_load.memory * (1 if variant in ONE_BODY else ceil(present * len(sites)))
+        of_server = present * at_server * sum(steps.values())
+        seconds = _split_seconds(study, variant, sites, at_server, present)
         found.append(Cost("splitfed", variant, cut, kind, sites, memory, of_server, seconds, study.protocol.rounds))
     return found
 
@@ -240,32 +247,29 @@ def vertical_costs(setting: Setting, plans: Plans, cases: Mapping[str, int], *, 
         ]
         weights = max(link(2 * b.weights, 1) for b in told.values())
         seconds = n_steps * (max(fronts) + server_s + at_tail + link(0, 2)) + weights
-        found.append(
-            Cost(
-                "vertical",
-                "",
-                _cut(study),
-                kind,
-                sites,
-                at_server.memory,
-                n_steps * server_s,
-                seconds,
-                study.protocol.rounds,
-            )
-        )
+        whole = at_server.memory, n_steps * server_s, seconds, study.protocol.rounds
+        found.append(Cost("vertical", "", _cut(study), kind, sites, *whole))
     return found
 
 
-def _split_seconds(study: Study, variant: str, sites: Mapping[str, SiteCost], at_server: float) -> float:
-    """Of a round; `at_server`: of one step."""
+def _present(study: Study) -> float:
+    """The share of the sites that take part in a round, in the mean over rounds."""
+    options, n = study.protocol.options, len(study.sites)
+    if cohorts := options.get("cohorts"):
+        return sum(len(set(names)) for names in cohorts) / len(cohorts) / n
+    return size(n, options.get("participation", 1.0), least_sites(study)) / n
+
+
+def _split_seconds(study: Study, variant: str, sites: Mapping[str, SiteCost], step: float, present: float) -> float:
+    """Of a round; `step`: of one at the server; `present`: the share of the sites that take part."""
     link = _link(study)
-    each = [s.seconds + s.steps * at_server + link(s.up + s.down, 2 * s.steps + 1) for s in sites.values()]
+    each = [s.seconds + s.steps * step + link(s.up + s.down, 2 * s.steps + 1) for s in sites.values()]
     if variant == "sequential":
-        return sum(each)
+        return present * sum(each)
     if variant == "v2":  # while one site has the body, the others compute their fronts: about half of a site's share
         fronts = [s.seconds / 2 for s in sites.values()]
-        return sum(each) - sum(fronts) + max(fronts)
-    return max(*each, sum(s.steps for s in sites.values()) * at_server)
+        return present * (sum(each) - sum(fronts)) + max(fronts)
+    return max(*each, present * sum(s.steps for s in sites.values()) * step)
 
 
 def _cut(study: Study) -> tuple[str, ...]:

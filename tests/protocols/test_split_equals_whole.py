@@ -548,7 +548,9 @@ def test_a_doubled_gradient_is_noticed_in_every_network(
     assert difference(weights, whole(name, 2, False)) > 1e-6
 
 
-WITH_SKIPS = [n for n in EVERY if n not in ("deeplabv3", "sam", "segnet")]  # two have none, the third's are whole numbers
+WITH_SKIPS = [
+    n for n in EVERY if n not in ("deeplabv3", "sam", "segnet")
+]  # two have none, the third's are whole numbers
 
 
 @pytest.mark.slow

@@ -151,6 +151,33 @@ def test_a_variant_that_cannot_be_forecast_is_named_and_the_others_are_told(
     assert text == "What variant wider would cost could not be forecast (RuntimeError: values are needed)."
 
 
+@pytest.mark.parametrize(
+    ("name", "why"), [("scaffold", "sends more than weights"), ("ditto", "computes more than a step")]
+)
+def test_a_local_update_that_costs_more_than_plain_steps_is_said_to(small_study: Make, name: str, why: str) -> None:
+    found = cc.plan(small_study(local_update__name=name, **HARDWARE)).found
+    assert len(found.costs) > 1
+    assert [w for w in found.warnings if "of plain steps" in w] == [
+        f"The forecast is of plain steps, and training costs more: its local update {name} {why}. What it costs, a run tells."
+    ]
+
+
+def test_sites_that_take_turns_take_less_of_a_round(split_study: Make) -> None:
+    def of(**protocol: Any) -> Cost:
+        told = {f"protocol__{key}": value for key, value in protocol.items()}
+        return costs(split_study(protocol__variant="sequential", **told, **HARDWARE))["splitfed", "deep", "float32"]
+
+    every, one, turns = (
+        of(),
+        of(participation=0.34, min_sites=1),
+        of(cohorts=[["north"], ["south", "west"]], min_sites=1),
+    )
+    assert one.seconds == pytest.approx(every.seconds / 3)
+    assert one.server_seconds == pytest.approx(every.server_seconds / 3)
+    assert turns.seconds == pytest.approx(every.seconds / 2)
+    assert one.sites == every.sites, "of a round in which a site takes part"
+
+
 def test_a_network_that_does_not_run_on_shapes_is_planned_all_the_same(
     small_study: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -33,9 +33,9 @@ labels.
 
 what should be known of it at a site of so many patients, which a run warns of.
 
-    PROTOCOLS = ("federated",)
+    PROTOCOLS, COMPUTES_MORE = ("federated",), True
 
-It makes sense with these protocols only.
+It makes sense with these protocols only. A step of it costs more than one of `plain`, and is not forecast.
 
     check_network(network: Stages, **options) -> None
 

@@ -24,7 +24,7 @@ from concilium.local_updates import Local, descend, logits_of, take
 from concilium.losses._partial import looked_for, soft_dice, without
 from concilium.messages import Labels
 
-TOGETHER = True
+TOGETHER = COMPUTES_MORE = True
 
 
 def step(

@@ -19,7 +19,7 @@ from concilium.data.patches import Batch
 from concilium.errors import ContractError
 from concilium.local_updates import Local, descend, logits_of
 
-TOGETHER = True
+TOGETHER = COMPUTES_MORE = True
 
 
 def step(local: Local, batch: Batch, *, weight: float = 1.0, temperature: float = 1.0) -> Tensor:

@@ -15,7 +15,7 @@ from concilium.data.patches import Batch
 from concilium.errors import ContractError
 from concilium.local_updates import Local, pull, take
 
-TOGETHER = True
+TOGETHER = COMPUTES_MORE = True
 PERSONAL = True
 
 

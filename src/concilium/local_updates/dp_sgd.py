@@ -28,7 +28,7 @@ from concilium.errors import ContractError, StudyError
 from concilium.local_updates import Local, logits_of, trained
 from concilium.sharing import HIDDEN, STATISTICS
 
-TOGETHER = True
+TOGETHER = COMPUTES_MORE = True
 PROTOCOLS = ("federated",)
 LARGE = 20.0
 """An epsilon above which no accountant is asked for a closer one."""
