@@ -165,7 +165,7 @@ class TrainingTable:
     network itself says, or all; `["*"]`: all."""
     views: int = 0
     """How many augmented patches there are of each case, drawn once and for all; 0: new ones in every step. What stages at the
-    network's beginning that do not train make of each is computed once."""
+    network's beginning that do not train make of each is computed once, but in `splitfed` and `dp_sgd`."""
 
 
 @dataclass(frozen=True)
