@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from concilium import catalog
-from concilium.attacks import Release
+from concilium.attacks import Cases, Release
 from concilium.attacks.membership_of_updates import _gradients
 from concilium.errors import StudyError
 from concilium.leakage import Amount, Asked, leakage
@@ -20,7 +20,7 @@ from concilium.leakage.exchange import Sender, split_way
 from concilium.leakage.scores import auc_of
 from concilium.leakage.steering import steered_scenes
 from concilium.leakage.subject import Subject, subject_of
-from concilium.leakage.updates import _behind, update_scenes
+from concilium.leakage.updates import _behind, _candidates, update_scenes
 from concilium.messages import PlugIn
 
 FEW = Amount(victims=8, own=8, gallery=8, steering=3)
@@ -90,6 +90,32 @@ def area(of: Subject) -> float:
 
 def test_who_was_in_a_step_is_told_by_its_update(federated_run: Path, tmp_path: Path) -> None:
     assert area(subject_with(federated_run, tmp_path)) > 0.9
+
+
+def test_patches_of_others_are_drawn_as_those_in_the_step(federated_run: Path, tmp_path: Path) -> None:
+    """Were these plain and those augmented, how a patch looks would tell who was in the step."""
+    how = {"augmentation": "nnunet", "foreground": 0.0}
+    training = replace(subject_with(federated_run, tmp_path).study.training, **how)
+    of = subject_with(federated_run, tmp_path / "augmented", training=training)
+    plain = [of.plain_patch(s, e).image for s, j in of.jobs.items() for e in j.entries["training"]]
+    truth = Cases(torch.zeros(6, *plain[0].shape[1:]), torch.zeros(6, *plain[0].shape[2:], dtype=torch.long))
+    asked, trained_on = _candidates(of, truth, frozenset(), FEW)
+    assert trained_on.tolist() == 6 * [True] + 6 * [False]
+    first = torch.cat(
+        [
+            of.batches(of.jobs[s], of.jobs[s].entries["training"]).draw("members", s, i).image
+            for i, s in enumerate(sorted(of.jobs))
+        ]
+    )
+    assert all(any(torch.equal(x, y) for x in asked.images[6:]) for y in first), "as the study draws them"
+    assert not any(torch.equal(x, p[0]) for x in asked.images[6:] for p in plain)
+
+
+def test_an_attack_for_which_too_few_are_left_is_named_and_the_others_run(federated_run: Path, tmp_path: Path) -> None:
+    asked = Asked(attacks=("membership_of_updates", "membership"), amount=replace(FEW, victims=160))
+    told = leakage(federated_run, tmp_path, asked=asked)
+    assert {r["attack"] for r in told["rows"]} == {"membership"}
+    assert any(n.startswith("membership_of_updates was not run. ") for n in told["notes"])
 
 
 def test_of_private_updates_the_patients_are_worked_out_as_the_site_drew_them(

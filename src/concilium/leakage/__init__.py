@@ -140,13 +140,21 @@ def _scenes(
         yield from _steered(subject, asked, parted, splits, watch)
     if subject.study.protocol.name == "federated" and "updates" in sees and not asked.cuts:
         watch(f"Exchange after round {subject.number}, updates")
-        guessed = {guesses for saw, guesses in kinds if saw == "updates"}
-        yield from update_scenes(subject, asked.amount, images="images" in guessed, members="members" in guessed)
+        yield from _of_updates(subject, attacks, asked, notes)
     if last and "model" in sees:
         try:
             yield model_scene(subject, asked.amount)
         except StudyError as e:
             notes += [f"{a.name} was not run. {e}" for a in attacks if a.about[0] == "model"]
+
+
+def _of_updates(subject: Subject, attacks: Sequence[Attack], asked: Asked, notes: list[str]) -> Iterator[Scene]:
+    guessed = {guesses for saw, guesses, _ in (a.about for a in attacks) if saw == "updates"}
+    yield from update_scenes(subject, asked.amount, images="images" in guessed, members=False)
+    try:
+        yield from update_scenes(subject, asked.amount, images=False, members="members" in guessed)
+    except StudyError as e:
+        notes += [f"{a.name} was not run. {e}" for a in attacks if a.about[:2] == ("updates", "members")]
 
 
 def _steered(

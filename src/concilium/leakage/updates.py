@@ -6,15 +6,16 @@ it, and no update of a single site. Where patients are drawn (`dp_sgd`), those o
 
 from __future__ import annotations
 
-import random
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 
+from concilium.answers import Entry
 from concilium.answers.ledger import draws_of
 from concilium.attacks import Auxiliary, Cases, Known, Release, Transcript
-from concilium.data.draws import digest
+from concilium.data.patches import Batch
 from concilium.errors import StudyError
 from concilium.leakage.exchange import (
     MODEL,
@@ -124,25 +125,35 @@ def _behind(subject: Subject, site: str, number: int) -> tuple[Cases, frozenset[
 
 
 def _candidates(subject: Subject, truth: Cases, behind: frozenset[Who], amount: Amount) -> tuple[Cases, torch.Tensor]:
-    """Patches that were in a step, and as many of other patients who might have been; which are the former.
+    """Patches that were in a step, and as many of other patients, drawn and augmented as those are; which are the former.
+
+    Were they drawn otherwise, how a patch looks would tell who was in the step, without any update.
 
     Raises:
         StudyError: there are too few of either.
     """
-    others = [
-        (site, e)
-        for site, job in subject.jobs.items()
-        for e in job.entries["training"]
-        if (site, e.member, e.patient) not in behind
-    ]
-    n = min(amount.gallery, len(truth.images), len(others))
-    if n < 2:
+    others: dict[str, list[Entry]] = {}
+    for site, job in subject.jobs.items():
+        if left := [e for e in job.entries["training"] if (site, e.member, e.patient) not in behind]:
+            others[site] = left
+    n_others = sum(map(len, others.values()))
+    n = min(amount.gallery, len(truth.images))
+    if min(n, n_others) < 2:
         raise StudyError(
-            f"{len(truth.images)} patches were in the steps, and {len(others)} are of other patients. Membership inference "
+            f"{len(truth.images)} patches were in the steps, and {n_others} cases are of other patients. Membership inference "
             "compares 2 of each at least. Ask for other --victims, or leave it out."
         )
-    random.Random(digest("members", "updates")).shuffle(others)
-    chosen = torch.randperm(len(truth.images), generator=torch.Generator().manual_seed(0))[:n]
-    theirs = together([subject.plain_patch(site, e) for site, e in others[:n]])
-    asked = Cases(torch.cat([truth.images[chosen], theirs.images]), torch.cat([truth.labels[chosen], theirs.labels]))
+    drawing = [(site, subject.batches(subject.jobs[site], left)) for site, left in sorted(others.items())]
+    drawn: list[Batch] = []
+    for number in itertools.count():
+        site, batches = drawing[number % len(drawing)]
+        drawn.append(batches.draw("members", site, number))
+        if sum(len(b.image) for b in drawn) >= n:
+            break
+    theirs = together(drawn)
+    places = torch.Generator().manual_seed(0)
+    chosen, their = (torch.randperm(len(of.images), generator=places)[:n] for of in (truth, theirs))
+    asked = Cases(
+        torch.cat([truth.images[chosen], theirs.images[their]]), torch.cat([truth.labels[chosen], theirs.labels[their]])
+    )
     return asked, torch.arange(2 * n) < n
