@@ -23,7 +23,7 @@ from concilium.data.dataset import reader
 from concilium.data.draws import drawn_from
 from concilium.data.labels import n_heads
 from concilium.data.preprocess import preprocess
-from concilium.data.windows import predict_logits
+from concilium.data.windows import Some, predict_logits
 from concilium.errors import ContractError, DataError
 from concilium.messages import Conclude, Done, Evaluate, Evaluated, Look, Looked, Tensors
 from concilium.networks import Stack
@@ -65,10 +65,11 @@ class Service:
         own = self._part(job, finished, request, after=FRONTS, labelled=False)
         if self._image is None or self._image[0] != entry.key:
             self._image = (entry.key, preprocess(entry.case, entry.dataset, job.plan)[0])
-        window = Windows(own.front, request.start, request.count, n_heads(job.labels))
+        some = Some(request.start, request.count)
+        window = Windows(own.front, some, n_heads(job.labels))
         with drawn_from(job.seed, "look", entry.key, request.start, *self._noise):  # what defences draw
-            _predict(window.to(self._device), self._image[1], job, self._device)
-        return Looked(tuple(encode(maps, request.transport) for maps in window.maps), window.seen, len(entries))
+            _predict(window.to(self._device), self._image[1], job, self._device, some)
+        return Looked(tuple(encode(maps, request.transport) for maps in window.maps), some.n_windows, len(entries))
 
     def conclude(
         self, job: Job, finished: Finished, request: Conclude, cancelled: Check
@@ -134,15 +135,14 @@ class Service:
 class Windows(nn.Module):
     """A front in place of a network: keeps what it leaves of some of the windows that it is asked about."""
 
-    def __init__(self, front: nn.Module, start: int, count: int, n_heads: int) -> None:
+    def __init__(self, front: nn.Module, some: Some, n_heads: int) -> None:
         super().__init__()
-        self.front = front
-        self.start, self.count, self.n_heads = start, count, n_heads
+        self.front, self.some, self.n_heads = front, some, n_heads
         self.seen = 0
         self.maps: list[Stack] = []
 
     def forward(self, image: Tensor) -> Tensor:
-        if self.start <= self.seen < self.start + self.count:
+        if 0 <= self.some.first + self.seen - self.some.start < self.some.count:
             self.maps.append(cast(Any, self.front).run((image,)))
         self.seen += 1
         return image.new_zeros(image.shape[0], self.n_heads, *image.shape[2:])
@@ -186,9 +186,11 @@ class _Replay(nn.Module):
         return next(self.logits).to(image.device)
 
 
-def _predict(network: nn.Module, image: NDArray[Any], job: Job, device: torch.device) -> None:
+def _predict(network: nn.Module, image: NDArray[Any], job: Job, device: torch.device, some: Some) -> None:
     t = job.training
-    predict_logits(network, image, job.plan, labels=job.labels, device=device, mirror=t.mirror, precision=t.precision)
+    predict_logits(
+        network, image, job.plan, labels=job.labels, device=device, mirror=t.mirror, precision=t.precision, some=some
+    )
 
 
 def _chosen(entries: Sequence[Entry], place: int, site: str) -> Entry:

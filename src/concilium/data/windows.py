@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,22 @@ from concilium.nnunet_parts import nnUNetPredictor
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass
+class Some:
+    """Some of the windows of an image, which are numbered in their order, mirrored ones included; then how many there are."""
+
+    start: int
+    count: int
+    first: int = 0
+    """The number of the first that the network was given."""
+    n_windows: int = 0
+
+    def of(self, positions: list[Any], each: int) -> list[Any]:
+        """The positions with these windows, of all, which have `each` windows."""
+        self.first, self.n_windows = self.start // each * each, len(positions) * each
+        return positions[self.start // each : -(-(self.start + self.count) // each)]
+
+
 def predict_logits(
     network: nn.Module,
     image: Array | Tensor,
@@ -28,6 +46,7 @@ def predict_logits(
     device: torch.device,
     mirror: bool,
     precision: str,
+    some: Some | None = None,
 ) -> Tensor:
     """Logits float16 (L, X, Y, Z), on the CPU, of a preprocessed image (C, X, Y, Z), by nnU-Net's sliding window.
 
@@ -35,6 +54,8 @@ def predict_logits(
     all mirrorings, along the network's `mirror_axes` where it says them. The network may return one tensor or its logits finest
     first. It is moved to `device` and stays there;
     the training mode of its modules is left as it was. `precision` is that of autocast: `float32`, `bfloat16` or `float16`.
+
+    With `some` the network gets only the windows at positions of which one is wanted; what is returned then means nothing.
     """
     if precision not in PRECISIONS:
         raise ContractError(f"Precision {precision!r}. Known are: {', '.join(PRECISIONS)}. Choose one of them.")
@@ -63,6 +84,10 @@ def predict_logits(
             "nnUNetTrainer",
             axes or None,  # nnU-Net takes the largest of these axes
         )
+        if some is not None:
+            every = predictor._internal_get_sliding_window_slicers
+            each = 2 ** len(axes) if mirror else 1
+            predictor._internal_get_sliding_window_slicers = lambda size: some.of(every(size), each)
         try:
             logits: Tensor = predictor.predict_sliding_window_return_logits(image)
         finally:

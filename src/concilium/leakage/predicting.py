@@ -14,7 +14,7 @@ from concilium.answers.service import Windows
 from concilium.attacks import Auxiliary, Cases, Known, Release, Transcript, releases
 from concilium.data.draws import drawn_from
 from concilium.data.labels import n_heads
-from concilium.data.windows import predict_logits
+from concilium.data.windows import Some, predict_logits
 from concilium.engines import ask
 from concilium.errors import EngineError
 from concilium.leakage.exchange import MODEL, Way, makers, model_of, own_cases, ready, together
@@ -88,7 +88,7 @@ def _windows(subject: Subject, site: str, case: int) -> list[Tensor]:
     job, labelled = subject.jobs[site], subject.jobs[subject.labels_at]
     image = torch.from_numpy(subject.prepared(job, job.entries[SUBSET][case]).image.copy())
     label = torch.from_numpy(subject.prepared(labelled, labelled.entries[SUBSET][case]).label.copy())
-    seen = Windows(Stages({}), 0, 1 << 30, n_heads(job.labels))
+    seen = Windows(Stages({}), Some(0, 1 << 30), n_heads(job.labels))
     t = job.training
     both = torch.cat([image, label.to(image.dtype)])
     predict_logits(
