@@ -408,10 +408,14 @@ ONE_ERROR: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     *(
         (
-            {"protocol": {"name": "splitfed"}, "aggregation": {"name": rule}},
-            f"[aggregation] name = '{rule}' is not allowed with splitfed: it must see each site's update",
+            {"protocol": {"name": "splitfed", "variant": "sequential"}, "aggregation": {"name": rule}},
+            f"[aggregation] name = '{rule}' is not allowed with splitfed, variant = 'sequential': it compares sites' updates",
         )
         for rule in ("fednova", "median", "trimmed_mean", "krum", "agreement")
+    ),
+    (
+        {"protocol": {"name": "splitfed"}, "aggregation": {"name": "quality"}, "collect": {"name": "judged"}},
+        "[collect] name = 'judged' is not allowed with splitfed: a site has no whole network to judge.",
     ),
     (
         {"aggregation": {"name": "quality"}},

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from concilium import catalog, wire
-from concilium.aggregation import weight_of
+from concilium.aggregation import must_see_updates, weight_of
 from concilium.aggregation.mean import rule as mean
 from concilium.answers import Job, Settings, split
 from concilium.answers.objective import make_objective
@@ -798,6 +798,34 @@ def test_a_body_for_each_site_is_federated_averaging(name: str, tmp_path: Path) 
         *_, last = running(protocol, engine, jobs, rounds=2, steps=UNEQUAL)
         ends[protocol.__name__] = part(last.tensors, WEIGHTS)
     assert difference(ends["splitfed"], ends["federated"]) <= EQUAL
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("median", {}),
+        ("trimmed_mean", {"share": 0.2}),
+        ("krum", {}),
+        ("fednova", {}),
+        ("agreement", {}),
+        ("momentum", {}),
+    ],
+)
+def test_rules_that_see_updates_see_those_of_whole_networks(rule: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """As in federated training, whatever the rule makes of them: front, tail and the site's own body are one update."""
+    jobs = three("unet batch")
+    sees = must_see_updates(rule)
+    how = {"rule": partial(catalog.load("aggregation", rule), **options)}
+    how["collect"] = partial(plain, weigh=weight_of(rule), see_updates=sees, spool=tmp_path)
+    ends: dict[str, Tensors] = {}
+    for protocol in (federated, splitfed):
+        engine = Engine(jobs, tmp_path / protocol.__name__)
+        *_, last = running(protocol, engine, jobs, rounds=2, steps=UNEQUAL, **how)
+        ends[protocol.__name__] = part(last.tensors, WEIGHTS)
+    assert difference(ends["splitfed"], ends["federated"]) <= EQUAL
+    engine = Engine(jobs, tmp_path / "v2")
+    *_, last = running(splitfed, engine, jobs, variant="v2", rounds=1, steps=UNEQUAL, **how)
+    assert all(t.isfinite().all() for t in part(last.tensors, WEIGHTS).values())
 
 
 def test_one_body_is_not_federated_averaging(tmp_path: Path) -> None:

@@ -17,10 +17,15 @@ def rule_problems(found: Mapping[str, Any], n_sites: int) -> list[str]:
     problems = []
     sees = _must_see(rule.name)
     where = f"[aggregation] name = {rule.name!r} is not allowed with"
-    if p and p.name == "splitfed" and sees:
+    if p and p.name == "splitfed" and collect.name == "judged":
         problems.append(
-            f"{where} splitfed: it must see each site's update, and only sums are formed there. Allowed: a rule for which the "
-            "sum is enough, such as 'mean'."
+            "[collect] name = 'judged' is not allowed with splitfed: a site has no whole network to judge. Allowed: 'federated'. "
+            "Choose it, or take [collect] out."
+        )
+    elif p and p.name == "splitfed" and sees and p.options.get("variant") == "sequential":
+        problems.append(
+            f"{where} splitfed, variant = 'sequential': it compares sites' updates, and there sites take turns. Allowed: "
+            "'v1', 'v2' and 'v3', or a rule for which the sum is enough, such as 'mean'."
         )
     if rule.name == "quality" and collect.name == "plain":
         problems.append(

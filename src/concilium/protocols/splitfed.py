@@ -13,14 +13,15 @@ Each owner clips its own gradient: a site that of front and tail together, the s
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
-from concilium.aggregation import Sum, one_block
+from concilium.aggregation import Sum, Update, one_block
 from concilium.collect import Answer, Collected
 from concilium.data.draws import digest
 from concilium.engines import Engine, ask
@@ -124,7 +125,8 @@ def splitfed(
             if ALL not in bodies:
                 total.join(_sum_of({s: (bodies[s], weigh(n, share)) for s, (n, share) in _took(got, turn).items()}))
             if total.count:
-                averaged, state = rule(total, state, before={n: weights[n] for n in total.names})
+                given = _whole(got.updates[0], bodies) if got.updates else total
+                averaged, state = rule(given, state, before={n: weights[n] for n in total.names})
                 weights = {**weights, **averaged}
         require(answers, failures, min_sites=min(min_sites, len(asked)), model=model, number=number)
         require_finite(taking_part.get(ALL), model=model, number=number)
@@ -226,6 +228,14 @@ def _first(
 def _took(got: Collected, asked: Mapping[str, int]) -> dict[str, tuple[int, float]]:
     """Of each site that took a step: its cases, and the share of its steps that it took."""
     return {site: (a.n_cases, a.n_steps / asked[site]) for site, a in got.answers.items() if a.n_steps}
+
+
+def _whole(updates: Sequence[Update], bodies: Mapping[str, Body]) -> list[Update]:
+    """The updates with what each site's own body has become, where each has one."""
+    return [
+        replace(u, weights=ChainMap(bodies[u.site].weights(), cast(Any, u.weights))) if u.site in bodies else u
+        for u in updates
+    ]
 
 
 def _sum_of(bodies: Mapping[str, tuple[Body, int]]) -> Sum:
