@@ -461,6 +461,8 @@ def test_this_engine_is_not_started_without_a_place(tmp_path: Path) -> None:
         pytest.param("federated", "plain", ["decoder"], marks=pytest.mark.slow),
         pytest.param("federated", "secure_sum", None, marks=pytest.mark.slow),
         ("splitfed", "plain", None),
+        pytest.param("splitfed v2 int8", "plain", None, marks=pytest.mark.slow),
+        pytest.param("splitfed sequential float16", "plain", None, marks=pytest.mark.slow),
         ("cyclic", "plain", None),
         ("vertical", "plain", None),
     ],
@@ -470,7 +472,9 @@ def test_a_study_gives_the_bits_of_the_simulation(
 ) -> None:
     """Also where some tensors are frozen, which each site reads from its own copy of the file that the study starts from."""
     # in one process, server and sites share the libraries' generators: where both draw, they must take turns
+    protocol, *how = protocol.split()
     names = {"splitfed": ("north",), "vertical": ("first", "second")}.get(protocol, ("north", "west"))
+    names = ("north", "west") if "sequential" in how else names
     if protocol == "vertical":
         phantom = tmp_path / "sequences"
         write_sequences(phantom, n_cases=6, n_test=1, size=16)
@@ -483,6 +487,7 @@ def test_a_study_gives_the_bits_of_the_simulation(
         "training": {"optimizer": "adamw", "batch_size": 2, "patch_size": [16, 16, 8], "mirror": False},
         "engine": {"threads": 1, "device": "cpu"},
     }
+    raw["protocol"] |= dict(zip(("variant", "transport"), how, strict=False))
     if protocol == "vertical":
         raw["protocol"] |= {"labels": "first", "cut": "shallow", "drop": 0.3, "new_patients": True}
         for channel, name in enumerate(names):
