@@ -739,7 +739,7 @@ class Prepared:
     excluded: tuple[Excluded, ...]
     warnings: tuple[str, ...]
     """Sentences from a fixed list, without names."""
-    shapes: str = ""
+    shapes: int = 0
     """With a `holding`: a digest of the shapes of all preprocessed cases, which must be the same at all parties."""
 
 

@@ -223,10 +223,10 @@ def test_files_that_round_otherwise_lie_alike_and_those_that_differ_do_not(tmp_p
 
 
 def test_parties_whose_preprocessed_images_have_other_shapes_stop_the_run() -> None:
-    made = {name: Prepared(3, 1, 4, (), (), shapes) for name, shapes in (("a", "1"), ("b", "1"), ("c", ""))}
+    made = {name: Prepared(3, 1, 4, (), (), shapes) for name, shapes in (("a", 1), ("b", 1), ("c", 0))}
     must_lie_alike(made)
     with pytest.raises(DataError, match="other shapes at some of a, b"):
-        must_lie_alike({**made, "b": replace(made["b"], shapes="2")})
+        must_lie_alike({**made, "b": replace(made["b"], shapes=2)})
 
 
 def test_a_case_that_lies_elsewhere_in_space_is_set_aside(sequences: Path, tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def aligned(settings: Settings, found: Sequence[Entry]) -> tuple[Entry, ...]:
     return tuple(there[name] for name in names)
 
 
-def shapes_of(files: Iterable[Prepared]) -> str:
+def shapes_of(files: Iterable[Prepared]) -> int:
     """A digest of the shapes of preprocessed cases, in the order of all parties, who draw the same patches of them."""
-    return f"{digest(*(str(tuple(f.image.shape[1:])) for f in files)):016x}"
+    return digest(*(str(tuple(f.image.shape[1:])) for f in files))
 
 
 def divided(settings: Settings, request: Prepare, usable: Sequence[Entry]) -> dict[str, tuple[Entry, ...]]:

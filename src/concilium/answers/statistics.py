@@ -139,33 +139,16 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     own = {e.key: files[e.key] for e in parts["training"]}
     if request.holding is not None:  # by their places, which are the same at all parties
         own = {f"{i:06d}": files[e.key] for i, e in enumerate(parts["training"])}
+    made = _batches(own, request, plan, dataset, _partly(parts["training"]), settings) if own else None
+    unknown = unknown_labels(dataset.labels, [e.case.annotated for e in usable or found])
     job = Job(
-        plan,
-        dataset.labels,
-        len(dataset.channels),
-        network,
-        request.training,
-        request.seed,
-        parts,
-        _batches(own, request, plan, dataset, _partly(parts["training"]), settings) if own else None,
-        dataset.channels,
-        _kept(request, network),
-        unknown_labels(dataset.labels, [e.case.annotated for e in usable or found]),
-        at_once,
-        request.labelled,
-        request.guard,
-        bare,
-        request.filters,
-        settings.name,
-        secret_of(settings),
-        frozen,
-        request.holding is None,
-        settings.micro_batch == AUTO,
-        f"{digest(repr(request)):016x}",
-    )
+        plan, dataset.labels, len(dataset.channels), network, request.training, request.seed, parts, made, dataset.channels,
+        _kept(request, network), unknown, at_once, request.labelled, request.guard, bare, request.filters, settings.name,
+        secret_of(settings), frozen, request.holding is None, settings.micro_batch == AUTO, f"{digest(repr(request)):016x}",
+    )  # fmt: skip
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
-    shapes = shapes_of(files[e.key] for e in usable) if request.holding is not None and trains else ""
+    shapes = shapes_of(files[e.key] for e in usable) if request.holding is not None and trains else 0
     reply = Prepared(
         len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings), shapes
     )

@@ -98,8 +98,7 @@ def splitfed(
     begun = begun_at(start)
     owners = [ALL] if variant in ONE_BODY else sorted(steps)
     bodies = {owner: Body(parts(), training, device, transport) for owner in owners}
-    weights: Tensors = part(start.tensors, WEIGHTS)
-    state: Tensors = part(start.tensors, STATE)
+    weights, state = (cast(Tensors, part(start.tensors, of)) for of in (WEIGHTS, STATE))
     moments = {o: (part(start.tensors, f"{MOMENTS}{o}/"), str(start.values.get(o, "{}"))) for o in owners}
     asking = partial(ask, engine, deadline_s=deadline)
     for number in range(start.number + 1, rounds + 1):
