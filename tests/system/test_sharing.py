@@ -228,6 +228,9 @@ def test_a_site_that_did_not_train_gets_the_mean_of_what_is_kept(
     for name, tensor in whole.items():
         if tensor.is_floating_point():
             expected = sum(cases[s] * own[s][name].double() for s in SITES) / sum(cases.values())
+            if name.endswith("running_var"):  # that of all data: within sites, and between their means
+                of = name.replace("running_var", "running_mean")
+                expected += sum(cases[s] * (own[s][of] - whole[of]).double() ** 2 for s in SITES) / sum(cases.values())
             assert torch.allclose(tensor.double(), expected, atol=1e-6), name
     tested = {row["model"] for row in outcome.results["cases"] if row["subset"] == "test"}
     assert tested == {"federated-elsewhere", *(f"federated:{site}" for site in SITES)}
