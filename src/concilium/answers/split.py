@@ -63,7 +63,7 @@ class Session:
         """What the front left in the step at hand; its top `_reach` maps were sent."""
         self._reach = self.parts.body.reach()
         self._front, self._defences = undefended(self.parts.front)
-        at_start = self.parts.at_site.state_dict() if self._defences.names else {}
+        at_start = self.parts.at_site.state_dict()
         self._secret = noise_key(learner.job, request.model, at_start) if self._defences.names else ()
         self._batch: Batch | None = None
         self._known = True

@@ -45,6 +45,8 @@ Who = tuple[str, str, int]
 def update_scenes(subject: Subject, amount: Amount, *, images: bool, members: bool) -> Iterator[Scene]:
     """The updates of one round, of which the attacker is taken to know the label maps; and those of as many rounds, each from the
     same weights, as have so many patches behind them as are attacked, of which it asks who was in them."""
+    if not (images or members):
+        return
     own, known = together(own_cases(subject, amount.own)), Known(whole=whole_of(subject), loss=loss_of(subject))
     if images:
         transcript, truth, _ = _updates(subject, 1)

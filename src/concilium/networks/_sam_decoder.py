@@ -92,7 +92,7 @@ class Prompts(nn.Module):
     def places(self, h: int, w: int) -> Tensor:
         """Vectors (h * w, f) of the middles of h × w patches."""
         like = self.frequencies
-        rows, columns = ((torch.arange(n, device=like.device).to(self.frequencies) + 0.5) / n for n in (h, w))
+        rows, columns = ((torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n for n in (h, w))
         return self._at(torch.stack((columns.expand(h, w), rows[:, None].expand(h, w)), dim=-1)).flatten(0, 1)
 
     def points(self, at: Tensor, kinds: Tensor, size: tuple[int, int]) -> Tensor:
