@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from concilium import catalog
-from concilium.costs import FORECAST, Cost, every_way, hardware_of, own_cost, untold
+from concilium.costs import FORECAST, every_way, hardware_of, own_cost, untold
 from concilium.data.draws import drawn_from
 from concilium.data.fingerprint import merge, to_json
 from concilium.data.plan import open_plan
 from concilium.data.typical import AXES, medians, ranges
 from concilium.engines import Engine
 from concilium.errors import ContractError, DataError, StudyError
+from concilium.forecast import Cost
 from concilium.messages import Fingerprint
 from concilium.planning import Plans, Told, network_of, share_own_plans
 from concilium.preparation import Event, Ledger, ask_sites, on_folders, plan_for

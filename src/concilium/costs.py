@@ -12,21 +12,23 @@ the study tells (`[forecast]`), or which is timed on this one; then what the lin
                          with what it takes and gives back; four replies a step; at the end a reply and the weights
 
 Every site has a link of its own, of the same speed both ways; the server's is taken to be wide enough for all. Reading and
-augmenting patches, headers of messages, and validation are not in it.
+augmenting patches and headers of messages are not in it. What validation, the finished model and scoring send is told apart
+(`besides.py`), and is not in the seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from math import ceil
 
 from torch import Tensor
 
 from concilium.beginning import drawn_weights
+from concilium.besides import besides, besides_of_parties
 from concilium.errors import StudyError
-from concilium.forecast import crossing_of, party_bytes, step_bytes
+from concilium.forecast import Cost, SiteCost, crossing_of, party_bytes, step_bytes
 from concilium.loads import Load, party_loads, split_loads, whole_load
 from concilium.local_updates import exchanges, part_of
 from concilium.networks._fusion import FRONTS, tail_of
@@ -44,41 +46,6 @@ FORECAST = ("federated", "splitfed", "vertical")
 """Protocols whose costs can be told."""
 SUM = 28
 """Bytes that the server holds of each value while it averages: the weights before and after, the pair of the sum, an update."""
-
-
-@dataclass(frozen=True)
-class SiteCost:
-    """Of one site, in a round."""
-
-    up: int
-    """Bytes that it sends."""
-    down: int
-    """Bytes that it receives."""
-    memory: int
-    """Most bytes of tensors at a time."""
-    seconds: float
-    """Of computing."""
-    steps: int
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one way to train, in a round."""
-
-    protocol: str
-    variant: str
-    """Of `splitfed`."""
-    cut: tuple[str, ...]
-    transport: str
-    sites: Mapping[str, SiteCost]
-    server_memory: int
-    server_seconds: float
-    """Of computing, for all sites."""
-    seconds: float
-    """Of the round."""
-    rounds: int
-    name: str = ""
-    """Of the study's variant; none: of the study itself."""
 
 
 # -------------------------------------------------------------------------------------------------------------- every way
@@ -171,7 +138,8 @@ def federated_cost(setting: Setting, plans: Plans, cases: Mapping[str, int]) -> 
             known[key] = load.memory, speed.of_site(load)
         memory, a_step = known[key]
         size = _shared(sharing, weights, site)
-        sites[site] = SiteCost(size, size, memory, steps * a_step, steps)
+        more = besides(study, {site: size})[site]
+        sites[site] = SiteCost(size, size, memory, steps * a_step, steps, more.up, more.down)
     link = _link(study)
     seconds = max(s.seconds + link(s.up + s.down, 1) for s in sites.values())
     at_server = sum(SUM * t.numel() for t in weights.values()) + sum(t.nbytes for t in frozen.values())
@@ -199,11 +167,15 @@ def splitfed_costs(
     crossing = crossing_of(network, cut, batch=batch, precision=training.precision, reveal_labels=reveal)
     held = _shared(plans.sharing, crossing.at_site, "")
     steps = _steps(setting, plans, cases)
+    given = _shared(plans.sharing, drawn_weights(study, plans)[0], "")
+    more = besides(study, dict.fromkeys(steps, given))
     found = []
     for kind in kinds:
         step_up, step_down = step_bytes(crossing.sent, crossing.left, kind)
         sites = {
-            s: SiteCost(n * step_up + held, n * step_down + held, site_load.memory, n * at_site, n)
+            s: SiteCost(
+                n * step_up + held, n * step_down + held, site_load.memory, n * at_site, n, more[s].up, more[s].down
+            )
             for s, n in steps.items()
         }
         present = _present(study)
@@ -236,10 +208,15 @@ def vertical_costs(setting: Setting, plans: Plans, cases: Mapping[str, int], *, 
             network, batch=batch, precision=training.precision, after=after, labels=labels, transport=kind
         )
         sites = {}
+        held = {site: b.weights for site, b in told.items()}
+        more = besides_of_parties(
+            study, plans, held, after=after, labels=labels, transport=kind, n_training=cases[labels]
+        )
         for site, n in steps.items():
             taken = n if site == labels else round(n * (1 - options["drop"]))
             up, down = told[site].round(taken)
-            sites[site] = SiteCost(up, down, loads[site].memory, taken * speed.of_site(loads[site]), taken)
+            seconds = taken * speed.of_site(loads[site])
+            sites[site] = SiteCost(up, down, loads[site].memory, seconds, taken, more[site].up, more[site].down)
         (n_steps,) = set(steps.values())
         fronts = [
             speed.of_site(loads[site]) - at_tail * (site == labels) + link(b.step_up + b.step_down, 2)

@@ -10,11 +10,50 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from concilium.loads import parties_of
+from concilium.loads import Parties, parties_of
 from concilium.networks import Stages, cut_apart
 from concilium.networks._fusion import FRONTS
 from concilium.optimization import autocast
 from concilium.transport import size_of
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """Of one site, in a round where nothing else is said."""
+
+    up: int
+    """Bytes that it sends."""
+    down: int
+    """Bytes that it receives."""
+    memory: int
+    """Most bytes of tensors at a time."""
+    seconds: float
+    """Of computing."""
+    steps: int
+    besides_up: int = 0
+    """Bytes that it sends outside of rounds, in the whole run (`besides.py`)."""
+    besides_down: int = 0
+    """Bytes that it receives outside of rounds."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one way to train, in a round."""
+
+    protocol: str
+    variant: str
+    """Of `splitfed`."""
+    cut: tuple[str, ...]
+    transport: str
+    sites: Mapping[str, SiteCost]
+    server_memory: int
+    server_seconds: float
+    """Of computing, for all sites."""
+    seconds: float
+    """Of the round."""
+    rounds: int
+    name: str = ""
+    """Of the study's variant; none: of the study itself."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +135,40 @@ def party_bytes(
     A party sends its maps and receives their gradients. Whoever has the labels receives besides what the tail takes, and sends
     the gradient of that. A step that a party is left out of is not in it.
     """
+    cut, sent, left = _of_parties(network, batch, precision=precision, after=after, labels=labels)
+    found = {}
+    for name, own in cut.own.items():
+        up, down = step_bytes(sent.get(name, ()), (), transport)
+        if name == labels:
+            more_down, more_up = step_bytes(left, (), transport)
+            up, down = up + more_up, down + more_down
+        weights = sum(t.numel() * t.element_size() for t in own.held.state_dict().values())
+        found[name] = SplitBytes(up, down, weights)
+    return found
+
+
+def look_bytes(
+    network: Callable[..., Stages],
+    *,
+    image: tuple[int, ...],
+    precision: str,
+    after: str,
+    labels: str,
+    transport: str = "float32",
+) -> dict[str, tuple[int, int]]:
+    """Of each party what it sends and receives when a window (1, C, *patch) is segmented; no gradients travel.
+
+    The other arguments: as for `party_bytes`.
+    """
+    cut, sent, left = _of_parties(network, image, precision=precision, after=after, labels=labels)
+    down = _travel(left, transport)
+    return {name: (_travel(sent.get(name, ()), transport), down if name == labels else 0) for name in cut.own}
+
+
+def _of_parties(
+    network: Callable[..., Stages], batch: tuple[int, ...], *, precision: str, after: str, labels: str
+) -> tuple[Parties, Mapping[str, Sequence[Tensor]], Sequence[Tensor]]:
+    """The parties' parts, the maps of each front of such a batch, and what comes to the tail: shapes without values."""
     with FakeTensorMode(), torch.device("cpu"):
         whole = network() if after == FRONTS else network(deep_supervision=False)
         cut = parties_of(whole, after=after, labels=labels)
@@ -103,15 +176,7 @@ def party_bytes(
         with autocast(torch.device("cpu"), precision):
             sent = {name: cut.own[name].front.run((image[:, list(places)],)) for name, places in cut.channels.items()}
             left = cut.body.run(tuple(m for maps in sent.values() for m in maps))
-        found = {}
-        for name, own in cut.own.items():
-            up, down = step_bytes(sent.get(name, ()), (), transport)
-            if name == labels:
-                more_down, more_up = step_bytes(left, (), transport)
-                up, down = up + more_up, down + more_down
-            weights = sum(t.numel() * t.element_size() for t in own.held.state_dict().values())
-            found[name] = SplitBytes(up, down, weights)
-        return found
+    return cut, sent, left
 
 
 def step_bytes(sent: Sequence[Tensor], left: Sequence[Tensor], transport: str = "float32") -> tuple[int, int]:

@@ -19,7 +19,7 @@ import torch
 
 from concilium import catalog
 from concilium.aggregation import must_see_updates, weight_of
-from concilium.beginning import begin_with, n_parameters, start_weights
+from concilium.beginning import begin_with, start_weights
 from concilium.costs import note_cost
 from concilium.engines import Engine
 from concilium.errors import ConciliumError
@@ -38,11 +38,11 @@ from concilium.preparation import (
     plan_for,
     prepare_sites,
 )
-from concilium.protocols import Round, start_with
+from concilium.protocols import Round, copy_traffic, start_with
 from concilium.record import Record
-from concilium.results import account, write_results
+from concilium.results import write_results
 from concilium.schedule import Model, Setting, ensemble_key, models, settings
-from concilium.scoring import note_rounds, score, watch_validation
+from concilium.scoring import account_of, note_rounds, score, watch_validation
 from concilium.segmenting import segment_new, segments_new
 from concilium.sharing import EVERYTHING
 from concilium.start_from import weights_at_sites
@@ -184,14 +184,12 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
     finished = _finished(work.record, model.key)
     if finished is None:
         training, scoring = Ledger(), Ledger()
-        last = _made_beside(work, model, scoring) if model.beside else _train(work, model, training)
+        last = None if model.beside else _train(work, model, training)
+        before = copy_traffic(work.engine, model.steps)
+        last = last or _made_beside(work, model, scoring)
         give(work, model, last, scoring)
         scored = score(work, [model], scoring)
-        batch_size = partial(batch_size_of, model.setting.study, work.plans)
-        best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
-        select = {site: number for site, (number, _) in best.items()}
-        took = account(model, work.record.rounds(model.group[0]), batch_size=batch_size, selected=select)
-        finished = {"model": took | n_parameters(model, work.plans)} | asdict(scored) | _told(training, scoring)
+        finished = {"model": account_of(work, model, before)} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
     if all(_finished(work.record, key) for key in model.group):  # told again on resumption
         tell(work.engine, dict.fromkeys(model.steps, Forget(model.group[0])))

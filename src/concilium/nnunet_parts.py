@@ -38,6 +38,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 # prediction
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
 # preprocessing
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
@@ -67,6 +68,7 @@ __all__ = [
     "ResidualEncoderUNet",
     "SimpleITKIO",
     "Tiff3DIO",
+    "compute_steps_for_sliding_window",
     "convert_predicted_logits_to_segmentation_with_correct_shape",
     "crop_and_pad_nd",
     "crop_to_nonzero",

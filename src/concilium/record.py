@@ -14,29 +14,18 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import secrets
-import sys
-import time
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from concilium import __version__
+from concilium.engines import Traffic
+from concilium.environment import environment
 from concilium.errors import StudyError
 from concilium.messages import Tensors, describe
 from concilium.protocols import Round
 from concilium.study import Study, goes_on, to_toml
 from concilium.wire import read_tensors, write_tensors
-
-PACKAGES = (
-    *("torch", "nnunetv2", "dynamic_network_architectures", "batchgeneratorsv2", "numpy", "scipy", "monai"),
-    *("safetensors", "SimpleITK"),
-)
-"""Whose versions a record tells."""
 
 
 class Record:
@@ -59,11 +48,11 @@ class Record:
             raise StudyError(f"{folder} is a file. Expected a new folder for the run. Give another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
-        environment = self.read_json("environment.json") or {"run": secrets.token_hex(8), "sessions": []}
-        environment["sessions"].append(_environment())
-        self._sessions: list[dict[str, Any]] = environment["sessions"]
-        self.run_id: str = environment["run"]
-        self.write_json("environment.json", environment)
+        told = self.read_json("environment.json") or {"run": secrets.token_hex(8), "sessions": []}
+        self._sessions: list[dict[str, Any]] = told["sessions"]
+        self._sessions.append(environment())
+        self.run_id: str = told["run"]
+        self.write_json("environment.json", told)
         self._write(existing, text.encode())
         self._drop_uncommitted()
 
@@ -117,8 +106,8 @@ class Record:
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [line for line in map(_parsed, lines) if line is not None]
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return [line for line in map(_parsed, text.splitlines()) if line is not None]
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         with (self.folder / name).open("ab") as file:
@@ -132,7 +121,7 @@ class Record:
             "model": model,
             "round": done.number,
             "seconds": round(seconds, 3),
-            "matched": done.n_tensors, "asked": sorted(done.traffic),
+            "matched": done.n_tensors, "asked": sorted(done.traffic), **done.told_server(),
             "sites": {
                 site: {
                     "loss": a.loss, "n_cases": a.n_cases, "n_steps": a.n_steps, "n_asked": done.asked.get(site, a.n_steps),
@@ -163,9 +152,12 @@ class Record:
         """Whether this round was scored."""
         return any(line["round"] == number for line in self.curve(model))
 
-    def add_curve(self, model: str, number: int, dice: Mapping[str, float], *, beside: str = "") -> None:
-        """Note the mean validation Dice of each site after a round, which is that of the model `beside` where it is named."""
-        told = {"beside": beside} if beside else {}
+    def add_curve(
+        self, model: str, number: int, dice: Mapping[str, float], *, sent: Mapping[str, Traffic], beside: str = ""
+    ) -> None:
+        """Note the mean validation Dice of each site after a round, and the bytes that it took; `beside`: the model beside which
+        this one was made."""
+        told = {"bytes": {site: [t.down, t.up] for site, t in sent.items()}} | ({"beside": beside} if beside else {})
         self._append("curves.jsonl", {"model": model, "round": number, "dice": dict(dice), **told})
 
     def best_rounds(self, model: str) -> dict[str, tuple[int, float]]:
@@ -278,22 +270,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _environment() -> dict[str, Any]:
-    """What this process runs on."""
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "concilium": __version__,
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": packages,
-    }

@@ -53,14 +53,16 @@ def account(
     *,
     batch_size: Callable[[str], int],
     selected: Mapping[str, int] | None = None,
+    besides: Sequence[Mapping[str, Sequence[int]]] = (),
 ) -> dict[str, Any]:
     """What training a model took: `updates` in sequence, `patches` in all, seconds, and bytes to and from each site.
 
     Args:
         batch_size: of a site's plan.
         selected: the round whose weights it ended with, where that is not the last: of `POOL`, or of each site that has its own.
+        besides: bytes to and from each site outside of rounds, once for each time that it was given and scored.
     """
-    took = {site: _took(site, rounds) for site in model.steps}
+    took = {site: _took(site, rounds) | _besides(site, besides) for site in model.steps}
     best = dict(selected or {})
     if own := model.each_own:
         took = {site: t | {"selected_round": best.get(site, len(rounds))} for site, t in took.items()}
@@ -80,8 +82,20 @@ def account(
         "patches": max(seen) if model.protocol == "vertical" else sum(seen),  # parties see the same ones
         "batch_size": max(batch_size(site) for site in took),
         "seconds": round(sum(line["seconds"] for line in rounds), 3),
+        **_at_server(rounds),
         "sites": took,
     }
+
+
+def _besides(site: str, counted: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, int]:
+    down, up = (sum(of[site][i] for of in counted if site in of) for i in (0, 1))
+    return {"besides_down": down, "besides_up": up}
+
+
+def _at_server(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of computing at the server, of a network that is split."""
+    seconds = [line["server_seconds"] for line in rounds if "server_seconds" in line]
+    return {"server_seconds": round(sum(seconds), 3)} if seconds else {}
 
 
 def _took(site: str, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

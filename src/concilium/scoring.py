@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any, TypeAlias
 
 from concilium._set_aside import DATA, UNSEEN
 from concilium._set_aside import told as set_aside
-from concilium.engines import ask
+from concilium.beginning import n_parameters
+from concilium.engines import Traffic, ask
 from concilium.giving import asked_of, keep_at, pass_on, tell
 from concilium.messages import Evaluate, Evaluated, Failure, Keep, PlugIn, Reply, Tensors, as_failure
+from concilium.planning import batch_size_of
 from concilium.preparation import Event, Ledger, Work, failure_line
-from concilium.protocols import WEIGHTS, Round, begun_at
-from concilium.results import METRICS, score_rows, short_of_steps
+from concilium.protocols import WEIGHTS, Round, begun_at, copy_traffic, traffic_since
+from concilium.results import METRICS, account, score_rows, short_of_steps
 from concilium.schedule import BEST, POOL, Model, ensemble_key
 from concilium.serving import own_weights, serve
 from concilium.study import is_vertical
@@ -140,6 +143,25 @@ def _count_excluded(work: Work, where: str, reply: Evaluated, ledger: Ledger) ->
         (ledger.problems if too_many else ledger.warnings).append(text)
 
 
+def account_of(work: Work, model: Model, before: Mapping[str, Traffic]) -> dict[str, Any]:
+    """What a model took to train, to give, and to score, as it stands in results.json.
+
+    Args:
+        before: traffic of its sites when its training was done.
+    """
+    record = work.record
+    best = record.best_rounds(model.key) if work.study.validation.select == "best" else {}
+    besides = {site: [t.down, t.up] for site, t in traffic_since(work.engine, model.steps, before).items()}
+    took = account(
+        model,
+        record.rounds(model.group[0]),
+        batch_size=partial(batch_size_of, model.setting.study, work.plans),
+        selected={site: number for site, (number, _) in best.items()},
+        besides=[besides, *(line.get("bytes", {}) for line in record.curve(model.key))],
+    )
+    return took | n_parameters(model, work.plans)
+
+
 # ------------------------------------------------------------------------------------------------------- between rounds
 
 
@@ -151,7 +173,7 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
     v = work.study.validation
     if v.every is None or done.number == 0 or done.number % v.every or work.record.has_curve(model.key, done.number):
         return
-    weights = part(done.tensors, WEIGHTS)
+    weights, before = part(done.tensors, WEIGHTS), copy_traffic(work.engine, model.steps)
     pooled = model.protocol == "centralized"  # trained where the server cannot see it, and scored there
     if model.partly:  # a site that was not asked yet has nothing of its own to add
         begun = begun_at(done)
@@ -184,7 +206,8 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
     curve = _curve(scored, [*model.steps])
     if v.select == "best" and not pooled:
         _keep_best(work, model, done.number, weights, curve, ledger)
-    work.record.add_curve(model.key, done.number, curve, beside=model.beside)
+    sent = traffic_since(work.engine, model.steps, before)
+    work.record.add_curve(model.key, done.number, curve, sent=sent, beside=model.beside)
 
 
 def _unseen(model: Model) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ import pytest
 
 import concilium as cc
 from concilium import advice
-from concilium.costs import Cost
 from concilium.errors import StudyError
+from concilium.forecast import Cost
 from concilium.line import run
 from concilium.reports.planned import grids
 from concilium.study import Study, forecast_by, parse_study, to_toml
@@ -206,8 +206,35 @@ def test_a_run_puts_what_it_measured_beside(protocol: str, small_study: Make, tm
         for key in ("up", "down"):
             assert measured[f"bytes_{key}"] == pytest.approx(2 * cost["sites"][site][key], rel=0.02)
         assert measured["memory"] > cost["sites"][site]["memory"] > 1e6
+    assert model.get("server_seconds", 0.0) > 0 or protocol == "federated"
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Measured, and forecast" in page
+    assert "(server)" in page
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"validation__every": 1},
+        {"protocol__name": "splitfed", "protocol__variant": "v3"},
+        {"sharing__keep": ["decoder"], "validation__every": 2},
+    ],
+    ids=["every round", "split, front and tail stay", "a part is shared"],
+)
+def test_what_is_sent_outside_of_rounds_is_forecast_and_measured(
+    changes: dict[str, Any], small_study: Make, tmp_path: Path
+) -> None:
+    changes = {"network__base_features": 16, "protocol__rounds": 2, "protocol__steps": 1, "test": False} | changes
+    study = small_study(**changes, **HARDWARE)
+    out = run(study, tmp_path / "run").folder
+    cost = json.loads((out / f"forecast/{study.protocol.name}.json").read_text())
+    (model,) = json.loads((out / "results.json").read_text())["models"]
+    assert model["sites"].keys() == cost["sites"].keys()
+    times = 1 + 2 // (study.validation.every or 3)
+    for site, measured in model["sites"].items():
+        told = cost["sites"][site]
+        assert told["besides_down"] <= measured["besides_down"] <= 1.02 * told["besides_down"] + 6_000 * times
+        assert told["besides_up"] == 0 < measured["besides_up"] < 20_000 * times, "scores, and no weights"
 
 
 def test_without_the_table_a_run_forecasts_nothing(small_study: Make, tmp_path: Path) -> None:

@@ -267,10 +267,13 @@ def test_patches_that_follow_the_labels_are_the_label_holders(sequences: Path, t
     assert digest(follow.folder) == digest(again.folder)
 
 
-@pytest.mark.parametrize(("body", "transport"), [("server", "float32"), ("labels", "int8")])
-def test_what_is_forecast_is_what_is_sent(sequences: Path, tmp_path: Path, body: str, transport: str) -> None:
-    """Bytes of every party, and operations of all owners together those of the whole network."""
+@pytest.mark.parametrize(("body", "transport", "mirror"), [("server", "float32", True), ("labels", "int8", False)])
+def test_what_is_forecast_is_what_is_sent(
+    sequences: Path, tmp_path: Path, body: str, transport: str, mirror: bool
+) -> None:
+    """Bytes of every party in rounds and besides, and operations of all owners together those of the whole network."""
     changes = {"protocol__rounds": 1, "protocol__steps": 4, "protocol__body": body, "protocol__transport": transport}
+    changes |= {"validation__every": 1, "training__mirror": mirror}
     study = study_on(
         sequences, forecast__mbit=100.0, forecast__site_gflops=10.0, forecast__server_gflops=10.0, **changes
     )
@@ -282,6 +285,9 @@ def test_what_is_forecast_is_what_is_sent(sequences: Path, tmp_path: Path, body:
         headers = 1200 * (4 * (3 if name == "first" else 1) + 2)
         for key in ("up", "down"):
             assert site[key] <= line["sites"][name][f"bytes_{key}"] <= 1.02 * site[key] + headers, (name, key)
+            measured = outcome.results["models"][0]["sites"][name][f"besides_{key}"]
+            headers_besides = 60_000 if mirror else 20_000
+            assert site[f"besides_{key}"] <= measured <= 1.02 * site[f"besides_{key}"] + headers_besides, (name, key)
     build, training = network_of(study, plans_of(outcome, sequences)), training_of(study)
     if body == "server":  # no head but the finest acts on maps of the server
         build, training = partial(build, deep_supervision=False), replace(training, deep_supervision=False)

@@ -49,8 +49,14 @@ class Round:
     """How many tensors matched by name, shape and type, and were aggregated."""
     shared: Mapping[str, tuple[float, tuple[str, ...]]] = field(default_factory=dict)
     """Where not all is shared: site -> the share of its network's values that were averaged with others, and with whom."""
+    server_seconds: float | None = None
+    """Of computing the server's part of a network that is split."""
     asked: Mapping[str, int] = field(default_factory=dict)
     """How many steps each site was asked for."""
+
+    def told_server(self) -> dict[str, float]:
+        """The server's seconds of computing, for the record; nothing where it computes no part of the network."""
+        return {} if self.server_seconds is None else {"server_seconds": round(self.server_seconds, 3)}
 
     def told_shared(self, site: str) -> dict[str, float | list[str]]:
         """The same of one site, for the record; nothing where all is shared."""

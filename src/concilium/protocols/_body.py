@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,12 +45,15 @@ class Body:
         self.device = device
         self.transport = transport
         self.optimizer = make_optimizer(self.network, training)
+        self.seconds = 0.0
+        """Of computing, since it was last loaded."""
         self._in: Stack = ()
         self._out: tuple[Tensor, ...] = ()
         """What was sent back and has a gradient."""
 
     def load(self, weights: Tensors, moments: Tensors, numbers: str) -> None:
         """Take over weights, and the optimiser's state as `state` told it; copies, which no later step changes."""
+        self.seconds = 0.0
         self.network.load_state_dict(dict(weights))
         restore_state(self.optimizer, {n: t.clone() for n, t in moments.items()}, numbers)
 
@@ -86,6 +90,7 @@ class Body:
                 f"Maps of type {', '.join(str(m.dtype) for m in maps) or 'none'} came. Expected {', '.join(self.takes)}: whole "
                 "numbers as uint8, all others float, and all finite. Start the round again."
             )
+        began = time.monotonic()
         self._in = tuple(m.to(self.device).requires_grad_(m.is_floating_point()) for m in maps)
         self.optimizer.zero_grad(set_to_none=True)
         seed_all(*key, "body")
@@ -94,7 +99,9 @@ class Body:
         order = tuple(next((j for j, came in enumerate(self._in) if m is came), -1) for m in left)
         sent = [m for m, j in zip(left, order, strict=True) if j < 0]
         self._out = tuple(m for m in sent if m.requires_grad)
-        return encode(sent, self.transport), order
+        encoded = encode(sent, self.transport)
+        self.seconds += time.monotonic() - began
+        return encoded, order
 
     def backward(self, gradients: Sequence[Tensor], *, step: int, total_steps: int) -> tuple[Tensor, ...]:
         """Back-propagate, take a step with the rate of `step`; the gradients of the float maps that the site had sent.
@@ -103,6 +110,7 @@ class Body:
             ContractError: they are not the gradients of what was sent, or not finite.
             FloatingPointError: the body's own gradient is not finite, or those of the maps cannot travel; no step is taken.
         """
+        began = time.monotonic()
         gradients = decode_like(gradients, self.transport, self._out)
         if not are_of(gradients, self._out) or not all_finite(gradients):
             raise ContractError(
@@ -116,6 +124,7 @@ class Body:
             set_rate(self.optimizer, self.training, step=step, total_steps=total_steps)
             clip_and_step(self.network.parameters(), self.optimizer, self.training.clip_norm)
         self.give_up()
+        self.seconds += time.monotonic() - began
         return back
 
     def give_up(self) -> None:

@@ -134,7 +134,7 @@ def splitfed(
         begun |= answers.keys()
         values, shared = _values(moments, begun, sharing), _shared(sharing, named, asked, answers.keys())
         tensors, traffic = together(weights, state, moments), traffic_since(engine, asked, before)
-        yield Round(number, tensors, values, answers, failures, traffic, n_tensors=len(averaged), shared=shared)
+        yield Round(number, tensors, values, answers, failures, traffic, len(averaged), shared, _computed(taking_part))
 
 
 def check(network: Stages, *, cut: Literal["shallow", "deep"] | tuple[str, ...], reveal_labels: bool, **_: Any) -> None:
@@ -144,6 +144,11 @@ def check(network: Stages, *, cut: Literal["shallow", "deep"] | tuple[str, ...],
         StudyError: it cannot be cut so.
     """
     cut_apart(network, (cut,) if isinstance(cut, str) else cut, reveal_labels=reveal_labels)
+
+
+def _computed(bodies: Mapping[str, Body]) -> float:
+    """Seconds of computing at the server."""
+    return sum(body.seconds for body in bodies.values())
 
 
 def _turns(variant: str, steps: Mapping[str, int], key: tuple[int | str, ...]) -> list[dict[str, int]]:

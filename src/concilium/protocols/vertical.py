@@ -108,7 +108,10 @@ def vertical(
             weights |= middle.weights()
             moments, numbers = middle.state()
         tensors, traffic = together(weights, {}, {ALL: (moments, numbers)}), traffic_since(engine, steps, before)
-        yield Round(number, tensors, {ALL: numbers}, answers, failures, traffic, n_tensors=len(made))
+        computed = None if middle is None else middle.seconds
+        yield Round(
+            number, tensors, {ALL: numbers}, answers, failures, traffic, n_tensors=len(made), server_seconds=computed
+        )
 
 
 def _parts(whole: Stages, after: str) -> Parts:

@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 
 from concilium import catalog
 from concilium.advice import examined
-from concilium.costs import FORECAST, Cost, federated_cost, own_cost
+from concilium.costs import FORECAST, federated_cost, own_cost
 from concilium.disclosure import without_paths
 from concilium.errors import ConciliumError
+from concilium.forecast import Cost
 from concilium.local_updates import exchanges
 from concilium.preparation import Event, Ledger, plan_for
 from concilium.reports._found import Row
@@ -25,13 +26,15 @@ TOLD = ForecastTable(site_gflops=1.0, server_gflops=1.0)
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one site in one round of training, without headers of messages."""
+    """Of one site in one round of training, without headers of messages; and outside of rounds in the whole run."""
 
     up: int
     """That it sends."""
     down: int
     """That it receives."""
     steps: int
+    besides_up: int = 0
+    besides_down: int = 0
 
 
 Forecast: TypeAlias = "Mapping[str, Bytes] | str"
@@ -89,8 +92,9 @@ def _of_titles(study: Study, watch: Watch) -> dict[str, Forecast]:
             try:
                 plans = plan_for(setting, told, record, Ledger())
                 taking = {site: n for site, n in cases.items() if site in setting.sites}
+                sites = _cost(setting, plans, taking).sites
                 found[title] = {
-                    site: Bytes(s.up, s.down, s.steps) for site, s in _cost(setting, plans, taking).sites.items()
+                    site: Bytes(s.up, s.down, s.steps, s.besides_up, s.besides_down) for site, s in sites.items()
                 }
             except Exception as e:  # a network from outside need not run on shapes alone
                 found[title] = f"It could not be forecast ({type(e).__name__}: {without_paths(str(e))})."
@@ -139,17 +143,39 @@ class Measured:
     """Answers in training, counted from the rounds and steps in the record."""
     cases: int
     """Most that it trained on."""
+    besides_up: int | None = None
+    besides_down: int | None = None
+    """Outside of rounds; nothing in runs of earlier versions."""
 
 
-def measured(study: Study, rounds: Iterable[Row]) -> dict[str, dict[str, Measured]]:
-    """Model -> site -> what the lines of rounds.jsonl say; of models made beside others and in one place nothing."""
+def measured(study: Study, rounds: Iterable[Row], accounts: Iterable[Row] = ()) -> dict[str, dict[str, Measured]]:
+    """Model -> site -> what the lines of rounds.jsonl say; of models made beside others and in one place nothing.
+
+    Args:
+        accounts: the models of results.json, which say what went outside of rounds.
+    """
     models = {m.name: m for m in trained_in(study) if not m.beside and m.protocol != "centralized"}
     lines: dict[str, dict[str, list[Row]]] = {}
     for row in rounds:
         name = row["model"].partition(".")[0]  # without seed and fold
         for site, took in row["sites"].items() if name in models else ():
             lines.setdefault(name, {}).setdefault(site, []).append(took)
-    return {name: {site: _sum(models[name], site, of) for site, of in sites.items()} for name, sites in lines.items()}
+    found = {name: {site: _sum(models[name], site, of) for site, of in sites.items()} for name, sites in lines.items()}
+    besides: dict[tuple[str, str], list[Row]] = {}
+    for account in accounts:
+        for site, took in account.get("sites", {}).items():
+            besides.setdefault((account["name"], site), []).append(took)
+    return {
+        name: {site: _with_besides(m, besides.get((name, site), ())) for site, m in sites.items()}
+        for name, sites in found.items()
+    }
+
+
+def _with_besides(m: Measured, took: Sequence[Row]) -> Measured:
+    if not took or not all("besides_up" in row for row in took):
+        return m
+    up, down = (sum(row[key] for row in took) for key in ("besides_up", "besides_down"))
+    return replace(m, besides_up=up, besides_down=down)
 
 
 def _sum(model: Trained, site: str, lines: Sequence[Row]) -> Measured:

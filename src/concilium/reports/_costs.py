@@ -30,7 +30,7 @@ def costs(view: View) -> Element | None:
         for site in dict.fromkeys(site for m in of for site in m["sites"]):
             took = [m["sites"][site] for m in of if site in m["sites"]]
             times = [_steps(took), duration(_mean(took, "seconds"))]
-            sizes = [size(_mean(took, key)) for key in ("bytes_down", "bytes_up")]
+            sizes = [_size(took, key) for key in ("bytes_down", "bytes_up", "besides_down", "besides_up")]
             rows.append([shown_model(name), site, *times, *sizes])
     slowest = max(view.found.rounds, key=lambda r: r.get("seconds", 0.0), default=None)
     note = "Updates: optimiser steps one after the other. Patches: seen by all sites together."
@@ -45,9 +45,9 @@ def costs(view: View) -> Element | None:
         table(["model", "rounds", "updates", "patches", "time"], total, caption="Each model"),
         e("p", note, class_="note"),
         table(
-            ["model", "site", "steps", "training", "received", "sent"],
+            ["model", "site", "steps", "training", "received", "sent", "received besides", "sent besides"],
             rows,
-            caption="Each site, in training rounds",
+            caption="Each site, in training rounds; and besides: validation, the finished model, scoring",
             words=2,
         ),
         *_privacy(groups),
@@ -82,33 +82,73 @@ def _forecast(view: View, groups: Mapping[str, Sequence[Row]]) -> tuple[Element,
     """What was measured beside what was forecast for so many rounds."""
     rows = []
     for name, of in groups.items():
-        each = view.found.forecasts.get(name, {"sites": {}})["sites"]
-        for site, told in each.items():
+        forecast = view.found.forecasts.get(name, {"sites": {}})
+        rounds: dict[str, float] = {}
+        for site, told in forecast["sites"].items():
             took = [m["sites"][site] for m in of if site in m["sites"]]
             if took:
-                n = fmean(row.get("n_asked", row["n_steps"]) for row in took) / told["steps"]
-                rows.append([shown_model(name), site, *_beside(took, told, n)])
+                rounds[site] = fmean(row.get("n_asked", row["n_steps"]) for row in took) / told["steps"]
+                rows.append([shown_model(name), site, *_beside(took, told, rounds[site])])
+        if rounds:
+            rows.append([shown_model(name), "(server)", *_at_server(of, forecast, rounds)])
     if not rows:
         return ()
     note = (
         "Forecast before training, with the machines of the study's [forecast]: of received and sent without the headers of "
         "messages, of training without reading and augmenting patches, of memory the tensors at the worst moment of a step. "
+        "Besides: both ways outside of rounds, forecast without scores, for validation cases like the median case. "
         "Measured memory is the most that the process held, with its libraries and all else that it did; on a GPU "
-        "tensors alone."
+        "tensors alone. The server's seconds are those of its part of a network that is split."
     )
-    header = ["model", "site", "received", "forecast", "sent", "forecast", "training", "forecast", "memory", "forecast"]
+    told_of = ("received", "sent", "besides", "computing", "memory")
+    header = ["model", "site", *(text for name in told_of for text in (name, "forecast"))]
     return table(header, rows, caption="Measured, and forecast", words=2), e("p", note, class_="note")
 
 
 def _beside(took: Sequence[Row], told: Row, n_rounds: float) -> list[str]:
-    """Measured and forecast, in turn: bytes received and sent, seconds, memory."""
+    """Measured and forecast, in turn: bytes received, sent, and besides, seconds, memory."""
     down, up = (n_rounds * told[key] for key in ("down", "up"))
     memory = max(row.get("memory", 0) for row in took)
     return [
         size(_mean(took, "bytes_down")), size(down), size(_mean(took, "bytes_up")), size(up),
+        *_besides(took, [told]),
         duration(_mean(took, "seconds")), duration(n_rounds * told["seconds"]),
         size(memory) if memory else MISSING, size(told["memory"]),
     ]  # fmt: skip
+
+
+def _at_server(of: Sequence[Row], forecast: Row, rounds: Mapping[str, float]) -> list[str]:
+    """The same of the server: what all sites send it receives, and what they receive it sends. Its memory is forecast only."""
+    sites = [
+        (m["sites"][site], forecast["sites"][site], n) for site, n in rounds.items() for m in of if site in m["sites"]
+    ]
+    times = len(of)
+    measured = {key: sum(took[key] for took, _, _ in sites) / times for key in ("bytes_down", "bytes_up")}
+    told = {key: sum(n * told[key] for _, told, n in sites) / times for key in ("down", "up")}
+    seconds = [m["server_seconds"] for m in of if "server_seconds" in m]
+    n_rounds = fmean(rounds.values())
+    return [
+        size(measured["bytes_up"]), size(told["up"]), size(measured["bytes_down"]), size(told["down"]),
+        *_besides([took for took, _, _ in sites], [told for _, told, _ in sites], times=len(sites) / times),
+        duration(fmean(seconds)) if seconds else MISSING, duration(n_rounds * forecast["server_seconds"]),
+        MISSING, size(forecast["server_memory"]),
+    ]  # fmt: skip
+
+
+def _besides(took: Sequence[Row], told: Sequence[Row], *, times: float = 1.0) -> tuple[str, str]:
+    """Bytes outside of rounds, both ways: measured, and forecast; runs of earlier versions counted none."""
+    keys = ("besides_down", "besides_up")
+    measured = sum(_mean(took, key) for key in keys) if all(keys[0] in row for row in took) else None
+    forecast = sum(_mean(told, key) for key in keys) if all(keys[0] in row for row in told) else None
+    return _times(measured, times), _times(forecast, times)
+
+
+def _times(n: float | None, times: float) -> str:
+    return MISSING if n is None else size(times * n)
+
+
+def _size(took: Sequence[Row], key: str) -> str:
+    return size(_mean(took, key)) if all(key in row for row in took) else MISSING
 
 
 def _steps(took: Sequence[Row]) -> str:

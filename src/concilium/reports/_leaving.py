@@ -106,14 +106,16 @@ def bytes_before(study: Study, told: Mapping[str, Forecast]) -> Part:
         rounds = model.study.protocol.rounds
         for site, b in forecast.items():
             row = [size(b.up), size(b.down), size(b.up * rounds * model.times), size(b.down * rounds * model.times)]
+            row += [size(b.besides_up * model.times), size(b.besides_down * model.times)]
             rows.append([model.name, site, *row])
-    header = ["model", "site", "sent a round", "received a round", "sent in all", "received in all"]
+    header = ["model", "site", "sent a round", "received a round", "sent in all rounds", "received in all rounds"]
+    header += ["sent besides", "received besides"]
     content: list[Content] = []
     if rows:
         content += [
-            Grid(header, rows, "Forecast of training, from the shapes of the network", figures=4),
-            "Headers of messages are not counted, nor are statistics, scores and the finished model, which is sent to each site "
-            "once. A site that is not asked in a round sends nothing in it.",
+            Grid(header, rows, "Forecast of training, from the shapes of the network", figures=6),
+            "Besides: outside of rounds, when the model is validated, given to the sites and scored. Headers of messages are "
+            "not counted, nor are statistics, scores and new patients. A site that is not asked in a round sends nothing in it.",
         ]
     if why:
         content += ["No forecast:" if rows else "There is no forecast of bytes:", Lines(why)]
@@ -132,16 +134,18 @@ def bytes_after(
             b = forecast.get(site) if not isinstance(forecast, str) else None
             rows.append([name, site, *_beside(m, b, models[name]), f"{m.messages:,}", count(m.cases, least)])
     why = [f"{name}: {told[name]}" for name in found if isinstance(told.get(name), str)]
-    header = ["model", "site", "rounds", "sent", "forecast", "received", "forecast", "messages", "cases"]
+    header = ["model", "site", "rounds", "sent", "forecast", "received", "forecast"]
+    header += ["sent besides", "received besides", "messages", "cases"]
     content: list[Content] = [
-        Grid(header, rows, "Measured in training, all seeds and folds together", figures=7)
+        Grid(header, rows, "Measured in training, all seeds and folds together", figures=9)
         if rows
         else "The run has no complete round: nothing was measured.",
         "Rounds: those that the site answered, of as many as it was asked. Bytes are counted by the engine, headers "
         "included. Messages: "
         "the site's answers in training, counted from the rounds and steps in the record; between rounds it also "
         "answers “done” and "
-        "scores. Cases: the most that it trained on. Statistics, scores and the finished model come on top.",
+        "scores. Besides: outside of rounds, when the model was validated, given to the sites and scored. Cases: the most "
+        "that it trained on. Statistics of cases, for the plan, come on top.",
     ]
     if why:
         content += ["No forecast:", Lines(why)]
@@ -151,7 +155,8 @@ def bytes_after(
 def _beside(m: Measured, b: Bytes | None, model: Trained) -> list[str]:
     planned = model.study.protocol.rounds * model.times
     up, down = ("none", "none") if b is None else (size(b.up * m.rounds), size(b.down * m.rounds))
-    return [f"{m.rounds:,} of {planned:,}", size(m.up), up, size(m.down), down]
+    besides = ["–" if n is None else size(n) for n in (m.besides_up, m.besides_down)]
+    return [f"{m.rounds:,} of {planned:,}", size(m.up), up, size(m.down), down, *besides]
 
 
 # ----------------------------------------------------------------------------------------------- permissions, protections

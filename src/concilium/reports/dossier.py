@@ -94,7 +94,9 @@ def dossier(
     else:
         found = find(run)
         least = MIN_CASES if found.is_shared else 0
-        bytes_part = _leaving.bytes_after(study, told, measured(study, found.rounds), least=least)
+        bytes_part = _leaving.bytes_after(
+            study, told, measured(study, found.rounds, found.results["models"]), least=least
+        )
     return [
         _short(study, attacked, run),
         _leaving.messages(study),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from concilium.advice import OF_PARTIES, Planned
-from concilium.costs import Cost
+from concilium.forecast import Cost
 from concilium.reports._elements import duration, size
 from concilium.suitability import Outline, View, runs, spell
 
@@ -147,14 +147,19 @@ def _times(planned: Planned) -> Grid:
     rows = [
         (
             _way(cost), cost.transport if cost.cut else "", *(size(_most(cost, key)) for key in ("up", "down")),
+            size(max((s.besides_up + s.besides_down for s in cost.sites.values()), default=0)),
             duration(cost.seconds), duration(cost.rounds * cost.seconds),
         )
         for cost in planned.costs
     ]  # fmt: skip
-    note = "Sent and received in a round by the site that it costs most; the time of a round and of all, the link included."
+    note = (
+        "Sent and received in a round by the site that it costs most; besides: both ways, outside of rounds, in the whole run "
+        "(validation, the finished model, scoring); the time of a round and of all, the link included."
+    )
     if any(cost.name for cost in planned.costs):
         note += " Variants of the study come last, by their names."
-    return Grid(title, ("way", "maps as", "sent", "received", "a round", "all rounds"), tuple(rows), (note,))
+    header = ("way", "maps as", "sent", "received", "besides", "a round", "all rounds")
+    return Grid(title, header, tuple(rows), (note,))
 
 
 def _machines(planned: Planned) -> Grid:
