@@ -147,36 +147,34 @@ def _times(planned: Planned) -> Grid:
     rows = [
         (
             _way(cost), cost.transport if cost.cut else "", *(size(_most(cost, key)) for key in ("up", "down")),
-            size(max((s.besides_up + s.besides_down for s in cost.sites.values()), default=0)),
             duration(cost.seconds), duration(cost.rounds * cost.seconds),
         )
         for cost in planned.costs
     ]  # fmt: skip
-    note = (
-        "Sent and received in a round by the site that it costs most; besides: both ways, outside of rounds, in the whole run "
-        "(validation, the finished model, scoring); the time of a round and of all, the link included."
-    )
+    note = "Sent and received in a round by the site that it costs most; the time of a round and of all, the link included."
     if any(cost.name for cost in planned.costs):
         note += " Variants of the study come last, by their names."
-    header = ("way", "maps as", "sent", "received", "besides", "a round", "all rounds")
+    header = ("way", "maps as", "sent", "received", "a round", "all rounds")
     return Grid(title, header, tuple(rows), (note,))
 
 
 def _machines(planned: Planned) -> Grid:
-    """The same of what the machines do, which does not depend on how maps travel."""
+    """The same of what the machines do, which does not depend on how maps travel, and of what travels outside of rounds."""
     ways = {_way(cost): cost for cost in reversed(planned.costs)}
     rows = [
         (
             way, size(_most(cost, "memory")), size(cost.server_memory),
             duration(_most(cost, "seconds")), duration(cost.server_seconds),
+            size(max((s.besides_up + s.besides_down for s in cost.sites.values()), default=0)),
         )
         for way, cost in reversed(ways.items())
     ]  # fmt: skip
     note = (
         "Memory of tensors, to which that of libraries comes; and what is computed in a round, at the site that it costs most "
-        "and at the server for all."
+        "and at the server for all. Besides: what that site sends and receives outside of rounds in the whole run (validation, "
+        "the finished model, scoring), maps as float32."
     )
-    header = ("way", "memory at a site", "at the server", "computing at a site", "at the server")
+    header = ("way", "memory at a site", "at the server", "computing at a site", "at the server", "besides")
     return Grid("What machines it needs", header, tuple(rows), (note,))
 
 
