@@ -134,19 +134,26 @@ def bytes_after(
             b = forecast.get(site) if not isinstance(forecast, str) else None
             rows.append([name, site, *_beside(m, b, models[name]), f"{m.messages:,}", count(m.cases, least)])
     why = [f"{name}: {told[name]}" for name in found if isinstance(told.get(name), str)]
-    header = ["model", "site", "rounds", "sent", "forecast", "received", "forecast"]
-    header += ["sent besides", "received besides", "messages", "cases"]
+    header = ["model", "site", "rounds", "sent", "forecast", "received", "forecast", "messages", "cases"]
     content: list[Content] = [
-        Grid(header, rows, "Measured in training, all seeds and folds together", figures=9)
+        Grid(header, rows, "Measured in training, all seeds and folds together", figures=7)
         if rows
         else "The run has no complete round: nothing was measured.",
         "Rounds: those that the site answered, of as many as it was asked. Bytes are counted by the engine, headers "
         "included. Messages: "
         "the site's answers in training, counted from the rounds and steps in the record; between rounds it also "
         "answers “done” and "
-        "scores. Besides: outside of rounds, when the model was validated, given to the sites and scored. Cases: the most "
-        "that it trained on. Statistics of cases, for the plan, come on top.",
+        "scores. Cases: the most that it trained on. Statistics of cases, for the plan, come on top.",
     ]
+    besides = [
+        [name, site, size(m.besides_up), size(m.besides_down)]
+        for name, sites in found.items()
+        for site, m in sites.items()
+        if m.besides_up is not None and m.besides_down is not None
+    ]
+    if besides:
+        title = "Measured outside of rounds: when the model was validated, given to the sites, and scored"
+        content.append(Grid(["model", "site", "sent", "received"], besides, title, figures=2))
     if why:
         content += ["No forecast:", Lines(why)]
     return Part("Bytes, messages and cases: measured, beside what was said before", content)
@@ -155,8 +162,7 @@ def bytes_after(
 def _beside(m: Measured, b: Bytes | None, model: Trained) -> list[str]:
     planned = model.study.protocol.rounds * model.times
     up, down = ("none", "none") if b is None else (size(b.up * m.rounds), size(b.down * m.rounds))
-    besides = ["–" if n is None else size(n) for n in (m.besides_up, m.besides_down)]
-    return [f"{m.rounds:,} of {planned:,}", size(m.up), up, size(m.down), down, *besides]
+    return [f"{m.rounds:,} of {planned:,}", size(m.up), up, size(m.down), down]
 
 
 # ----------------------------------------------------------------------------------------------- permissions, protections
