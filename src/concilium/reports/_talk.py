@@ -201,7 +201,9 @@ def how_often(often: str, model: Trained) -> str:
             return f"in every step: {p.rounds:,} rounds of {p.epochs:g} passes over the site's cases{partly}{each}"
         case "step":
             return f"in every step: {p.rounds:,} rounds of {steps:,} steps, {p.rounds * steps:,} times{partly}{each}"
-    between = f", and after every {v.every} rounds" if v.every else ""
+    between = (
+        f", and after every {v.every} rounds" if (v.every or 0) > 1 else ", and after each round" if v.every else ""
+    )
     return f"when the model is finished{between}{each}"
 
 
