@@ -12,10 +12,11 @@ takes part can ask about names by listing them as cases of its own, as with ever
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -32,10 +33,12 @@ _A = 486662
 
 @dataclass(frozen=True)
 class Found:
-    """Of one party: its rows that all have; and those that all have, but that lie elsewhere in space at one of them."""
+    """Of one party: its rows that all have; those that all have, but that lie elsewhere in space at one of them; and those that
+    one of them cannot use."""
 
     rows: tuple[int, ...]
     apart: tuple[int, ...]
+    lost: tuple[int, ...] = ()
 
 
 def secret_in(file: Path) -> bytes:
@@ -77,32 +80,41 @@ def blinded(points: Tensor, secret: bytes) -> Tensor:
         ) from e
 
 
-def found_of(cases: Mapping[str, Tensor], geometry: Mapping[str, Tensor]) -> dict[str, Found]:
+def found_of(
+    cases: Mapping[str, Tensor], geometry: Mapping[str, Tensor], unusable: Mapping[str, Collection[int]]
+) -> dict[str, Found]:
     """What all parties have, from the points of each that all have blinded, in the order in which it showed them.
 
     Args:
         cases: party -> points of its cases' names.
         geometry: party -> points of the same cases' names together with where they lie in space, in one way of rounding, and
             then in each other one: cases lie alike that do in any.
+        unusable: party -> its rows that it cannot use.
     """
     named, lying = ({p: _rows(points) for p, points in of.items()} for of in (cases, geometry))
     common, agreed = (set.intersection(*map(set, of.values())) for of in (named, lying))
+    broken = {point for party, rows in named.items() for point, i in rows.items() if i in unusable.get(party, ())}
     found = {}
     for party, rows in named.items():
         there = {i for point, i in rows.items() if point in common}
+        lost = {i for point, i in rows.items() if point in common & broken}
         same = {i % len(rows) for point, i in lying[party].items() if point in agreed}
-        found[party] = Found(tuple(sorted(there & same)), tuple(sorted(there - same)))
+        each = (there & same) - lost, there - same - lost, lost
+        found[party] = Found(*(tuple(sorted(part)) for part in each))
     return found
 
 
 def intersect(
-    offered: Mapping[str, tuple[Tensor, Tensor]], blind: Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]]
+    offered: Mapping[str, tuple[Tensor, Tensor]],
+    blind: Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    unusable: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> dict[str, Found]:
     """Have each party's points blinded by every other, one after the other, and see what all have.
 
     Args:
         offered: party -> its points, of names and of names with geometry, blinded by itself.
         blind: asks a party to blind points.
+        unusable: party -> its rows that it cannot use.
 
     Raises:
         ContractError: a party changes how many points there are, or shows one twice.
@@ -119,7 +131,7 @@ def intersect(
                         "the alignment again."
                     )
         done[owner] = points
-    return found_of({o: p[0] for o, p in done.items()}, {o: p[1] for o, p in done.items()})
+    return found_of({o: p[0] for o, p in done.items()}, {o: p[1] for o, p in done.items()}, unusable)
 
 
 def _rows(points: Tensor) -> dict[bytes, int]:

@@ -94,7 +94,7 @@ def serve(
             n_cases, last = looked.n_cases, start + len(looked.maps) >= looked.n_windows
             if not n_cases:
                 return reply
-            maps = tuple(between(window) for window in looked.maps)
+            maps = tuple(between(window) for window in looked.maps)  # none where a party cannot read the case
             conclude = Conclude(request, case, start, maps, last, made.after, (), between.transport)
             (reply,) = dict(ask(engine, {made.labels: conclude})).values()
             if isinstance(reply, Failure):
@@ -116,10 +116,14 @@ class _Windows:
 def _look(engine: Engine, parties: Sequence[str], request: Look) -> _Windows | Failure:
     """What all parties see of these windows; or how one failed."""
     looked: dict[str, Looked] = {}
-    for site, answer in ask(engine, dict.fromkeys(parties, request)):
+    for site, answer in list(
+        ask(engine, dict.fromkeys(parties, request))
+    ):  # all, or the next question gets the last replies
         if not isinstance(answer, Looked):
             return as_failure(answer)
         looked[site] = answer
+    if len({reply.n_cases for reply in looked.values()}) == 1 and not all(reply.maps for reply in looked.values()):
+        return _Windows((), 0, next(iter(looked.values())).n_cases)
     told = {(len(reply.maps), reply.n_windows, reply.n_cases) for reply in looked.values()}
     (n, n_windows, n_cases), *others = told
     if others or (n_cases and not 0 < n <= request.count):

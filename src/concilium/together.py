@@ -89,7 +89,7 @@ def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
         DataError: too few cases are everywhere.
     """
     held, labels = holdings(study), str(study.protocol.options["labels"])
-    counts, found, replies = _aligned(engine, held, "known")
+    counts, found, replies = _aligned(engine, held, "known", begins=not record.begun)
     patients = replies[labels].patients
     if len(set(patients)) < 2:
         raise DataError(
@@ -98,14 +98,18 @@ def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
         )
     if "centralized" in study.protocol.compare and study.engine.name == "simulation":
         _join(study, record)
-    n, apart = len(patients), len(found[labels].apart)
+    n, apart, lost = len(patients), len(found[labels].apart), len(found[labels].lost)
+    too_many = apart + lost > study.study.max_excluded * (n + apart + lost)
     warnings: list[str] = []
     problems: list[str] = []
     if any(count != n for count in counts.values()):
         warnings.append(f"{n} cases are at all sites, and trained on ({_told(counts)} are there).")
     if apart:
         text = f"{apart} cases that all sites have lie elsewhere in space at one of them, and are set aside (geometry_differs)."
-        (problems if apart > study.study.max_excluded * (n + apart) else warnings).append(text)
+        (problems if too_many else warnings).append(text)
+    if lost:
+        text = f"{lost} cases that all sites have cannot be used at one of them, which notes why, and are set aside by all."
+        (problems if too_many else warnings).append(text)
     return Agreed(patients, tuple(warnings), tuple(problems), any(count != n for count in counts.values()))
 
 
@@ -137,16 +141,17 @@ def align_new(study: Study, engine: Engine) -> tuple[int, int]:
 
 
 def _aligned(
-    engine: Engine, held: Mapping[str, Holding], subset: str
+    engine: Engine, held: Mapping[str, Holding], subset: str, *, begins: bool = True
 ) -> tuple[dict[str, int], dict[str, Found], dict[str, Aligned]]:
     """How many cases each site offered, which of them all have, and what the sites answered when they were told."""
 
     def blind(site: str, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return _all(engine, {site: Blind(points)}, Blinded)[site].points
 
-    offered = _all(engine, {name: Offer(own, subset) for name, own in held.items()}, Offered)
-    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, blind)
-    replies = _all(engine, {n: Align(held[n], f.rows, f.apart, subset) for n, f in found.items()}, Aligned)
+    offered = _all(engine, {name: Offer(own, subset, begins) for name, own in held.items()}, Offered)
+    unusable = {name: o.unusable for name, o in offered.items()}
+    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, blind, unusable)
+    replies = _all(engine, {n: Align(held[n], f.rows, f.apart, subset, f.lost) for n, f in found.items()}, Aligned)
     return {name: len(o.cases) for name, o in offered.items()}, found, replies
 
 
@@ -176,7 +181,7 @@ def _all(engine: Engine, requests: Mapping[str, Request], expected: type[T]) -> 
         EngineError: one failed.
     """
     found: dict[str, T] = {}
-    for name, reply in ask(engine, requests):
+    for name, reply in list(ask(engine, requests)):  # all, or the next question gets the last replies
         if not isinstance(reply, expected):
             raise EngineError(
                 f"{name} failed while cases were aligned: {describe(as_failure(reply))}. All sites must answer. Mend it and "

@@ -120,20 +120,24 @@ def test_one_who_lies_elsewhere_in_space_is_left_out(data: Path, tmp_path: Path)
     assert set(label_maps(tmp_path / f"run/sites/first/segmented/{KEY}")) == {names[1]}
 
 
+@pytest.mark.parametrize("site", ["first", "third"])
 def test_a_site_that_does_not_allow_it_sends_nothing_of_new_patients(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What the other sites had answered by then is not taken for answers about the next model."""
     arrives(data, 0)
     begin = Site.__init__
 
     def closed(self: Site, settings: Any, **given: Any) -> None:
-        allowed = Policy(new_patients=settings.name != "third")
+        allowed = Policy(new_patients=settings.name != site)
         begin(self, replace(settings, policy=allowed), **given)
 
     monkeypatch.setattr(Site, "__init__", closed)
-    out = run(study_on(data), tmp_path / "run")
+    study = study_on(data)
+    out = run(replace(study, study=replace(study.study, seeds=2)), tmp_path / "run")
     assert out.exit_code == 4
-    assert any("new patients" in p and "new_patients" in p and "third" in p for p in out.results["problems"])
+    assert all("new patients" in p and "new_patients" in p and site in p for p in out.results["problems"])
+    assert len(out.results["problems"]) == 2 == len(out.results["models"])
     assert not list((tmp_path / "run/sites").rglob("segmented"))
     assert {c["subset"] for c in out.results["cases"]} == {"validation"}, "the trained model is scored all the same"
 
