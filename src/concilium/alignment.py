@@ -34,11 +34,13 @@ _A = 486662
 @dataclass(frozen=True)
 class Found:
     """Of one party: its rows that all have; those that all have, but that lie elsewhere in space at one of them; and those that
-    one of them cannot use."""
+    one of them cannot use. All in an order that parties share."""
 
     rows: tuple[int, ...]
     apart: tuple[int, ...]
     lost: tuple[int, ...] = ()
+    cases: tuple[int, ...] = ()
+    """Which of the cases that were found each of `rows` is: not every party has them all where fewer are enough."""
 
 
 def secret_in(file: Path) -> bytes:
@@ -81,33 +83,54 @@ def blinded(points: Tensor, secret: bytes) -> Tensor:
 
 
 def found_of(
-    cases: Mapping[str, Tensor], geometry: Mapping[str, Tensor], unusable: Mapping[str, Collection[int]]
+    cases: Mapping[str, Tensor],
+    geometry: Mapping[str, Tensor],
+    unusable: Mapping[str, Collection[int]],
+    enough: Callable[[Collection[str]], bool],
 ) -> dict[str, Found]:
-    """What all parties have, from the points of each that all have blinded, in the order in which it showed them.
+    """What parties have in common, from the points of each that all have blinded, in the order in which it showed them.
 
     Args:
         cases: party -> points of its cases' names.
         geometry: party -> points of the same cases' names together with where they lie in space, in one way of rounding, and
             then in each other one: cases lie alike that do in any.
         unusable: party -> its rows that it cannot use.
+        enough: whether a case is found that these parties have.
     """
-    named, lying = ({p: _rows(points) for p, points in of.items()} for of in (cases, geometry))
-    common, agreed = (set.intersection(*map(set, of.values())) for of in (named, lying))
-    broken = {point for party, rows in named.items() for point, i in rows.items() if i in unusable.get(party, ())}
-    found = {}
-    for party, rows in named.items():
-        there = {i for point, i in rows.items() if point in common}
-        lost = {i for point, i in rows.items() if point in common & broken}
-        same = {i % len(rows) for point, i in lying[party].items() if point in agreed}
-        each = (there & same) - lost, there - same - lost, lost
-        found[party] = Found(*(tuple(sorted(part)) for part in each))
-    return found
+    who: dict[bytes, dict[str, int]] = {}
+    lying: dict[str, dict[int, set[bytes]]] = {}
+    for party, points in cases.items():
+        for point, row in _rows(points).items():
+            who.setdefault(point, {})[party] = row
+        lying[party] = {row: set() for row in range(len(points))}
+        for point, i in _rows(geometry[party]).items():
+            lying[party][i % len(points)].add(point)
+    found: list[Mapping[str, int]] = []
+    apart: list[Mapping[str, int]] = []
+    lost: list[Mapping[str, int]] = []
+    for _, there in sorted(who.items()):  # an order that all parties share, and that tells nothing
+        if enough(there):
+            broken = any(row in unusable.get(party, ()) for party, row in there.items())
+            alike = set.intersection(*(lying[party][row] for party, row in there.items()))
+            (lost if broken else found if alike else apart).append(there)
+    return {
+        party: Found(_of(party, found), _of(party, apart), _of(party, lost), _numbers(party, found)) for party in cases
+    }
+
+
+def _of(party: str, some: Sequence[Mapping[str, int]]) -> tuple[int, ...]:
+    return tuple(rows[party] for rows in some if party in rows)
+
+
+def _numbers(party: str, some: Sequence[Mapping[str, int]]) -> tuple[int, ...]:
+    return tuple(i for i, rows in enumerate(some) if party in rows)
 
 
 def intersect(
     offered: Mapping[str, tuple[Tensor, Tensor]],
     blind: Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]],
     unusable: Mapping[str, Collection[int]] = MappingProxyType({}),
+    enough: Callable[[Collection[str]], bool] | None = None,
 ) -> dict[str, Found]:
     """Have each party's points blinded by every other, one after the other, and see what all have.
 
@@ -115,6 +138,7 @@ def intersect(
         offered: party -> its points, of names and of names with geometry, blinded by itself.
         blind: asks a party to blind points.
         unusable: party -> its rows that it cannot use.
+        enough: whether a case is found that these parties have; omitted: all must.
 
     Raises:
         ContractError: a party changes how many points there are, or shows one twice.
@@ -131,7 +155,8 @@ def intersect(
                         "the alignment again."
                     )
         done[owner] = points
-    return found_of({o: p[0] for o, p in done.items()}, {o: p[1] for o, p in done.items()}, unusable)
+    cases, geometry = ({owner: points[i] for owner, points in done.items()} for i in (0, 1))
+    return found_of(cases, geometry, unusable, enough or (lambda parties: len(parties) == len(offered)))
 
 
 def _rows(points: Tensor) -> dict[bytes, int]:

@@ -558,7 +558,7 @@ class Look:
     model: str
     subset: str
     case: int
-    """Its place among the cases of the subset, the same at every party."""
+    """Its place among the cases of the subset, the same at every party; of new ones, which not all may have, as in `Align`."""
     start: int
     count: int
     transport: str = "float32"

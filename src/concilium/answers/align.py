@@ -96,7 +96,7 @@ def align(settings: Settings, request: Align) -> tuple[Aligned, Exclusions]:
             f"{len(rows)} rows are to be aligned, {len(offered)} were offered by {settings.name}. Expected each once, and of "
             "those. Start the alignment again."
         )
-    chosen = sorted(offered[row] for row in request.rows)
+    chosen = [offered[row] for row in request.rows]
     (member,) = settings.data
     mine = shown.lost.keys()  # of which the reason is noted
     texts = {
@@ -114,6 +114,7 @@ def align(settings: Settings, request: Align) -> tuple[Aligned, Exclusions]:
         before = noted(settings.folder, NEW_FILE)["left_out"]  # those that could not be read, which were not offered
         note_new(settings, request.holding, chosen, before | {key: text for key, (_, text) in excluded.items()})
         return Aligned(len(chosen), ()), {}
+    chosen = sorted(chosen)  # the order of every party, whatever else changes
     note_aligned(settings, chosen, begins=shown.begins)  # those of before, where the run goes on
     return Aligned(len(chosen), _patients(settings, request, chosen) if request.holding.labelled else ()), excluded
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from concilium.answers import Check, Entry, Job, Settings, noise_key
 from concilium.answers.evaluate import Scorer, segment, subset_of
-from concilium.answers.new_patients import NEW
+from concilium.answers.new_patients import NEW, note_without
 from concilium.answers.statistics import Exclusions, count
 from concilium.answers.vertical import set_absent
 from concilium.data.dataset import reader
@@ -109,6 +109,8 @@ class Service:
         if request.last and request.maps:
             self._scorer.add(entry, [_Replay(self._logits)])
             self._logits = []
+            if request.absent:
+                note_without(self._settings, entry.case.name, request.absent)
         if not (request.last and request.case == len(entries) - 1):
             return Done(), {}
         scorer, self._scorer = self._scorer, None
