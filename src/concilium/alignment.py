@@ -5,8 +5,9 @@ of its own, and those of all others too; names that were equal are equal still, 
 without the secrets of all. Powers are those of X25519 (RFC 7748); names are hashed onto its curve. The order in which a party
 shows its cases is that of their blinded values, which tells nothing.
 
-What is learnt: how many cases each party has, and how many all have; each party besides, which of its own those are. Whoever
-takes part can ask about names by listing them as cases of its own, as with every protocol of this kind (decisions/0013).
+What is learnt: how many cases each party has, how many any group of them has, and which of the blinded ones a party cannot use;
+each party besides, which of its own all have. Whoever takes part can ask about names by listing them as cases of its own, as
+with every protocol of this kind (decisions/0013).
 """
 
 from __future__ import annotations
