@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ NAMES = {
 
 def found(
     change: Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda _, points: points,
+    unusable: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> tuple[dict[str, Found], dict[str, list[str]]]:
     """What each party finds, and its cases in the order in which it showed them. `case30` lies elsewhere at `c`."""
     secrets = {party: os.urandom(BYTES) for party in NAMES}
@@ -33,7 +35,8 @@ def found(
         order = order_of(cases)
         shown[party] = [names[i] for i in order]
         offered[party] = (cases[order], places[order])
-    made = intersect(offered, lambda p, points: change(p, tuple(blinded(x, secrets[p]) for x in points)))
+    broken = {party: {shown[party].index(name) for name in names} for party, names in unusable.items()}
+    made = intersect(offered, lambda p, points: change(p, tuple(blinded(x, secrets[p]) for x in points)), broken)
     return made, shown
 
 
@@ -42,6 +45,13 @@ def test_every_party_finds_the_same_cases() -> None:
     for party in NAMES:
         assert sorted(shown[party][i] for i in made[party].rows) == sorted(f"case{i}" for i in range(20, 51) if i != 30)
         assert [shown[party][i] for i in made[party].apart] == ["case30"]
+
+
+def test_a_case_that_one_party_cannot_use_is_lost_to_all() -> None:
+    made, shown = found(unusable={"b": ("case25", "case70")})
+    for party in NAMES:
+        assert [shown[party][i] for i in made[party].lost] == ["case25"]
+        assert "case25" not in [shown[party][i] for i in made[party].rows + made[party].apart]
 
 
 def test_the_order_in_which_cases_are_shown_tells_nothing() -> None:

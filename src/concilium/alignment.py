@@ -5,17 +5,19 @@ of its own, and those of all others too; names that were equal are equal still, 
 without the secrets of all. Powers are those of X25519 (RFC 7748); names are hashed onto its curve. The order in which a party
 shows its cases is that of their blinded values, which tells nothing.
 
-What is learnt: how many cases each party has, and how many all have; each party besides, which of its own those are. Whoever
-takes part can ask about names by listing them as cases of its own, as with every protocol of this kind (decisions/0013).
+What is learnt: how many cases each party has, how many any group of them has, and which of the blinded ones a party cannot use;
+each party besides, which of its own all have. Whoever takes part can ask about names by listing them as cases of its own, as
+with every protocol of this kind (decisions/0013).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -32,10 +34,14 @@ _A = 486662
 
 @dataclass(frozen=True)
 class Found:
-    """Of one party: its rows that all have; and those that all have, but that lie elsewhere in space at one of them."""
+    """Of one party: its rows that all have; those that all have, but that lie elsewhere in space at one of them; and those that
+    one of them cannot use. All in an order that parties share."""
 
     rows: tuple[int, ...]
     apart: tuple[int, ...]
+    lost: tuple[int, ...] = ()
+    cases: tuple[int, ...] = ()
+    """Which of the cases that were found each of `rows` is: not every party has them all where fewer are enough."""
 
 
 def secret_in(file: Path) -> bytes:
@@ -77,32 +83,63 @@ def blinded(points: Tensor, secret: bytes) -> Tensor:
         ) from e
 
 
-def found_of(cases: Mapping[str, Tensor], geometry: Mapping[str, Tensor]) -> dict[str, Found]:
-    """What all parties have, from the points of each that all have blinded, in the order in which it showed them.
+def found_of(
+    cases: Mapping[str, Tensor],
+    geometry: Mapping[str, Tensor],
+    unusable: Mapping[str, Collection[int]],
+    enough: Callable[[Collection[str]], bool],
+) -> dict[str, Found]:
+    """What parties have in common, from the points of each that all have blinded, in the order in which it showed them.
 
     Args:
         cases: party -> points of its cases' names.
         geometry: party -> points of the same cases' names together with where they lie in space, in one way of rounding, and
             then in each other one: cases lie alike that do in any.
+        unusable: party -> its rows that it cannot use.
+        enough: whether a case is found that these parties have.
     """
-    named, lying = ({p: _rows(points) for p, points in of.items()} for of in (cases, geometry))
-    common, agreed = (set.intersection(*map(set, of.values())) for of in (named, lying))
-    found = {}
-    for party, rows in named.items():
-        there = {i for point, i in rows.items() if point in common}
-        same = {i % len(rows) for point, i in lying[party].items() if point in agreed}
-        found[party] = Found(tuple(sorted(there & same)), tuple(sorted(there - same)))
-    return found
+    who: dict[bytes, dict[str, int]] = {}
+    lying: dict[str, dict[int, set[bytes]]] = {}
+    for party, points in cases.items():
+        for point, row in _rows(points).items():
+            who.setdefault(point, {})[party] = row
+        lying[party] = {row: set() for row in range(len(points))}
+        for point, i in _rows(geometry[party]).items():
+            lying[party][i % len(points)].add(point)
+    found: list[Mapping[str, int]] = []
+    apart: list[Mapping[str, int]] = []
+    lost: list[Mapping[str, int]] = []
+    for _, there in sorted(who.items()):  # an order that all parties share, and that tells nothing
+        if enough(there):
+            broken = any(row in unusable.get(party, ()) for party, row in there.items())
+            alike = set.intersection(*(lying[party][row] for party, row in there.items()))
+            (lost if broken else found if alike else apart).append(there)
+    return {
+        party: Found(_of(party, found), _of(party, apart), _of(party, lost), _numbers(party, found)) for party in cases
+    }
+
+
+def _of(party: str, some: Sequence[Mapping[str, int]]) -> tuple[int, ...]:
+    return tuple(rows[party] for rows in some if party in rows)
+
+
+def _numbers(party: str, some: Sequence[Mapping[str, int]]) -> tuple[int, ...]:
+    return tuple(i for i, rows in enumerate(some) if party in rows)
 
 
 def intersect(
-    offered: Mapping[str, tuple[Tensor, Tensor]], blind: Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]]
+    offered: Mapping[str, tuple[Tensor, Tensor]],
+    blind: Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    unusable: Mapping[str, Collection[int]] = MappingProxyType({}),
+    enough: Callable[[Collection[str]], bool] | None = None,
 ) -> dict[str, Found]:
     """Have each party's points blinded by every other, one after the other, and see what all have.
 
     Args:
         offered: party -> its points, of names and of names with geometry, blinded by itself.
         blind: asks a party to blind points.
+        unusable: party -> its rows that it cannot use.
+        enough: whether a case is found that these parties have; omitted: all must.
 
     Raises:
         ContractError: a party changes how many points there are, or shows one twice.
@@ -119,7 +156,8 @@ def intersect(
                         "the alignment again."
                     )
         done[owner] = points
-    return found_of({o: p[0] for o, p in done.items()}, {o: p[1] for o, p in done.items()})
+    cases, geometry = ({owner: points[i] for owner, points in done.items()} for i in (0, 1))
+    return found_of(cases, geometry, unusable, enough or (lambda parties: len(parties) == len(offered)))
 
 
 def _rows(points: Tensor) -> dict[bytes, int]:

@@ -18,7 +18,7 @@ CODES = frozenset({
     "unusable", "unreadable", "not_finite", "unknown_label", "missing_channel", "missing_label", "channel_mismatch",
     "shape_mismatch", "geometry_mismatch", "sites_differ", "no_foreground", "no_such_subset", "no_training_cases",
     "too_many_excluded", "micro_batch", "no_weights", "frozen_differs", "no_epsilon",
-    "cases_changed",
+    "cases_changed", "case_failed",
 })  # fmt: skip
 """What a `DataError` may tell outside its site."""
 

@@ -32,16 +32,15 @@ from concilium.preparation import (
     Ledger,
     Work,
     agree_on_tensors,
-    ask_sites,
     failure_line,
     on_folders,
-    plan_for,
     prepare_sites,
 )
 from concilium.protocols import Round, copy_traffic, start_with
+from concilium.readiness import planned
 from concilium.record import Record
 from concilium.results import write_results
-from concilium.schedule import Model, Setting, ensemble_key, models, settings
+from concilium.schedule import Model, Setting, ensemble_key, models
 from concilium.scoring import account_of, note_rounds, score, watch_validation
 from concilium.segmenting import segment_new, segments_new
 from concilium.sharing import EVERYTHING
@@ -88,12 +87,10 @@ def run(
     finished: list[Mapping[str, Any]] = []
     try:
         watch(Event("stage", "Reading every case"))
-        told = ask_sites(study, engine, record, ledger)
-        # all of them before anything trains: a variant that cannot be planned must not cost a night first
-        planned = [(members, plan_for(members[0], told, record, ledger)) for members in settings(study)]
-        for note in dict.fromkeys(plans.start.note for _, plans in planned if plans.start is not None):
+        every = planned(study, engine, record, ledger)
+        for note in dict.fromkeys(plans.start.note for _, plans in every if plans.start is not None):
             watch(Event("stage", note))
-        for members, plans in planned:
+        for members, plans in every:
             finished += _train_members(Work(study, engine, record, plans, watch), members, ledger)
     except BaseException as e:
         known = isinstance(e, ConciliumError)

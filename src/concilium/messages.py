@@ -252,6 +252,8 @@ class Offer:
     holding: Holding
     subset: str = "known"
     """`new`: those in `imagesTs`, of which nobody has a label map yet."""
+    begins: bool = True
+    """Whether nothing was trained yet; after that the cases are those that the run began with."""
 
 
 @dataclass(frozen=True)
@@ -263,15 +265,14 @@ class Blind:
 
 @dataclass(frozen=True)
 class Align:
-    """Train on these of the cases that the site offered, and on no others; `apart` lie elsewhere in space at another site.
-
-    Those that are `new` are segmented together, and never trained on.
-    """
+    """Train on these of the cases that the site offered, and on no others; `apart` lie elsewhere in space at another site, and
+    `lost` are those that a site cannot use. Those that are `new` are segmented together, and never trained on."""
 
     holding: Holding
     rows: tuple[int, ...]
     apart: tuple[int, ...]
     subset: str = "known"
+    lost: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -450,9 +451,7 @@ class Pass:
 @dataclass(frozen=True)
 class Hand:
     """Seal the weights of `model` for the site `to` once more: to go on from in this round, or after it (`final`) to keep.
-
-    Without `to`: send them in the open, where that was said from the start (`reveal`).
-    """
+    Without `to`: send them in the open, where that was said from the start (`reveal`)."""
 
     model: str
     round: int
@@ -491,9 +490,7 @@ class Hold:
 @dataclass(frozen=True)
 class Deal:
     """Divide the secrets behind this site's masks among the sites of this round, each share sealed for its holder.
-
-    `weight` and `cases` are what all these sites' updates count together, and how many training cases they have.
-    """
+    `weight` and `cases` are what all these sites' updates count together, and how many training cases they have."""
 
     model: str
     round: int
@@ -561,7 +558,7 @@ class Look:
     model: str
     subset: str
     case: int
-    """Its place among the cases of the subset, the same at every party."""
+    """Its place among the cases of the subset, the same at every party; of new ones, which not all may have, as in `Align`."""
     start: int
     count: int
     transport: str = "float32"
@@ -570,7 +567,7 @@ class Look:
 @dataclass(frozen=True)
 class Conclude:
     """Run the tail of a finished model on the maps of these windows; after the last of a case score it (one that is `new`: write
-    its label map), and after the last case answer as to `Evaluate`."""
+    its label map; without any map: set it aside), and after the last case answer as to `Evaluate`."""
 
     evaluate: Evaluate
     case: int
@@ -699,6 +696,8 @@ class Offered:
     cases: Tensor
     geometry: Tensor
     """(2 n, 32): two ways of rounding, one after the other."""
+    unusable: tuple[int, ...] = ()
+    """Rows of cases that cannot be read or prepared here: nobody trains on them."""
 
 
 @dataclass(frozen=True)
@@ -724,7 +723,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Looked:
-    """For each window the maps that the front left; how many windows the case has; and how many cases the subset."""
+    """For each window the maps that the front left, none of a case that cannot be read; how many windows and cases there are."""
 
     maps: tuple[tuple[Tensor, ...], ...]
     n_windows: int
@@ -923,6 +922,7 @@ HINTS = {
     "out_of_memory": "; in training, a smaller micro_batch at the site may help",
     "out_of_range": "; a value changed by more than [collect] range: raise it, and with it bits",
     "no_weights": "; its site.toml must name a copy of the file that the study starts from (weights = 'PATH')",
+    "case_failed": "; a case of before cannot be prepared any more: put its files back, then go on with --resume",
     "cases_changed": "; other cases are at all sites than when the run began: put the data back, or start a new run",
     "frozen_differs": "; what does not train differs from the server's: use one version everywhere, or [network] weights",
     "no_epsilon": "; differential privacy promises nothing any more: more noise ([local_update] noise), or fewer rounds",

@@ -101,10 +101,13 @@ def ask_sites(study: Study, engine: Engine, record: Record, ledger: Ledger) -> T
     """
     for one in (study, *study.variants.values()):
         check_start(one, record)
-    request = Examine(study.plan.exact_geometry, study.study.max_excluded)
     held = holdings(study) if is_vertical(study) else {}
-    asking = [name for name, site in engine.sites.items() if site.role in ("site", "test")]
-    asked = {name: replace(request, holding=held.get(name)) for name in asking}
+    most = dict.fromkeys(held, 1.0)  # of parties those count that all have: the alignment knows
+    asked = {
+        name: Examine(study.plan.exact_geometry, most.get(name, study.study.max_excluded), held.get(name))
+        for name, site in engine.sites.items()
+        if site.role in ("site", "test")
+    }
     told = {name: reply for name, reply in _must(engine, record, asked, study, ledger) if isinstance(reply, Examined)}
     told = {name: told[name] for name in (*study.sites, *told) if name in told}  # the first site's order and ids count
     ledger.excluded += [x for name, r in told.items() if record.is_elsewhere(name) for x in set_aside(name, r.excluded)]

@@ -172,7 +172,7 @@ class Site:
             case Where():
                 reply = place(self._prepared_job(), request)
             case Look():
-                reply = self._service.look(self._prepared_job(), models.finished, request)
+                reply, excluded = self._service.look(self._prepared_job(), models.finished, request)
             case Conclude():
                 reply, excluded = self._service.conclude(self._prepared_job(), models.finished, request, cancelled)
         note_excluded(self.settings, excluded)

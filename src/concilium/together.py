@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -35,7 +35,7 @@ from concilium.messages import (
 from concilium.planning import Plans
 from concilium.record import Record
 from concilium.schedule import Setting
-from concilium.study import Study, holdings, is_vertical, names_of, sites_of
+from concilium.study import Study, holdings, is_vertical, names_of, parties_of, sites_of
 
 T = TypeVar("T")
 POOLED = "joined"
@@ -67,6 +67,12 @@ def as_one(study: Study, told: Mapping[str, Examined]) -> dict[str, Examined]:
     return {name: one if name in study.sites else reply for name, reply in told.items()}
 
 
+UNPRACTISED = (
+    "{name}: incomplete = true with drop = 0: the network never learns to do without a site, and what it makes of patients whom "
+    "one lacks is left to chance. Train with [protocol] drop = 0.2 or so, or take incomplete out."
+)
+
+
 @dataclass(frozen=True)
 class Agreed:
     """A number for the patient of each case that all sites have, and what a report must say of it."""
@@ -89,7 +95,7 @@ def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
         DataError: too few cases are everywhere.
     """
     held, labels = holdings(study), str(study.protocol.options["labels"])
-    counts, found, replies = _aligned(engine, held, "known")
+    counts, found, replies = _aligned(engine, held, "known", begins=not record.begun)
     patients = replies[labels].patients
     if len(set(patients)) < 2:
         raise DataError(
@@ -98,15 +104,29 @@ def align_parties(study: Study, engine: Engine, record: Record) -> Agreed:
         )
     if "centralized" in study.protocol.compare and study.engine.name == "simulation":
         _join(study, record)
-    n, apart = len(patients), len(found[labels].apart)
-    warnings: list[str] = []
+    n, apart, lost = len(patients), len(found[labels].apart), len(found[labels].lost)
+    too_many = apart + lost > study.study.max_excluded * (n + apart + lost)
+    warnings = [UNPRACTISED.format(name=name) for name, one in _settings(study) if _is_unpractised(one)]
     problems: list[str] = []
     if any(count != n for count in counts.values()):
         warnings.append(f"{n} cases are at all sites, and trained on ({_told(counts)} are there).")
     if apart:
         text = f"{apart} cases that all sites have lie elsewhere in space at one of them, and are set aside (geometry_differs)."
-        (problems if apart > study.study.max_excluded * (n + apart) else warnings).append(text)
+        (problems if too_many else warnings).append(text)
+    if lost:
+        text = f"{lost} cases that all sites have cannot be used at one of them, which notes why, and are set aside by all."
+        (problems if too_many else warnings).append(text)
     return Agreed(patients, tuple(warnings), tuple(problems), any(count != n for count in counts.values()))
+
+
+def _settings(study: Study) -> list[tuple[str, Study]]:
+    return [(study.protocol.name, study), *study.variants.items()]
+
+
+def _is_unpractised(study: Study) -> bool:
+    """Whether it is to do without a site, and never learns that."""
+    options = study.protocol.options
+    return is_vertical(study) and options["incomplete"] and not options["drop"]
 
 
 def must_lie_alike(ready: Mapping[str, Prepared]) -> None:
@@ -124,29 +144,51 @@ def must_lie_alike(ready: Mapping[str, Prepared]) -> None:
         )
 
 
-def align_new(study: Study, engine: Engine) -> tuple[int, int]:
-    """Have the sites find which new cases all of them have; how many, and how many more lie elsewhere in space at one of them.
+@dataclass(frozen=True)
+class Newcomers:
+    """New cases that are segmented together: of each who has it, and its place there; and how many lie elsewhere in space."""
+
+    cases: tuple[Mapping[str, int], ...]
+    apart: int
+
+
+def align_new(study: Study, engine: Engine) -> Newcomers:
+    """Have the sites find which new cases all of them have; with `incomplete` those that whoever has the labels has, and a party.
 
     Raises:
         EngineError: a site failed.
     """
     held = {name: own for name, own in holdings(study).items() if name in sites_of(study)}
-    _, found, _ = _aligned(engine, held, NEW)
-    one = next(iter(found.values()))
-    return len(one.rows), len(one.apart)
+    labels, parties = str(study.protocol.options["labels"]), set(parties_of(study))
+
+    def enough(who: Collection[str]) -> bool:
+        return labels in who and not parties.isdisjoint(who)
+
+    _, found, _ = _aligned(engine, held, NEW, enough=enough if study.protocol.options["incomplete"] else None)
+    places: list[dict[str, int]] = [{} for _ in found[labels].rows]  # which has them all
+    for name, own in found.items():
+        for place, case in enumerate(own.cases):
+            places[case][name] = place
+    return Newcomers(tuple(places), len(found[labels].apart))
 
 
 def _aligned(
-    engine: Engine, held: Mapping[str, Holding], subset: str
+    engine: Engine,
+    held: Mapping[str, Holding],
+    subset: str,
+    *,
+    begins: bool = True,
+    enough: Callable[[Collection[str]], bool] | None = None,
 ) -> tuple[dict[str, int], dict[str, Found], dict[str, Aligned]]:
     """How many cases each site offered, which of them all have, and what the sites answered when they were told."""
 
     def blind(site: str, points: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return _all(engine, {site: Blind(points)}, Blinded)[site].points
 
-    offered = _all(engine, {name: Offer(own, subset) for name, own in held.items()}, Offered)
-    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, blind)
-    replies = _all(engine, {n: Align(held[n], f.rows, f.apart, subset) for n, f in found.items()}, Aligned)
+    offered = _all(engine, {name: Offer(own, subset, begins) for name, own in held.items()}, Offered)
+    unusable = {name: o.unusable for name, o in offered.items()}
+    found = intersect({name: (o.cases, o.geometry) for name, o in offered.items()}, blind, unusable, enough)
+    replies = _all(engine, {n: Align(held[n], f.rows, f.apart, subset, f.lost) for n, f in found.items()}, Aligned)
     return {name: len(o.cases) for name, o in offered.items()}, found, replies
 
 
@@ -176,7 +218,7 @@ def _all(engine: Engine, requests: Mapping[str, Request], expected: type[T]) -> 
         EngineError: one failed.
     """
     found: dict[str, T] = {}
-    for name, reply in ask(engine, requests):
+    for name, reply in list(ask(engine, requests)):  # all, or the next question gets the last replies
         if not isinstance(reply, expected):
             raise EngineError(
                 f"{name} failed while cases were aligned: {describe(as_failure(reply))}. All sites must answer. Mend it and "

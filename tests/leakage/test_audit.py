@@ -231,16 +231,6 @@ def test_a_site_audits_itself_alone(small: Make, phantom: Path, tmp_path: Path) 
     assert told["victims"] == ["own"]
 
 
-def test_a_party_alone_cannot_audit_itself_and_is_told_why(small: Make, phantom: Path, tmp_path: Path) -> None:
-    from concilium.deployment.leakage import study_at_site
-
-    (tmp_path / "site.toml").write_text(f'data = "{phantom / "north"}"\n')
-    base = small("splitfed")
-    of = replace(base, protocol=replace(base.protocol, name="vertical"))
-    with pytest.raises(StudyError, match="its front learns by gradients of a loss that needs the other parties' maps"):
-        study_at_site(of, tmp_path / "site.toml")
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -177,11 +177,11 @@ def test_a_dropped_gradient_is_noticed(owner: str, tmp_path: Path, monkeypatch: 
     assert difference(weights, trained_together(jobs)) > 1e-5
 
 
-@pytest.mark.parametrize("fuse", ["concat", "mean"])
-def test_parties_that_are_left_out_of_steps_change_nothing_in_them(fuse: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fuse", "body"), [("concat", "server"), ("mean", "server"), ("concat", "labels")])
+def test_parties_that_are_left_out_of_steps_change_nothing_in_them(fuse: str, body: str, tmp_path: Path) -> None:
     """Against the whole network, told by hand who is absent in each step."""
-    jobs = jobs_of(held_by(3), labels="c", fuse=fuse)
-    weights, engine = trained_apart(jobs, tmp_path, labels="c", drop=0.5)
+    jobs = jobs_of(held_by(3), labels="c", fuse=fuse, tail="labels" if body == "labels" else "own")
+    weights, engine = trained_apart(jobs, tmp_path, labels="c", drop=0.5, body=body)
     sent = said(engine.up, party.Maps)
     assert any(not m.maps for m in sent), "nobody was ever absent"
     absent: list[set[str]] = [set(jobs) for _ in range(STEPS)]

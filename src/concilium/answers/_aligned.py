@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from concilium.answers import Entry, Settings
 from concilium.data.dataset import folds
@@ -14,17 +16,71 @@ from concilium.errors import ContractError, DataError
 from concilium.messages import Prepare
 
 FILE = "aligned.json"
+SHOWN = "shown.json", "shown_new.json"
+"""Which cases were shown, and which new ones: in the site's own folder."""
+FAILED = "failed.json"
+"""Cases that could not be prepared, with the reason."""
+Reasons: TypeAlias = dict[str, tuple[str, str]]
+"""Case -> (code, text)."""
 
 
-def note_aligned(settings: Settings, names: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Shown:
+    """What a party showed of its cases: their names in that order, and those of them that it cannot use."""
+
+    names: tuple[str, ...] = ()
+    lost: Reasons = field(default_factory=dict)
+    begins: bool = True
+    """Whether nothing was trained yet."""
+
+
+def note_shown(settings: Settings, shown: Shown, *, new: bool) -> None:
+    """Write what was shown, and later what of it is left out."""
+    _write(settings.folder / SHOWN[new], {"names": shown.names, "lost": shown.lost, "begins": shown.begins})
+
+
+def shown_before(settings: Settings, *, new: bool) -> Shown:
+    """What was shown last; nothing where nothing was."""
+    file = settings.folder / SHOWN[new]
+    if not file.is_file():
+        return Shown()
+    told = json.loads(file.read_text(encoding="utf-8"))
+    return Shown(tuple(told["names"]), _reasons(told["lost"]), told["begins"])
+
+
+def failed(settings: Settings) -> Reasons:
+    """The cases that could not be prepared when that was last asked for."""
+    file = settings.folder / FAILED
+    return _reasons(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def must_prepare_all(settings: Settings, excluded: Mapping[str, tuple[str, str]]) -> None:
+    """Check that every case that all parties have could be prepared; else note which could not, so that all leave them out.
+
+    Raises:
+        DataError: one could not (`case_failed`).
+    """
+    if not excluded:
+        return
+    lost = {key.partition("/")[2]: reason for key, reason in excluded.items()}
+    _write(settings.folder / FAILED, failed(settings) | lost)
+    reasons = "; ".join(f"{key}: {text}" for key, (_, text) in list(excluded.items())[:5])
+    raise DataError(
+        f"{len(excluded)} cases that all parties have cannot be prepared here ({reasons}). Expected each of them, or that the "
+        "alignment leaves them out before anything is trained. Put the files back as they were when the run began.",
+        code="case_failed",
+    )
+
+
+def note_aligned(settings: Settings, names: Sequence[str], *, begins: bool = False) -> None:
     """Write which cases all parties have.
 
     Raises:
-        DataError: they are not those that the run began with.
+        DataError: they are not those that the run began with, unless it only `begins`.
     """
     file = _file(settings)
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if before is not None and before != sorted(names):
+    if before is not None and before != sorted(names) and not begins:
         more, fewer = sorted(set(names) - set(before)), sorted(set(before) - set(names))
         raise DataError(
             f"{len(names)} cases are at all sites now, {len(before)} were when this run began: {len(more)} are new "
@@ -32,16 +88,15 @@ def note_aligned(settings: Settings, names: Sequence[str]) -> None:
             "the cases that it began with, or those that validate would be others. Put the data back, or start a new run.",
             code="cases_changed",
         )
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(sorted(names)), encoding="utf-8")
-    unfinished.replace(file)
+    _write(file, sorted(names))
 
 
 def aligned(settings: Settings, found: Sequence[Entry]) -> tuple[Entry, ...]:
     """Of these cases those that all parties have, sorted by name: in the order of every party.
 
     Raises:
-        ContractError: they were never aligned, or one is gone.
+        ContractError: they were never aligned.
+        DataError: one is gone (`case_failed`).
     """
     file = _file(settings)
     if not file.is_file():
@@ -51,11 +106,9 @@ def aligned(settings: Settings, found: Sequence[Entry]) -> tuple[Entry, ...]:
         )
     names = json.loads(file.read_text(encoding="utf-8"))
     there = {entry.case.name: entry for entry in found}
-    if lacking := [name for name in names if name not in there]:
-        raise ContractError(
-            f"{len(lacking)} cases that were aligned are not at {settings.name} any more ({', '.join(lacking[:3])}). Expected "
-            "all of them, unchanged, while a run goes on. Put them back, or start the run again."
-        )
+    (member,) = settings.data
+    gone = ("unreadable", "its files were there, and are gone.")
+    must_prepare_all(settings, {f"{member}/{name}": gone for name in names if name not in there})
     return tuple(there[name] for name in names)
 
 
@@ -82,6 +135,16 @@ def divided(settings: Settings, request: Prepare, usable: Sequence[Entry]) -> di
 
 def _file(settings: Settings) -> Path:
     return settings.folder / FILE
+
+
+def _write(file: Path, value: Any) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(value), encoding="utf-8")
+    unfinished.replace(file)
+
+
+def _reasons(told: Mapping[str, Sequence[str]]) -> Reasons:
+    return {name: (code, text) for name, (code, text) in told.items()}
 
 
 def limit(excluded: Mapping[str, tuple[str, str]], n_usable: int, max_excluded: float) -> None:

@@ -32,13 +32,19 @@ def find_new(settings: Settings, channels: Sequence[str]) -> tuple[tuple[Entry, 
 
 
 def note_new(settings: Settings, holding: Holding, names: Sequence[str], left_out: Mapping[str, str]) -> None:
-    """Write down which new cases all parties have, and why the others are left out: for the site's own eyes."""
-    told = {"channels": list(holding.channels), "cases": sorted(names), "left_out": dict(left_out)}
+    """Write down which new cases are segmented together, in that order, and why others are not: for the site's own eyes."""
+    told = {"channels": list(holding.channels), "cases": list(names), "left_out": dict(left_out)}
     note(settings.folder, FILE, told)
 
 
+def note_without(settings: Settings, case: str, absent: Sequence[str]) -> None:
+    """Write down which parties had no such case, without whom it was segmented: for who reads the label map."""
+    told = noted(settings.folder, FILE)
+    note(settings.folder, FILE, told | {"without": told.get("without", {}) | {case: list(absent)}})
+
+
 def new_entries(settings: Settings) -> tuple[Entry, ...]:
-    """The new cases that all parties have, sorted by name: in the order of every party.
+    """The new cases that are segmented together, in the order in which they are asked for.
 
     Raises:
         ContractError: they were never aligned, or one is gone.

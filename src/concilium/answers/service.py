@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from concilium.answers import Check, Entry, Job, Settings, noise_key
 from concilium.answers.evaluate import Scorer, segment, subset_of
-from concilium.answers.new_patients import NEW
+from concilium.answers.new_patients import NEW, note_without
 from concilium.answers.statistics import Exclusions, count
 from concilium.answers.vertical import set_absent
 from concilium.data.dataset import reader
@@ -46,30 +46,36 @@ class Service:
         self._own: dict[tuple[str, str], Own] = {}
         """Model and kind of message -> the site's part of it, built as an evaluation begins: there are many messages in one."""
         self._logits: list[Tensor] = []
+        self._lost: Exclusions = {}
+        """The last case that could not be read here, and why."""
         self._noise: tuple[str, ...] = ()
         """What draws the noise of the front that was last built."""
         self._scorer: Scorer | _Writer | None = None
         self._began = 0.0
 
-    def look(self, job: Job, finished: Finished, request: Look) -> Looked:
-        """The maps of these windows.
+    def look(self, job: Job, finished: Finished, request: Look) -> tuple[Looked, Exclusions]:
+        """The maps of these windows; none of a case that cannot be read, which is set aside.
 
         Raises:
             ContractError: there is no such case, or the weights are not those of this party.
-            DataError: the case cannot be read.
         """
         entries, _ = subset_of(self._settings, job, request.subset)
         if not entries:
-            return Looked((), 0, 0)
+            return Looked((), 0, 0), {}
         entry = _chosen(entries, request.case, self._settings.name)
         own = self._part(job, finished, request, after=FRONTS, labelled=False)
         if self._image is None or self._image[0] != entry.key:
-            self._image = (entry.key, preprocess(entry.case, entry.dataset, job.plan)[0])
+            try:
+                self._image = (entry.key, preprocess(entry.case, entry.dataset, job.plan)[0])
+            except DataError as e:
+                self._lost = {entry.key: (e.code, str(e))}
+                return Looked((), 0, len(entries)), self._lost
         some = Some(request.start, request.count)
         window = Windows(own.front, some, n_heads(job.labels))
         with drawn_from(job.seed, "look", entry.key, request.start, *self._noise):  # what defences draw
             _predict(window.to(self._device), self._image[1], job, self._device, some)
-        return Looked(tuple(encode(maps, request.transport) for maps in window.maps), some.n_windows, len(entries))
+        sent = tuple(encode(maps, request.transport) for maps in window.maps)
+        return Looked(sent, some.n_windows, len(entries)), {}
 
     def conclude(
         self, job: Job, finished: Finished, request: Conclude, cancelled: Check
@@ -95,10 +101,16 @@ class Service:
             )
         entries, _ = subset_of(self._settings, job, request.evaluate.subset)
         entry = _chosen(entries, request.case, self._settings.name)
-        self._logits += self._run_tail(job, finished, request)
-        if request.last:
+        if request.maps:
+            self._logits += self._run_tail(job, finished, request)
+        else:
+            text = f"Case {entry.case.name}: another party cannot use it."
+            self._scorer.excluded[entry.key] = self._lost.get(entry.key, ("unusable_elsewhere", text))
+        if request.last and request.maps:
             self._scorer.add(entry, [_Replay(self._logits)])
             self._logits = []
+            if request.absent:
+                note_without(self._settings, entry.case.name, request.absent)
         if not (request.last and request.case == len(entries) - 1):
             return Done(), {}
         scorer, self._scorer = self._scorer, None

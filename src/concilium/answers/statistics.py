@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from concilium.answers import AUTO, Cancelled, Check, Entry, Job, Settings, secret_of
-from concilium.answers._aligned import aligned, divided, limit, shapes_of
+from concilium.answers._aligned import aligned, divided, limit, must_prepare_all, shapes_of, shown_before
 from concilium.answers.features import views_of
 from concilium.answers.fitting import fitted
 from concilium.answers.frozen import with_frozen
@@ -114,10 +114,12 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     """Preprocess every case into the cache and divide them by patient.
 
     Raises:
-        DataError: the data set cannot be used, or too many cases were set aside.
+        DataError: the data set cannot be used, or too many cases were set aside: at a party any (`case_failed`), until all
+            leave it out.
     """
+    party = request.holding is not None
     found, excluded = find_cases(settings.data, settings.names, _agreed(request), request.holding)
-    if request.holding is not None:
+    if party:
         found, excluded = aligned(settings, found), {}
     plan = open_plan(request.plans, request.configuration)
     trains = settings.role != "test"
@@ -131,13 +133,15 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
             must_be_divisible(at_once, plan.batch_size, request.training.local_update.name, network())
     read = partial(_prepare_case, plan=plan, cache=settings.cache, labelled=request.labelled)
     files = _each(found, read, excluded, cancelled) if trains else {}
-    if trains:
-        limit(excluded, len(files), 0.0 if request.holding else request.max_excluded)
+    if party:
+        must_prepare_all(settings, excluded)
+    elif trains:
+        limit(excluded, len(files), request.max_excluded)
     usable = [e for e in found if e.key in files]
     parts = divided(settings, request, usable)
     dataset = found[0].dataset
     own = {e.key: files[e.key] for e in parts["training"]}
-    if request.holding is not None:  # by their places, which are the same at all parties
+    if party:  # by their places, which are the same at all parties
         own = {f"{i:06d}": files[e.key] for i, e in enumerate(parts["training"])}
     made = _batches(own, request, plan, dataset, _partly(parts["training"]), settings) if own else None
     unknown = unknown_labels(dataset.labels, [e.case.annotated for e in usable or found])
@@ -148,10 +152,9 @@ def prepare(settings: Settings, request: Prepare, cancelled: Check) -> tuple[Pre
     )  # fmt: skip
     warnings = _warnings(settings, request, found, usable, validated=bool(parts["validation"]))
     n_patients = len({(e.member, e.patient) for e in usable})
-    shapes = shapes_of(files[e.key] for e in usable) if request.holding is not None and trains else 0
-    reply = Prepared(
-        len(parts["training"]), len(parts["validation"]), n_patients, count(excluded), tuple(warnings), shapes
-    )
+    shapes = shapes_of(files[e.key] for e in usable) if party and trains else 0
+    told = count(shown_before(settings, new=False).lost if party else excluded)
+    reply = Prepared(len(parts["training"]), len(parts["validation"]), n_patients, told, tuple(warnings), shapes)
     return reply, job, excluded
 
 

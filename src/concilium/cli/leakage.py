@@ -97,7 +97,10 @@ def leakage(
         study = read_study(what, check_data=site is None)
         if site is not None:
             from concilium.deployment.leakage import study_at_site
+            from concilium.deployment.party import party_asked
+            from concilium.study import is_vertical
 
+            asked = party_asked(asked, compare=compare) if is_vertical(study) else asked
             study = study_at_site(study, site)
         default = Path("runs") / study.study.name if site is None else site.parent / "leakage" / study.study.name
         run = run_and_keep(

@@ -92,7 +92,7 @@ def prepare(case: Case, dataset: Dataset, plan: Plan, folder: Path, *, labelled:
             f"Case {case.name} has no label map. Training needs one. Add it, or leave the case out.",
             code="missing_label",
         )
-    image, label, properties = _run(image, label, properties, plan, dataset.labels)
+    image, label, properties = _run(image, label, properties, plan, dataset.labels, case.name)
     _write(path, image, label, properties)
     return open_prepared(path)
 
@@ -104,7 +104,7 @@ def preprocess(case: Case, dataset: Dataset, plan: Plan) -> tuple[Array, dict[st
     of nnU-Net's normalisation, and so what the network sees.
     """
     image, _, properties = read_case(replace(case, label=None), dataset)
-    image, _, properties = _run(image, None, properties, plan, dataset.labels)
+    image, _, properties = _run(image, None, properties, plan, dataset.labels, case.name)
     return np.ascontiguousarray(image, np.float32), _as_read(_as_json(properties))
 
 
@@ -167,7 +167,24 @@ def open_prepared(path: Path) -> Prepared:
 # ---------------------------------------------------------------------------------------------------- nnU-Net's part
 
 
-def _run(image: Array, label: Array | None, properties: Mapping[str, Any], plan: Plan, labels: Labels) -> Any:
+def _run(
+    image: Array, label: Array | None, properties: Mapping[str, Any], plan: Plan, labels: Labels, case: str
+) -> Any:
+    try:
+        return _preprocessed(image, label, properties, plan, labels)
+    except (
+        ArithmeticError,
+        IndexError,
+        ValueError,
+    ) as e:  # whatever such a size of voxels brings about in nnU-Net's arithmetic
+        told = f"{image.shape[1:]} voxels of {tuple(properties['spacing'])} mm"
+        raise DataError(
+            f"Case {case} cannot be preprocessed ({type(e).__name__}: {e}): {told}. Expected voxels of such a size that they can "
+            f"be resampled to {plan.configuration.spacing} mm. Correct the file's header, or leave the case out."
+        ) from e
+
+
+def _preprocessed(image: Array, label: Array | None, properties: Mapping[str, Any], plan: Plan, labels: Labels) -> Any:
     name = plan.configuration.preprocessor_name
     if resizes(plan):
         return resize_case(image, label, properties, plan, label_rules(plan, labels))

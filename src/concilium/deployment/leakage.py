@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from concilium.deployment.kits import SiteSettings, read_site
+from concilium.deployment.party import party_alone
 from concilium.errors import StudyError
 from concilium.study import SiteTable, Study, is_vertical
 
@@ -21,16 +22,14 @@ def study_at_site(study: Study, settings: Path) -> Study:
         StudyError: the settings are not allowed, or the protocol needs others.
     """
     site = read_site(settings)
+    engine = replace(study.engine, name="simulation", workers=1, threads=site.threads, device=site.device)  # type: ignore[arg-type]
     if is_vertical(study):
-        raise StudyError(
-            f"[protocol] name = {study.protocol.name!r} cannot be audited at a party alone: its front learns by gradients of a "
-            "loss that needs the other parties' maps and the labels. Nothing here has them, so that figures would be another "
-            "front's. Allowed: federated, splitfed. Audit it in a simulation, on public patients with all channels."
-        )
+        cases = settings.parent / "leakage" / f"{study.study.name}.cases"
+        return replace(party_alone(study, site, cases), engine=engine)
     if study.protocol.name not in ("federated", "splitfed"):
         raise StudyError(
-            f"[protocol] name = {study.protocol.name!r} cannot be audited at a site alone. Allowed: federated, splitfed. Audit "
-            "it in a simulation."
+            f"[protocol] name = {study.protocol.name!r} cannot be audited at a site alone. Allowed: federated, splitfed, "
+            "vertical. Audit it in a simulation."
         )
     options = {key: value for key, value in study.protocol.options.items() if key not in ("participation", "cohorts")}
     defaults: Mapping[str, object] = {"participation": 1.0, "cohorts": ()}
@@ -42,7 +41,7 @@ def study_at_site(study: Study, settings: Path) -> Study:
         partition=None,
         start=replace(study.start, weights=site.weights) if study.start.weights and site.weights else study.start,
         protocol=replace(study.protocol, compare=(), min_sites=1, options=options),
-        engine=replace(study.engine, name="simulation", workers=1, threads=site.threads, device=site.device),  # type: ignore[arg-type]
+        engine=engine,
         variants={},
     )
 

@@ -29,6 +29,8 @@ from concilium.leakage.written import depth_of, write_leakage
 from concilium.study import is_vertical
 
 ALL_CUTS = "all"
+ANYTHING = "anything"
+"""The one label of a party that has none, in its own audit (`Asked.untrained`)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Asked:
     amount: Amount = field(default_factory=Amount)
     predicting: bool = False
     """Attack the maps of a finished vertical model at work, in place of those of training."""
+    untrained: bool = False
+    """Attack only the maps that a vertical party sends in the first round: all that it can make without the others."""
 
 
 def leakage(
@@ -70,9 +74,10 @@ def leakage(
     seen: set[str] = set()
     shutil.rmtree(folder / "pictures", ignore_errors=True)
     try:
-        for number in (*asked.rounds, None):
+        for number in (0,) if asked.untrained else (*asked.rounds, None):
             subject = subject_of(run, asked.model, auxiliary=asked.auxiliary, work=work, number=number)
             torch.set_num_threads(subject.study.engine.threads)
+            attacks = _possible_alone(subject, attacks, notes) if asked.untrained else attacks
             own = [replace(a, seed=subject.study.study.seed) for a in attacks]
             first = number == next(iter(asked.rounds), None)
             for scene in _scenes(subject, own, asked, first=first, last=number is None, notes=notes, watch=watch):
@@ -105,6 +110,25 @@ def _attacks(asked: Asked) -> list[Attack]:
     return found
 
 
+def _possible_alone(subject: Subject, attacks: Sequence[Attack], notes: list[str]) -> list[Attack]:
+    """The attacks that a party can run on its own maps; the others are noted with the reason."""
+    labelled = subject.plans.labels.keys() != {"background", ANYTHING}
+    why = {
+        "gradients": "gradients come of a loss that needs the other parties' maps and the labels",
+        "steering": "it takes a server that trains fronts, and many rounds",
+        "model": "the finished model is of all parties",
+        "updates": "no update leaves a party but its front",
+        "maps": "there are no labels here to score it by",
+    }
+    fits = [a for a in attacks if a.about[0] == "maps" and (labelled or a.about[1] != "labels")]
+    notes += [f"{a.name} was not run: {why[a.about[0]]}." for a in attacks if a not in fits]
+    notes.append(
+        "Attacked were the maps of the first round, of an untrained front and a plan of these cases alone. Later fronts let go "
+        "of other things: audit the study in a simulation, on public patients with all channels."
+    )
+    return fits
+
+
 def _scenes(
     subject: Subject,
     attacks: Sequence[Attack],
@@ -129,7 +153,8 @@ def _scenes(
         return
     if parted and sees & {"maps", "gradients"}:
         watch(f"Exchange after round {subject.number}, parties")
-        yield from party_scenes(subject, asked.amount, gallery=("maps", "patients") in kinds)
+        found = party_scenes(subject, asked.amount, gallery=("maps", "patients") in kinds)
+        yield from (scene for scene in found if scene.maps or not asked.untrained)
     elif (splits or asked.cuts) and sees & {"maps", "gradients"}:
         for cut in _cuts(subject, asked):
             watch(f"Exchange after round {subject.number}, cut {' '.join(cut) if cut else 'of the study'}")

@@ -119,12 +119,12 @@ class Steps:
             return self._broken(wrong, "ContractError", "wrong_maps")
         together = tuple(m for party in there for m in came[party].maps)
         if self.body is None:
-            sent, order = _filled(together, there, self.fronts.parties), (-1,) * self.fronts.leaves
+            sent, order = filled(together, there, self.fronts.parties), (-1,) * self.fronts.leaves
         else:
             set_absent(self.body.network, absent)
             key = (self.seed, ALL, self.request.round, step)
             try:
-                sent, order = self.body.forward(_filled(together, there, self.fronts.parties), key)
+                sent, order = self.body.forward(filled(together, there, self.fronts.parties), key)
             except FloatingPointError:
                 return self._broken(there, "FloatingPointError", "not_finite")
             except Exception:  # whatever layers raise for maps from outside
@@ -171,9 +171,11 @@ class Steps:
         return answers, {}, made
 
 
-def _filled(maps: Sequence[Tensor], there: Sequence[str], parties: Sequence[str]) -> tuple[Tensor, ...]:
+def filled(maps: Sequence[Tensor], there: Sequence[str], parties: Sequence[str]) -> tuple[Tensor, ...]:
     """The maps of all parties, zeros for those that are missing. Tensors as they travel."""
     each = len(maps) // len(there)
     of = {party: maps[i * each : (i + 1) * each] for i, party in enumerate(there)}
-    none = tuple(torch.zeros_like(m) for m in of[there[0]])
-    return tuple(m for party in parties for m in of.get(party, none))
+    none = {
+        party: tuple(map(torch.zeros_like, of[there[0]])) for party in parties if party not in of
+    }  # each its own memory
+    return tuple(m for party in parties for m in (of | none)[party])

@@ -53,6 +53,7 @@ def vertical(
     transport: Transport = "float32",
     exchange_seconds: float | None = None,
     new_patients: bool = False,
+    incomplete: bool = False,
     **_: Any,
 ) -> Iterator[Round]:
     """Yield the state after each round: the whole network's weights, and the optimiser of the server's part.
@@ -69,6 +70,7 @@ def vertical(
         transport: as what maps and gradients travel, as in `splitfed`.
         exchange_seconds: deadline of each exchange; omitted: that of a round, `round_seconds`.
         new_patients: in the end, segment the cases that all sites have in `imagesTs`; label maps stay where the labels are.
+        incomplete: segment also those that some sites lack: whoever has the labels, and one whose channels are used, have them.
 
     Raises:
         StudyError: the network is none of several parties.

@@ -26,9 +26,10 @@ WORDS: Mapping[type, tuple[str, str]] = {
                        "rounded image sizes; names of channels and labels; how many cases cannot be used, by reason."),
     m.Offered: (DATA, "A blinded number for each case, made with a secret of the site, in an order that tells nothing. "
                       "By it sites "
-                      "find which patients they have in common."),
+                      "find which patients they have in common, and the server how many any group of sites has. Which of them "
+                      "the site cannot use."),
     m.Blinded: (DATA, "The blinded numbers of other sites, blinded once more."),
-    m.Aligned: (DATA, "How many patients all sites have in common; from whoever has the labels a made-up number for each."),
+    m.Aligned: (DATA, "How many patients the site is to use; from whoever has the labels a made-up number for each."),
     m.Prepared: (DATA, "Numbers of cases and patients; how many cannot be used, by reason; warnings from a fixed list."),
     m.Described: (MODEL, "Names and shapes of the parts of the site's network. No values."),
     m.Trained: (MODEL, "The model's weights as training on the site's patients left them, those that stay at the site left out "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concilium.study._forecast import forecast_by
-from concilium.study._parties import holdings, is_vertical, places, sites_of
+from concilium.study._parties import holdings, is_vertical, parties_of, places, sites_of
 from concilium.study.data_sets import DataSets, data_sets, divide, names_of, of_sites
 from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
 from concilium.study.tables import (
@@ -37,6 +37,7 @@ __all__ = [
     "names_of",
     "of_sites",
     "parse_study",
+    "parties_of",
     "places",
     "read_study",
     "sites_of",

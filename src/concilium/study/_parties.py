@@ -121,6 +121,11 @@ def _misheld(p: Any, sites: Mapping[str, Any]) -> list[str]:
             "[protocol] compare = ['local'] is not allowed with 'vertical': a site without the labels cannot train alone. "
             "Allowed: 'centralized', and variants with protocol = { parties = ['NAME'] }. Use these."
         )
+    if p.options.get("incomplete") and not p.options.get("new_patients"):
+        problems.append(
+            "[protocol] incomplete = true is not allowed without new_patients = true: it says which new patients are segmented. "
+            "Allowed: both, or neither. Add new_patients = true, or take it out."
+        )
     if not 0 <= p.options.get("drop", 0.0) < 1:
         problems.append(f"[protocol] drop = {p.options['drop']} is not allowed. Allowed: 0 to below 1. Correct it.")
     return problems
