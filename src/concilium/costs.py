@@ -37,7 +37,7 @@ from concilium.record import Record
 from concilium.schedule import Setting, models
 from concilium.sharing import EVERYTHING, Sharing
 from concilium.speed import speed_of, time_parties, time_split, time_whole
-from concilium.study import ForecastTable, Study, is_vertical, least_sites, training_of, undefended
+from concilium.study import ForecastTable, Study, fronts_stay, is_vertical, least_sites, training_of, undefended
 from concilium.transport import KINDS
 
 FORECAST = ("federated", "splitfed", "vertical")
@@ -233,8 +233,9 @@ def vertical_costs(setting: Setting, plans: Plans, cases: Mapping[str, int], *, 
     found = []
     for kind in kinds:
         told = party_bytes(
-            network, batch=batch, precision=training.precision, after=after, labels=labels, transport=kind
-        )
+            network, batch=batch, precision=training.precision, after=after, labels=labels, transport=kind,
+            stay=fronts_stay(study),
+        )  # fmt: skip
         sites = {}
         for site, n in steps.items():
             taken = n if site == labels else round(n * (1 - options["drop"]))

@@ -214,7 +214,7 @@ def _measures(model: Trained) -> Iterator[tuple[str, str, str]]:
             "yes",
             "Weights are encrypted by one site for the next. The server carries what it cannot open.",
         )
-    yield from _not_sent(study)
+    yield from _not_sent(model)
     for field, folder in KINDS.items():
         given: Sequence[PlugIn] = getattr(study, field)
         for plug_in in given:
@@ -241,10 +241,17 @@ def _measures(model: Trained) -> Iterator[tuple[str, str, str]]:
         )
 
 
-def _not_sent(study: Study) -> Iterator[tuple[str, str, str]]:
+def _not_sent(model: Trained) -> Iterator[tuple[str, str, str]]:
     """What of a network does not leave."""
+    study = model.study
     kept = ", ".join(study.sharing.keep) if study.sharing.keep else ""
-    if is_partly_shared(study):
+    if model.apart:
+        yield (
+            "kept at the site",
+            "each site's front",
+            "Its weights are drawn at the site and never leave. Its maps do: from images with their maps others can be found.",
+        )
+    elif is_partly_shared(study):
         yield (
             "kept at the site",
             kept or "what other sites' networks do not have",

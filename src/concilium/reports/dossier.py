@@ -189,6 +189,8 @@ def _server_reads(model: Trained) -> str:
             return "The server gets no weights."
         case "cyclic":
             return "The server carries sealed weights, which it cannot read; the next site can."
+        case "vertical" if model.apart:
+            return "The server reads maps and gradients of every site, and the weights of the tail. Fronts stay at their sites."
         case "vertical":
             return "The server reads maps, gradients and weights of every site."
         case "splitfed":
