@@ -14,14 +14,15 @@ from test_split_equals_whole import CPU, EQUAL, Engine, difference, first_weight
 from test_vertical import held_by, jobs_of, trained_together
 from torch import Tensor
 
+from concilium import wire
 from concilium.answers import Cut, Job, Policy
 from concilium.answers.train import Learner
 from concilium.data.draws import WORDS, drawn_from
 from concilium.errors import EngineError
-from concilium.messages import Front, SiteRefused, Trained
+from concilium.messages import Fetch, Front, SiteRefused, Trained
 from concilium.networks._fusion import without_fronts
 from concilium.protocols.vertical import vertical
-from concilium.wire import part
+from concilium.wire import Envelope, part
 
 
 def of_fronts(weights: Mapping[str, Tensor], site: str = "") -> dict[str, Tensor]:
@@ -144,6 +145,17 @@ def test_a_site_that_lets_no_weights_leave_takes_part_where_its_front_stays(tmp_
         refused = [reply for name, reply in engine.up if name == "a" and isinstance(reply, SiteRefused)]
         assert [reply.rule for reply in refused] == ["open_weights"]
         assert not any(isinstance(reply, Trained) for name, reply in engine.up if name == "a")
+
+
+def test_a_front_cannot_be_fetched_whatever_the_settings_allow(tmp_path: Path) -> None:
+    kept = staying(jobs_of(held_by(2), labels="b"))
+    engine = Engine(kept, tmp_path)
+    trained(kept, engine, labels="b")
+    site = engine.members["a"]
+    assert site.settings.policy.kept
+    packed = site.handle(wire.pack(Fetch("m")), Envelope("r", 0, len(engine.up)), lambda: False)
+    assert wire.unpack(packed) == SiteRefused("kept")
+    assert not any(t.numpy().tobytes() in packed for t in site._models.in_training("m").values() if t.numel() > 4)
 
 
 def test_a_site_whose_folder_is_lost_does_not_begin_anew(tmp_path: Path) -> None:

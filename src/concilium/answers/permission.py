@@ -96,6 +96,21 @@ def _check_sum(request: Request, policy: Policy) -> None:
         )
 
 
+def _check_kept(request: Request, policy: Policy, job: Job | None) -> None:
+    if isinstance(request, Fetch) and job is not None and not job.has_all:
+        raise PrivacyError(
+            f"The tensors of {request.model} that stay here were asked for. They are a party's front, which no study sends once "
+            "it stays. Do not take part in this study.",
+            rule="kept",
+        )
+    if isinstance(request, Fetch) and not policy.kept:
+        raise PrivacyError(
+            f"The tensors of {request.model} that stay here were asked for. This site's policy does not let them leave. Allow it "
+            "in the site's own settings (kept = true), or run the study with [sharing] unseen = 'none'.",
+            rule="kept",
+        )
+
+
 def check_policy(request: Request, policy: Policy, job: Job | None = None) -> None:
     """Check that this site allows what is asked.
 
@@ -126,12 +141,7 @@ def check_policy(request: Request, policy: Policy, job: Job | None = None) -> No
             "out of the study, or allow it in the site's own settings.",
             rule="reveal",
         )
-    if isinstance(request, Fetch) and not policy.kept:
-        raise PrivacyError(
-            f"The tensors of {request.model} that stay here were asked for. This site's policy does not let them leave. Allow it "
-            "in the site's own settings (kept = true), or run the study with [sharing] unseen = 'none'.",
-            rule="kept",
-        )
+    _check_kept(request, policy, job)
     asked = []
     match request:
         case Prepare():
