@@ -161,7 +161,8 @@ def _of_hidden_fronts(subject: Subject, attacks: Sequence[Attack]) -> Iterator[s
     yield (
         "Fronts stay at their sites. What the attacker's own cases send was made by the true fronts all the same: an attacker "
         "has such pairs of patients whose images it knows from elsewhere, or by the help of a party. So what was found is an "
-        "upper bound for one that has none. A front that nobody else knows is no defence against one that has them."
+        "upper bound for one that has none (but for inversion_blind, which uses none). A front that nobody else knows is no "
+        "defence against one that has them."
     )
 
 

@@ -249,7 +249,7 @@ def _not_sent(model: Trained) -> Iterator[tuple[str, str, str]]:
         yield (
             "kept at the site",
             "each site's front",
-            "Its weights are drawn at the site and never leave. Its maps do: from images with their maps others can be found.",
+            "Its weights are drawn at the site and never leave. Its maps do, which is no protection of images.",
         )
     elif is_partly_shared(study):
         yield (

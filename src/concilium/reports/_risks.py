@@ -174,8 +174,8 @@ def _in_training(study: Study, models: Sequence[Trained]) -> Iterator[str]:
         yield (
             "Maps and their gradients are computed from every voxel. Fronts stay at their sites, so that the server does not "
             "know the layers that made them. That is no defence by itself: who has images with the maps that such a front made "
-            "of them (of patients known from elsewhere, or by the help of a site) can learn to compute images back. How much "
-            "one without any finds was not measured."
+            "of them (of patients known from elsewhere, or by the help of a site) can learn to compute images back, and "
+            "what the channels of a shallow map have in common is much of the image without any (inversion_blind)."
         )
     if any(m.splits and not m.apart for m in models):
         yield (
