@@ -13,6 +13,7 @@ from concilium.data.labels import n_heads
 from concilium.data.plan import open_plan
 from concilium.freezing import digest_of, frozen_of
 from concilium.messages import Frozen, Tensors
+from concilium.networks._fusion import without_fronts
 from concilium.planning import Plans, network_of
 from concilium.record import Record
 from concilium.schedule import Model
@@ -98,10 +99,12 @@ def initial_shared(study: Study, plans: Plans) -> Tensors:
 
 
 def start_weights(model: Model, plans: Plans) -> Tensors:
-    """What the server begins a model with: all weights, or what is shared. A network that is a site's own begins there."""
+    """What the server begins a model with: all weights, or what is shared. What is a site's own begins there."""
     study = model.study
     if model.partly:
         return initial_shared(study, plans)
+    if model.apart:
+        return without_fronts(initial_weights(study, plans))
     return {} if plans.by_site and model.protocol == "local" else initial_weights(study, plans)
 
 

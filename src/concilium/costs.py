@@ -39,7 +39,7 @@ from concilium.record import Record
 from concilium.schedule import Setting, models
 from concilium.sharing import EVERYTHING, Sharing
 from concilium.speed import speed_of, time_parties, time_split, time_whole
-from concilium.study import ForecastTable, Study, is_vertical, least_sites, training_of, undefended
+from concilium.study import ForecastTable, Study, fronts_stay, is_vertical, least_sites, training_of, undefended
 from concilium.transport import KINDS
 
 FORECAST = ("federated", "splitfed", "vertical")
@@ -205,8 +205,9 @@ def vertical_costs(setting: Setting, plans: Plans, cases: Mapping[str, int], *, 
     found = []
     for kind in kinds:
         told = party_bytes(
-            network, batch=batch, precision=training.precision, after=after, labels=labels, transport=kind
-        )
+            network, batch=batch, precision=training.precision, after=after, labels=labels, transport=kind,
+            stay=fronts_stay(study),
+        )  # fmt: skip
         sites = {}
         held = {site: b.weights for site, b in told.items()}
         more = besides_of_parties(

@@ -20,8 +20,10 @@ from concilium.messages import Tensors
 from concilium.networks import Stages, beside_build, make_network
 from concilium.schedule import BEST, folds_of, is_one, names, settings, title_of
 from concilium.statistics import WITHOUT
-from concilium.study import Study, guard_of, read_study, undefended
+from concilium.study import Study, fronts_stay, guard_of, read_study, undefended
 from concilium.wire import read_tensors
+
+BASELINES = ("local", "centralized", "centralized_long")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def finished_models(run: Path) -> tuple[str, ...]:
     """
     at_server = [_without_fold(p) for p in sorted((run / "weights").glob("*.safetensors"))]
     study = read_study(run / "study.toml", check_data=False)
+    at_server = [name for name in at_server if not _is_apart(study, name)]
     stay = {name for name, (_, stays) in _known(study).items() if stays}
     kept = (p for p in sorted((run / "sites").glob("*/models/*.safetensors")) if p.name.partition(".")[0] in stay)
     at_sites = [
@@ -119,19 +122,26 @@ def _known(study: Study) -> dict[str, tuple[str, bool]]:
     return {name: about for members in settings(study) for setting in members for name, about in names(setting).items()}
 
 
-def open_finished(run: Path, name: str | None = None) -> Finished:
+def open_finished(run: Path, name: str | None = None, *, apart: bool = False) -> Finished:
     """A model of a run folder; without a name that of the study's own protocol and first seed.
 
     Args:
         name: as in results.json; `.s8` after it asks for seed 8, where there are several, and `.f0` for one fold alone.
+        apart: also one whose fronts stay at their sites; its files have the rest.
 
     Raises:
-        StudyError: no run folder, or it holds no such model, or some of its folds are missing.
+        StudyError: no run folder, or it holds no such model as a whole, or some of its folds are missing.
     """
     if not (run / "plans.json").is_file():
         raise StudyError(f"{run} is no run folder: it has no plans.json. Give the folder that `concilium run` printed.")
     study = read_study(run / "study.toml", check_data=False)
     name = name or study.protocol.name
+    if not apart and _is_apart(study, name):
+        raise StudyError(
+            f"Model {name} of {run} is nowhere as a whole: by [protocol] fronts = 'stay' each site's front stays there, and the "
+            "run folder holds the rest. Allowed: a model whose fronts were sent. Segment new patients with all sites together: "
+            "put them into their imagesTs, and go on with the run (--resume), if its study says new_patients = true."
+        )
     files = _files(run, _somewhere(run, study, name), n_folds=len(folds_of(study)))
     if _is_one(study, name):
         name = name.partition(":")[0]  # whosever it is: it is the same
@@ -154,9 +164,15 @@ def open_finished(run: Path, name: str | None = None) -> Finished:
 
 def _trained_by(study: Study, title: str) -> Study:
     """What a model was trained by: its variant, or for a baseline the study without defences."""
-    if title in ("local", "centralized", "centralized_long"):
+    if title in BASELINES:
         return undefended(study)
     return study.variants.get(title.partition(WITHOUT)[0], study)
+
+
+def _is_apart(study: Study, name: str) -> bool:
+    """Whether nobody has the named model as a whole."""
+    title = title_of(name)
+    return title not in BASELINES and fronts_stay(_trained_by(study, title))
 
 
 def _is_one(study: Study, name: str) -> bool:

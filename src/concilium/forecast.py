@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from concilium.loads import Parties, parties_of
 from concilium.networks import Stages, cut_apart
-from concilium.networks._fusion import FRONTS
+from concilium.networks._fusion import FRONTS, without_fronts
 from concilium.optimization import autocast
 from concilium.transport import size_of
 
@@ -129,11 +129,12 @@ def party_bytes(
     after: str,
     labels: str,
     transport: str = "float32",
+    stay: bool = False,
 ) -> dict[str, SplitBytes]:
     """Of each party what it sends and receives in vertical training; `after`, `labels`: as for `loads.party_loads`.
 
     A party sends its maps and receives their gradients. Whoever has the labels receives besides what the tail takes, and sends
-    the gradient of that. A step that a party is left out of is not in it.
+    the gradient of that. A step that a party is left out of is not in it. With `stay` the weights of fronts do not travel.
     """
     cut, sent, left = _of_parties(network, batch, precision=precision, after=after, labels=labels)
     found = {}
@@ -142,7 +143,8 @@ def party_bytes(
         if name == labels:
             more_down, more_up = step_bytes(left, (), transport)
             up, down = up + more_up, down + more_down
-        weights = sum(t.numel() * t.element_size() for t in own.held.state_dict().values())
+        held = without_fronts(own.held.state_dict()) if stay else own.held.state_dict()
+        weights = sum(t.numel() * t.element_size() for t in held.values())
         found[name] = SplitBytes(up, down, weights)
     return found
 

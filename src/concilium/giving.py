@@ -57,12 +57,12 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
     elif not model.stays:
         weights = work.record.best_weights(model.key) or part(last.tensors, WEIGHTS)
         work.record.save_weights(model.key, complete(work.plans, weights))
-        requests = keep_everywhere(work, model, weights)
+        requests = keep_everywhere(work, model, weights, best=bool(best))
     if not model.beside and (never := [s for s in model.steps if s not in asked_of(work, model)]):
         ledger.warnings.append(f"{model.key}: {', '.join(never)} took part in no round. More rounds would reach them.")
     failures = pass_on(work, model, last) if model.stays and model.is_one else tell(work.engine, requests)
-    if model.stays and best:
-        tell(work.engine, dict.fromkeys([s for s in model.steps if s in best], Forget(model.key + BEST, finished=True)))
+    keepers = [s for s in model.steps if best and (model.apart or (model.stays and s in best))]
+    tell(work.engine, dict.fromkeys(keepers, Forget(model.key + BEST, finished=True)))
     if model.beside and not model.stays and model.setting.study.sharing.unseen == "reestimate":
         there = [site for site in requests if site not in failures]
         failures |= tell(work.engine, dict.fromkeys(there, Reestimate(model.key)))
@@ -101,18 +101,28 @@ def personalize(work: Work, model: Model, ledger: Ledger) -> None:
             ledger.problems.append(f"{model.key}, fine-tuning: {failure}")
 
 
-def keep_everywhere(work: Work, model: Model, weights: Tensors) -> dict[str, Request]:
-    """Ask all sites and the test set to store a model; where sites hold channels, each its own part, and the pool all of it."""
+def keep_everywhere(work: Work, model: Model, weights: Tensors, *, best: bool = False) -> dict[str, Request]:
+    """Ask all sites and the test set to store a model; where sites hold channels, each its own part, and the pool all of it.
+
+    Args:
+        best: the weights are the best of all rounds, and where something stays at sites each has kept that.
+    """
     whole = Keep(model.key, weights)
     keepers = [name for name, site in work.engine.sites.items() if site.role in ("site", "test")]
     if not is_vertical(model.setting.study):
         return dict.fromkeys(keepers, whole)
     if model.protocol == "centralized":
         return {name: whole for name in work.engine.sites if name in ("pooled", "test")}
+    own = parts_to_keep(work, model, weights)
+    if model.apart and best:
+        own = {site: Keep(model.key, {}, model.key + BEST) for site in own}
+    return {name: own.get(name, whole) for name in keepers if name in own or name == "test"}
+
+
+def parts_to_keep(work: Work, model: Model, weights: Tensors) -> dict[str, Keep]:
+    """Ask each party to store its part of a model, with what stays there of it."""
     own = own_weights(model, work.plans, weights)
-    return {
-        name: Keep(model.key, own[name]) if name in own else whole for name in keepers if name in own or name == "test"
-    }
+    return {site: Keep(model.key, part, merge=model.apart) for site, part in own.items()}
 
 
 def keep_at(work: Work, model: Model, site: str, weights: Tensors) -> Keep:

@@ -9,7 +9,7 @@ from typing import cast
 
 from concilium.local_updates import has_personal
 from concilium.statistics import WITHOUT
-from concilium.study import Study, is_vertical, sites_of, undefended
+from concilium.study import Study, fronts_stay, is_vertical, sites_of, undefended
 
 PERSONAL = "-personal"
 """Ends the name of the networks that sites train of their own beside a model."""
@@ -87,6 +87,11 @@ class Model:
     def is_finetuned(self) -> bool:
         """Whether sites make it of the finished model by training on for themselves."""
         return self.name.endswith(FINETUNED) and bool(self.beside)
+
+    @property
+    def apart(self) -> bool:
+        """Whether nobody ever has it as a whole: each party keeps its front."""
+        return self.protocol == self.setting.study.protocol.name and fronts_stay(self.setting.study)
 
     @property
     def is_one(self) -> bool:

@@ -12,14 +12,15 @@ from concilium._set_aside import DATA, UNSEEN
 from concilium._set_aside import told as set_aside
 from concilium.beginning import n_parameters
 from concilium.engines import Traffic, ask
-from concilium.giving import asked_of, keep_at, pass_on, tell
+from concilium.errors import EngineError
+from concilium.giving import asked_of, keep_at, parts_to_keep, pass_on, tell
 from concilium.messages import Evaluate, Evaluated, Failure, Keep, PlugIn, Reply, Tensors, as_failure
 from concilium.planning import batch_size_of
 from concilium.preparation import Event, Ledger, Work, failure_line
 from concilium.protocols import WEIGHTS, Round, begun_at, copy_traffic, traffic_since
 from concilium.results import METRICS, account, score_rows, short_of_steps
 from concilium.schedule import BEST, POOL, Model, ensemble_key
-from concilium.serving import own_weights, serve
+from concilium.serving import serve
 from concilium.study import is_vertical
 from concilium.wire import part, read_tensors
 
@@ -188,8 +189,7 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
         same = Keep(model.key, {} if model.stays or pooled else weights, personal=model.beside)
         keep = dict.fromkeys(sites, same)
         if vertical and not pooled:
-            parts = own_weights(model, work.plans, weights)
-            keep = {site: replace(same, weights=own) for site, own in parts.items()}
+            keep = parts_to_keep(work, model, weights)
     failures = pass_on(work, model, done) if model.is_one else tell(work.engine, keep)
     request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False, unknown=work.plans.unknown)
     there = [site for site in sites if site not in failures]
@@ -232,13 +232,29 @@ def _curve(scored: Scored, trains: Sequence[str]) -> dict[str, float]:
 def _keep_best(
     work: Work, model: Model, number: int, weights: Tensors, curve: Mapping[str, float], ledger: Ledger
 ) -> None:
-    """Have the best weights so far kept: by the server, or each site's own by itself."""
+    """Have the best weights so far kept: by the server, or each site's own by itself.
+
+    Raises:
+        EngineError: a party did not keep its part of them.
+    """
     best = work.record.best_rounds(model.key)
     if not model.stays:
         if curve.get(POOL, -1.0) > best.get(POOL, (0, -1.0))[1]:
+            _keep_parts(work, model, number)
             work.record.save_best(model.key, number, weights)
         return
     better = [site for site in model.steps if curve.get(site, -1.0) > best.get(site, (0, -1.0))[1]]
     failures = tell(work.engine, dict.fromkeys(better, Keep(model.key + BEST, {}, model.key)))
     for site, failure in failures.items():
         ledger.problems.append(f"{model.key}, round {number}, keeping: {failure_line(work.record, site, failure)}")
+
+
+def _keep_parts(work: Work, model: Model, number: int) -> None:
+    """Have each party whose front stays keep its part: parts of other rounds make no model together."""
+    asked = dict.fromkeys(model.steps, Keep(model.key + BEST, {}, model.key)) if model.apart else {}
+    if failures := tell(work.engine, asked):
+        site, failure = next(iter(failures.items()))
+        raise EngineError(
+            f"{model.key}, round {number}, keeping: {failure_line(work.record, site, failure)}. All parties must keep their "
+            "parts of the best weights. Mend it, then go on with --resume."
+        )

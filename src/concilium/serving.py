@@ -27,7 +27,7 @@ from concilium.messages import (
     as_failure,
 )
 from concilium.networks import Stages
-from concilium.networks._fusion import FRONTS, Fronts, own_part, tail_of
+from concilium.networks._fusion import FRONTS, Fronts, own_part, tail_of, without_fronts
 from concilium.optimization import autocast, device_named
 from concilium.planning import Plans, network_of
 from concilium.protocols._steps import filled
@@ -66,9 +66,11 @@ def served(model: Model, plans: Plans) -> Served:
 
 
 def own_weights(model: Model, plans: Plans, weights: Tensors) -> dict[str, Tensors]:
-    """Site -> those of these weights that are its own."""
-    owned = served(model, plans).owned
-    return {site: {n: weights[n] for n in sorted(names)} for site, names in owned.items()}
+    """Site -> those of these weights that are its own; what stays at sites is in neither."""
+    owned = {site: dict.fromkeys(sorted(names)) for site, names in served(model, plans).owned.items()}
+    if model.apart:
+        owned = {site: without_fronts(names) for site, names in owned.items()}
+    return {site: {n: weights[n] for n in names} for site, names in owned.items()}
 
 
 def serve(

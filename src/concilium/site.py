@@ -132,7 +132,7 @@ class Site:
     def answer(self, request: Request, cancelled: Check) -> Reply:
         """The reply to a request; whatever goes wrong is raised."""
         check_names(request)
-        check_policy(request, self.settings.policy)
+        check_policy(request, self.settings.policy, self._job)
         if not isinstance(request, Front | Tail | Finish):
             self._models.give_up()
         match request:

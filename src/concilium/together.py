@@ -32,10 +32,11 @@ from concilium.messages import (
     as_failure,
     describe,
 )
+from concilium.networks._fusion import OF_FRONTS
 from concilium.planning import Plans
 from concilium.record import Record
 from concilium.schedule import Setting
-from concilium.study import Study, holdings, is_vertical, names_of, parties_of, sites_of
+from concilium.study import Study, fronts_stay, holdings, is_vertical, names_of, parties_of, sites_of
 
 T = TypeVar("T")
 POOLED = "joined"
@@ -205,7 +206,8 @@ def held_requests(setting: Setting, plans: Plans, asked: Mapping[str, Prepare]) 
         if study.protocol.options["patches"] == "uniform":  # those that follow the labels would tell where these are
             request = replace(request, training=replace(request.training, foreground=0.0))
         if name in held and name in taking:
-            request = replace(request, plans=plans.of(name), holding=held[name], patients=plans.patients)
+            keep = (OF_FRONTS,) if fronts_stay(study) else ()
+            request = replace(request, plans=plans.of(name), holding=held[name], patients=plans.patients, keep=keep)
         if name not in held or name in taking:
             found[name] = request
     return found

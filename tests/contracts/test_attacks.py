@@ -134,6 +134,24 @@ def test_the_black_box_never_looks_at_a_weight() -> None:
     assert torch.equal(guess.images, run("inversion", 2).images)
 
 
+def test_without_a_weight_and_a_pair_an_image_is_what_channels_have_in_common() -> None:
+    """Behind a layer that was drawn, whichever way up its filters show the image; and nothing behind noise."""
+    generator = torch.Generator().manual_seed(0)
+    images = functional.interpolate(torch.randn(24, 1, 3, 3, generator=generator), 12, mode="bicubic").exp()
+    own = Auxiliary(Cases(5 * images[:12] + 3, torch.zeros(12, 12, 12, dtype=torch.long)))
+    for seed in range(6):
+        torch.manual_seed(seed)
+        front = Stages({"down0": Convolved(1, 8, 2)})
+        with torch.no_grad():
+            maps = front.run((0.1 * images[12:],))
+        noise = tuple(torch.randn(m.shape, generator=generator) for m in maps)
+        for sent, low, high in ((maps, 0.75, 1.0), (noise, -0.3, 0.3)):
+            guess = catalog.load("attacks", "inversion_blind")((Release("a", 1, 0, sent),), Known(), own, seed=0)
+            alike = float(torch.corrcoef(torch.stack([guess.images.flatten(), images[12:].flatten()]))[0, 1])
+            assert low <= alike <= high, (seed, alike)
+            assert float(guess.images.mean()) == pytest.approx(float(own.own.images.mean()), rel=1e-3)
+
+
 def test_the_white_box_needs_them() -> None:
     sent, _, auxiliary = scene(2)
     with pytest.raises(ContractError, match="weights of the front"):

@@ -465,6 +465,7 @@ def test_this_engine_is_not_started_without_a_place(tmp_path: Path) -> None:
         pytest.param("splitfed sequential float16", "plain", None, marks=pytest.mark.slow),
         ("cyclic", "plain", None),
         ("vertical", "plain", None),
+        pytest.param("vertical stay", "plain", None, marks=pytest.mark.slow),
     ],
 )
 def test_a_study_gives_the_bits_of_the_simulation(
@@ -487,7 +488,7 @@ def test_a_study_gives_the_bits_of_the_simulation(
         "training": {"optimizer": "adamw", "batch_size": 2, "patch_size": [16, 16, 8], "mirror": False},
         "engine": {"threads": 1, "device": "cpu"},
     }
-    raw["protocol"] |= dict(zip(("variant", "transport"), how, strict=False))
+    raw["protocol"] |= dict(zip(("fronts",) if protocol == "vertical" else ("variant", "transport"), how, strict=False))
     if protocol == "vertical":
         raw["protocol"] |= {"labels": "first", "cut": "shallow", "drop": 0.3, "new_patients": True}
         for channel, name in enumerate(names):
@@ -540,6 +541,17 @@ def test_a_study_gives_the_bits_of_the_simulation(
         maps = [tmp_path / place / "segmented/vertical/new.nii.gz" for place in ("here/sites/first", "first")]
         assert maps[0].read_bytes() == maps[1].read_bytes()
         assert not [*tmp_path.glob("second/segmented"), *tmp_path.glob("there/**/new.nii.gz")]
+        same_parts(tmp_path, names)
+        assert any(n.startswith("fronts.") for n in here) == ("stay" not in how)
+
+
+def same_parts(folder: Path, names: tuple[str, ...]) -> None:
+    """Each party has its own part of the model in its folder, which may be nowhere else."""
+    for name in names:
+        mine, its = (load_file(folder / at / name / "models/vertical.safetensors") for at in ("here/sites", ""))
+        assert any(n.startswith(f"fronts.{name}.") for n in mine)
+        assert mine.keys() == its.keys()
+        assert all(mine[n].equal(its[n]) for n in mine)
 
 
 def begun_elsewhere(raw: Mapping[str, Any], folder: Path, out: Path) -> Path:

@@ -22,10 +22,13 @@ from concilium.data.phantom_sequences import SEQUENCES, write_sequences
 from concilium.engines._transcript import Keeping, read_transcript
 from concilium.errors import DataError, StudyError
 from concilium.leakage import Amount, Asked, leakage
+from concilium.leakage.along import run_and_keep
 from concilium.leakage.exchange import Way, exchange, own_cases
-from concilium.leakage.parties import PartySender, known_fronts, truth_at
+from concilium.leakage.parties import PartySender, known_fronts, party_scenes, truth_at
+from concilium.leakage.predicting import predicting_scenes
 from concilium.leakage.steering import steered_scenes
-from concilium.leakage.subject import Subject, kept_at, subject_of
+from concilium.leakage.subject import Subject, subject_of
+from concilium.leakage.weights import kept_at
 from concilium.line import Event, run
 from concilium.protocols import WEIGHTS
 from concilium.reports.leakage import grids
@@ -240,3 +243,63 @@ def test_maps_of_a_party_are_read_once_its_front_was_steered(
     assert {(r["site"], r["metric"]) for r in told["rows"] if r["attack"]} == {
         (site, metric) for site in ("second", "third") for metric in ("ssim", "psnr")
     }
+
+
+# --------------------------------------------------------------------------------------------------- fronts that stay
+
+
+@pytest.fixture(scope="module")
+def hidden(sequences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with fronts that stay at their sites; it has no test set, whose cases the attacker is given all the same."""
+    study = replace(study_on(sequences), test=None)
+    options = {**study.protocol.options, "fronts": "stay"}
+    study = replace(study, protocol=replace(study.protocol, options=options))
+    return run_and_keep(study, tmp_path_factory.mktemp("hidden") / "run", [1])
+
+
+def test_of_a_front_that_nobody_else_knows_maps_are_attacked_without_its_weights(
+    hidden: Path, audited: tuple[Path, tuple[Release, ...]], sequences: Path, tmp_path: Path
+) -> None:
+    """Maps are those of a run whose fronts are sent, and so is what attacks find that use no weight of them."""
+    attacks = ("inversion", "label_inference", "reidentify")
+    more = (*attacks, "inversion_white", "membership")
+    told = found(hidden, tmp_path / "hidden", *more, auxiliary=str(sequences / "test"))
+    open_ = found(audited[0], tmp_path / "open", *attacks)
+    assert told["rows"] == open_["rows"]
+    assert {row["attack"] for row in told["rows"]} == {"", *attacks}
+    assert not any("stay" in note for note in open_["notes"])
+    for said in (
+        "inversion_white was not run: it needs the weights",
+        "membership was not run: nobody has the finished",
+    ):
+        assert any(note.startswith(said) for note in told["notes"])
+    assert any(
+        "an upper bound for one that has none" in note and "no defence against" in note for note in told["notes"]
+    )
+    with pytest.raises(StudyError, match=r"Nothing of .* was attacked \(membership was not run: nobody has"):
+        found(hidden, tmp_path / "no", "membership", auxiliary=str(sequences / "test"))
+
+
+def test_an_audit_of_them_goes_on_from_what_the_sites_have(
+    hidden: Path, audited: tuple[Path, tuple[Release, ...]], sequences: Path, tmp_path: Path
+) -> None:
+    test = str(sequences / "test")
+    for number in (0, 1, None):
+        mine, theirs = (
+            subject(folder, tmp_path / name, number, aux)
+            for name, folder, aux in (("hidden", hidden, test), ("open", audited[0], None))
+        )
+        assert (mine.hidden, theirs.hidden) == (True, False)
+        assert mine.weights.keys() == theirs.weights.keys()
+        assert all(torch.equal(t, theirs.weights[n]) for n, t in mine.weights.items()), number
+    true, amount = known_fronts(mine), replace(FEW, victims=4, steering=3)
+    assert all(s.known.front is None for s in [*party_scenes(mine, FEW, gallery=False), *predicting_scenes(mine, FEW)])
+    for scene in steered_scenes(mine, None, amount):  # it knows what stages there are
+        own, front = true[scene.site].state_dict(), scene.known.open_front.state_dict()
+        assert own.keys() == front.keys()
+        assert not any(torch.equal(t, front[n]) for n, t in own.items() if t.ndim > 1)
+    lost = tmp_path / "lost"
+    shutil.copytree(hidden, lost)
+    (lost / "sites/second/models/vertical.safetensors").unlink()
+    with pytest.raises(StudyError, match="The front of second is not here"):
+        subject(lost, tmp_path / "work", None, test)

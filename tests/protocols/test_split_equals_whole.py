@@ -205,7 +205,9 @@ def first_weights(job: Job) -> dict[str, Tensor]:
 WEIGH = weight_of("mean")
 
 
-def running(protocol: Any, engine: Engine, jobs: Mapping[str, Job], **changes: Any) -> Iterator[Round]:
+def running(
+    protocol: Any, engine: Engine, jobs: Mapping[str, Job], *, start: Tensors | None = None, **changes: Any
+) -> Iterator[Round]:
     """The rounds of a protocol with what `line.py` supplies."""
     job = next(iter(jobs.values()))
     supplied: dict[str, Any] = {
@@ -214,7 +216,7 @@ def running(protocol: Any, engine: Engine, jobs: Mapping[str, Job], **changes: A
         "training": job.training, "seed": SEED, "reveal_labels": True, "device": CPU, "weigh": WEIGH,
         "cases": {n: len(j.entries["training"]) for n, j in jobs.items()},
     }  # fmt: skip
-    rounds: Iterator[Round] = protocol(engine, start_with(first_weights(job)), **supplied | changes)
+    rounds: Iterator[Round] = protocol(engine, start_with(start or first_weights(job)), **supplied | changes)
     return rounds
 
 
@@ -226,10 +228,12 @@ def trained_apart(job: Job, cut: Sequence[str], folder: Path, **changes: Any) ->
     return part(last.tensors, WEIGHTS), engine
 
 
-def trained_whole(job: Job, *, rounds: int = 1, steps: int = STEPS, site: str = "a") -> Tensors:
+def trained_whole(
+    job: Job, *, rounds: int = 1, steps: int = STEPS, site: str = "a", start: Tensors | None = None
+) -> Tensors:
     """The weights after the site's own training of the whole network on the same batches."""
     learner = Learner(job, CPU)
-    weights: Tensors = first_weights(job)
+    weights: Tensors = start or first_weights(job)
     for number in range(1, rounds + 1):
         request = Train("m", number, (number - 1) * steps, steps, rounds * steps, weights, True)
         weights = learner.train(request, site=site, cancelled=lambda: False).weights

@@ -82,6 +82,7 @@ def parties(data: Path) -> Study:
             "steps": 2,
             "patches": "labels",
         },
+        "variants": {"stays": {"protocol": {"fronts": "stay"}}},
         "network": {"name": "unet", "base_features": 4, "levels": 2},
         "training": {"optimizer": "adamw", "batch_size": 2, "patch_size": [8, 16, 16], "mirror": False},
         "engine": {"threads": 1, "device": "cpu", "pictures": False},
@@ -291,6 +292,38 @@ def test_of_patches_that_follow_labels_no_other_thing_is_said(of: Callable[..., 
     assert "Patches follow the labels" in text
     assert "reveal_labels" not in text
     assert "can have the guess blinded as a party's" in text
+
+
+def test_of_fronts_that_stay_neither_too_little_nor_too_much_is_said(tmp_path: Path) -> None:
+    raw = tomllib.loads((ROOT / "studies/two-sequences.toml").read_text())
+    said = {}
+    for fronts in ("sent", "stay"):
+        raw["protocol"]["fronts"] = fronts
+        given = {key: table for key, table in raw.items() if key not in ("test", "variants")}
+        study = parse_study(given, folder=ROOT / "studies", check_data=False)
+        said[fronts] = cc.dossier(study, tmp_path / fronts, forecast=False).text
+    labels = raw["protocol"]["labels"]
+    only = {
+        "stay": (
+            "Fronts stay at their sites.",
+            f"| weights after training at the site | its own | no front; of {labels} the tail, after each round | no | no |",
+            "| vertical | its own part | all but the fronts | their own parts |",
+            "| kept at the site | each site's front | Its weights are drawn at the site and never leave. Its maps do",
+            "That is no defence by itself: who has images with the maps that such a front made",
+            "| inversion | images, from maps |",
+        ),
+        "sent": (
+            "each site's part, after each round",
+            "The server knows the layers that made them",
+            "| inversion_white | images, from maps |",
+            "| membership | members, from model |",
+            "| inversion | images, from maps |",
+        ),
+    }
+    for fronts, other in (("stay", "sent"), ("sent", "stay")):
+        for text in only[fronts]:
+            assert text in said[fronts], text
+            assert text not in said[other] or text in only[other], text
 
 
 def test_what_protects_is_named(tmp_path: Path, of: Callable[..., str]) -> None:

@@ -267,18 +267,24 @@ def test_patches_that_follow_the_labels_are_the_label_holders(sequences: Path, t
     assert digest(follow.folder) == digest(again.folder)
 
 
-@pytest.mark.parametrize(("body", "transport", "mirror"), [("server", "float32", True), ("labels", "int8", False)])
+@pytest.mark.parametrize(
+    ("body", "transport", "mirror", "fronts"),
+    [("server", "float32", True, "sent"), ("labels", "int8", False, "sent"), ("server", "int8", False, "stay")],
+)
 def test_what_is_forecast_is_what_is_sent(
-    sequences: Path, tmp_path: Path, body: str, transport: str, mirror: bool
+    sequences: Path, tmp_path: Path, body: str, transport: str, mirror: bool, fronts: str
 ) -> None:
     """Bytes of every party in rounds and besides, and operations of all owners together those of the whole network."""
     changes = {"protocol__rounds": 1, "protocol__steps": 4, "protocol__body": body, "protocol__transport": transport}
     changes |= {"validation__every": 1, "training__mirror": mirror}
-    study = study_on(
-        sequences, forecast__mbit=100.0, forecast__site_gflops=10.0, forecast__server_gflops=10.0, **changes
-    )
+    raw = tables(sequences, forecast__mbit=100.0, forecast__site_gflops=10.0, forecast__server_gflops=10.0, **changes)
+    if fronts == "stay":
+        raw["protocol"]["fronts"] = fronts
+        raw["network"]["base_features"] = 16  # a front weighs more than headers do
+        del raw["test"]
+    study = parse_study(raw, folder=sequences)
     outcome = run(study, tmp_path / "run")
-    assert outcome.results["warnings"] == []
+    assert [text for text in outcome.results["warnings"] if "No test set" not in text] == []
     told = json.loads((outcome.folder / "forecast/vertical.json").read_text())
     line = json.loads((outcome.folder / "rounds.jsonl").read_text().splitlines()[0])
     for name, site in told["sites"].items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -21,6 +22,7 @@ from concilium.data.plan import Plan
 from concilium.freezing import digest_of
 from concilium.messages import Guard, PlugIn, Tensors, Training
 from concilium.networks import Stages
+from concilium.networks._fusion import without_fronts
 from concilium.sealing import Identity
 
 NO_GUARD = Guard()
@@ -90,8 +92,8 @@ class Settings:
     weights: tuple[Path, ...] = ()
     """Files of weights that a study may start from, as far as it freezes tensors of them: those never travel."""
     secret: Path | None = None
-    """File of what noise is drawn from that the server must not know, made where there is none; `None`: from the study's seed
-    alone, as in a simulation."""
+    """File of what noise, and fronts that stay, are drawn from that the server must not know, made where there is none; `None`:
+    from the study's seed alone, as in a simulation."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,19 @@ class Job:
     """Whether `micro_batch` was chosen by the memory at hand: split training, which needs whole batches, then has them."""
     told: str = ""
     """A digest of all that it was asked to prepare: what is drawn to hide something is drawn anew under other settings."""
+
+    @property
+    def of_fronts(self) -> str:
+        """The secret that a front is drawn from which stays here: the server draws from the study's seed as well."""
+        return self.secret if self.kept and not self.has_all else ""
+
+    @cached_property
+    def sends_no_weights(self) -> bool:
+        """Whether no weight leaves: of a party without the labels, whose whole front stays here."""
+        if self.has_all or self.labelled or not self.kept:
+            return False
+        names = built(self).state_dict()
+        return names.keys() - without_fronts(names).keys() <= self.kept
 
     @property
     def in_one_place(self) -> Callable[..., Stages]:

@@ -6,7 +6,7 @@ import re
 from typing import TypeAlias
 
 from concilium import catalog
-from concilium.answers import Policy
+from concilium.answers import Job, Policy
 from concilium.answers.new_patients import NEW
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import (
@@ -55,6 +55,11 @@ def _opens(request: Request) -> bool:
     return isinstance(request, Front | Fetch)
 
 
+def _keeps_all(request: Request, job: Job | None) -> bool:
+    """Whether it is about a party's front, which stays."""
+    return isinstance(request, Front) and request.party and job is not None and job.sends_no_weights
+
+
 def _check_split(request: Splitting, policy: Policy) -> None:
     if not policy.split:
         raise PrivacyError(
@@ -91,15 +96,33 @@ def _check_sum(request: Request, policy: Policy) -> None:
         )
 
 
-def check_policy(request: Request, policy: Policy) -> None:
+def _check_kept(request: Request, policy: Policy, job: Job | None) -> None:
+    if isinstance(request, Fetch) and job is not None and not job.has_all:
+        raise PrivacyError(
+            f"The tensors of {request.model} that stay here were asked for. They are a party's front, which no study sends once "
+            "it stays. Do not take part in this study.",
+            rule="kept",
+        )
+    if isinstance(request, Fetch) and not policy.kept:
+        raise PrivacyError(
+            f"The tensors of {request.model} that stay here were asked for. This site's policy does not let them leave. Allow it "
+            "in the site's own settings (kept = true), or run the study with [sharing] unseen = 'none'.",
+            rule="kept",
+        )
+
+
+def check_policy(request: Request, policy: Policy, job: Job | None = None) -> None:
     """Check that this site allows what is asked.
+
+    Args:
+        job: what it is prepared for, which may keep all weights here.
 
     Raises:
         PrivacyError: it does not.
     """
     if isinstance(request, Splitting):
         _check_split(request, policy)
-    if _opens(request) and not policy.open_weights:
+    if _opens(request) and not policy.open_weights and not _keeps_all(request, job):
         raise PrivacyError(
             f"{type(request).__name__} asks for weights in the open. This site's policy lets them leave sealed or masked "
             "only. Run cyclic, or [collect] name = 'secure_sum', or allow it in the site's own settings.",
@@ -118,12 +141,7 @@ def check_policy(request: Request, policy: Policy) -> None:
             "out of the study, or allow it in the site's own settings.",
             rule="reveal",
         )
-    if isinstance(request, Fetch) and not policy.kept:
-        raise PrivacyError(
-            f"The tensors of {request.model} that stay here were asked for. This site's policy does not let them leave. Allow it "
-            "in the site's own settings (kept = true), or run the study with [sharing] unseen = 'none'.",
-            rule="kept",
-        )
+    _check_kept(request, policy, job)
     asked = []
     match request:
         case Prepare():

@@ -6,7 +6,8 @@ It is given messages as they arrived, what their receiver knows of the network, 
 who owns the simulation scores the guess (`leakage/`). A file says with `SEES` which part of a transcript it reads (`maps`,
 `gradients`, `updates`; `model`: none, but the finished weights; or `steering`: maps that it answers by gradients of its own), and
 with `GUESSES` what comes out (`images`, `labels`, `members`, `patients`). `REVEALS` says in one line who could do this. With
-`ON_REQUEST = True` it is run only where it is asked for by name.
+`ON_REQUEST = True` it is run only where it is asked for by name, with `NEEDS_FRONT = True` only where the receiver knows the
+front's weights.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Known:
     """What the receiver knows of the network."""
 
     front: Stages | None = None
-    """The stages before the cut with their weights, where these are shared; what is fed in is as a site feeds it."""
+    """The stages before the cut with their weights, where the receiver has them; what is fed in is as a site feeds it. Of a front
+    that stays at its site whoever steers it knows the stages, which are here with weights of its own."""
     places: tuple[int, ...] = ()
     """Which of the maps that the front leaves the maps of the transcript are."""
     whole: Stages | None = None

@@ -16,6 +16,7 @@ from concilium.data.draws import drawn_from
 
 SEES, GUESSES = "maps", "images"
 REVEALS = "a receiver of maps that knows the front's weights: the server, and every site, where fronts are averaged"
+NEEDS_FRONT = True
 
 
 def attack(

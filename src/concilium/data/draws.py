@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
+from hashlib import blake2b, shake_256
 
 import numpy as np
 import torch
@@ -38,17 +38,27 @@ def seed_all(*key: str | int) -> int:
     return number
 
 
+WORDS, STATE_BYTES, FIRST_WORD = 624, 5056, 24
+"""Of torch's generator of the CPU (MT19937): numbers of 32 bits in its state, bytes of that, and where the numbers begin."""
+
+
 @contextmanager
-def drawn_from(*key: str | int) -> Iterator[int]:
+def drawn_from(*key: str | int, secret: str = "") -> Iterator[int]:
     """A block that draws from generators seeded as by `seed_all`, and leaves them as they were found (on the CPU only).
 
     So what a site draws next, in dropout or in a filter, does not depend on whether another process made its batches.
+
+    Args:
+        secret: of a site; then what torch draws on the CPU depends on every bit of it. A seed alone would be known by trying
+            2**32 of them: more of a seed torch does not use there.
     """
     number = digest(*key)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         _seed_shared(number)
         torch.default_generator.manual_seed(number)
+        if secret:
+            _fill(shake_256(json.dumps((secret, *key)).encode()).digest(4 * WORDS))
         yield number
     finally:
         random.setstate(before[0])
@@ -59,3 +69,20 @@ def drawn_from(*key: str | int) -> Iterator[int]:
 def _seed_shared(number: int) -> None:
     random.seed(number)
     np.random.seed([number & 0xFFFFFFFF, number >> 32])
+
+
+def _fill(words: bytes) -> None:
+    """Make these the state of torch's generator, which was just seeded: the first number drawn is of them all.
+
+    Raises:
+        ContractError: this torch keeps its state otherwise.
+    """
+    state = torch.get_rng_state()
+    if len(state) != STATE_BYTES:
+        raise ContractError(
+            f"The state of this torch's generator has {len(state)} bytes. Expected {STATE_BYTES}. Use the version of torch that "
+            "this version of Concilium asks for."
+        )
+    end = FIRST_WORD + 8 * WORDS  # of each number of 32 bits it keeps 64
+    state[FIRST_WORD:end] = torch.from_numpy(np.frombuffer(words, "<u4").astype("<u8").view(np.uint8))
+    torch.set_rng_state(state)

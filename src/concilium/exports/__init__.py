@@ -24,7 +24,7 @@ from concilium.defences import described
 from concilium.errors import DataError, StudyError
 from concilium.exports._model_card import model_card
 from concilium.finished import Finished, finished_models, open_finished
-from concilium.study import SiteTable, Study
+from concilium.study import SiteTable, Study, read_study
 
 NOT_STATED = "Not stated."
 
@@ -159,12 +159,16 @@ def _open(run: Path, model: str | None) -> Finished:
     try:
         return open_finished(run, model)
     except StudyError as e:
-        if (model or "local").partition(":")[0] == "local" and (run / "plans.json").is_file():
+        if (run / "plans.json").is_file() and _named(run, model).partition(":")[0] == "local":
             raise StudyError(
                 f"{run} holds no model {model or 'local'!r}: models of `local` stay at their sites, and only a simulation has "
                 f"them, as local:SITE. Known: {', '.join(finished_models(run)) or 'none'}. Choose one with --model."
             ) from e
         raise
+
+
+def _named(run: Path, model: str | None) -> str:
+    return model or read_study(run / "study.toml", check_data=False).protocol.name
 
 
 def _results(run: Path) -> Mapping[str, Any]:

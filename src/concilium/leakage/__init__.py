@@ -87,9 +87,10 @@ def leakage(
     finally:
         for left in ("sites", "spool"):
             shutil.rmtree(work / left, ignore_errors=True)
+    notes += _of_hidden_fronts(subject, attacks)
     for attack in attacks:
         sees, _, _ = attack.about
-        if sees not in seen and not any(note.startswith(attack.name) for note in notes):
+        if sees not in seen and not any(note.startswith(f"{attack.name} ") for note in notes):
             notes.append(f"{attack.name} was not run: it reads {sees}, and here none were sent.")
     if not rows:
         raise StudyError(
@@ -166,11 +167,28 @@ def _scenes(
     if subject.study.protocol.name == "federated" and "updates" in sees and not asked.cuts:
         watch(f"Exchange after round {subject.number}, updates")
         yield from _of_updates(subject, attacks, asked, notes)
-    if last and "model" in sees:
+    if last and "model" in sees and not subject.hidden:
         try:
             yield model_scene(subject, asked.amount)
         except StudyError as e:
             notes += [f"{a.name} was not run. {e}" for a in attacks if a.about[0] == "model"]
+
+
+def _of_hidden_fronts(subject: Subject, attacks: Sequence[Attack]) -> Iterator[str]:
+    """What an audit says where fronts stay at their sites."""
+    if not subject.hidden:
+        return
+    for attack in attacks:
+        if attack.needs_front:
+            yield f"{attack.name} was not run: it needs the weights of a front, which stay at its site. Who gets maps has none."
+        elif attack.about[0] == "model":
+            yield f"{attack.name} was not run: nobody has the finished model as a whole. Its fronts stay at their sites."
+    yield (
+        "Fronts stay at their sites. What the attacker's own cases send was made by the true fronts all the same: an attacker "
+        "has such pairs of patients whose images it knows from elsewhere, or by the help of a party. So what was found is an "
+        "upper bound for one that has none (but for inversion_blind, which uses none). A front that nobody else knows is no "
+        "defence against one that has them."
+    )
 
 
 def _of_updates(subject: Subject, attacks: Sequence[Attack], asked: Asked, notes: list[str]) -> Iterator[Scene]:

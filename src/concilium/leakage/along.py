@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from concilium.errors import StudyError
-from concilium.leakage.subject import kept_at
+from concilium.leakage.weights import fronts_at, kept_at
 from concilium.line import run
 from concilium.preparation import Event
 from concilium.protocols import WEIGHTS
-from concilium.study import Study
+from concilium.study import Study, fronts_stay
 from concilium.wire import part, read_tensors, write_tensors
 
 
@@ -36,8 +36,11 @@ def run_and_keep(
 
     def keep(event: Event) -> None:
         if event.kind == "round" and event.model == name and event.round in rounds:
-            tensors, _ = read_tensors(out / "checkpoints" / name / f"{event.round:06d}.safetensors")
-            write_tensors(kept_at(out, name, event.round), part(tensors, WEIGHTS), {"round": str(event.round)})
+            file = f"{event.round:06d}.safetensors"
+            weights = part(read_tensors(out / "checkpoints" / name / file)[0], WEIGHTS)
+            if fronts_stay(of := study.variants.get(name, study)):
+                weights = {**weights, **fronts_at(out, of, f"states/{name}/{file}", WEIGHTS)}
+            write_tensors(kept_at(out, name, event.round), weights, {"round": str(event.round)})
         watch(event)
 
     return run(study, out, watch=keep).folder

@@ -43,6 +43,11 @@ class Attack:
         """Whether it is run only where it is asked for."""
         return bool(vars(inspect.getmodule(catalog.load("attacks", self.name))).get("ON_REQUEST"))
 
+    @property
+    def needs_front(self) -> bool:
+        """Whether it is of no use to a receiver that does not know the front's weights."""
+        return bool(vars(inspect.getmodule(catalog.load("attacks", self.name))).get("NEEDS_FRONT"))
+
     def __call__(self, transcript: Transcript, known: Known, auxiliary: Auxiliary) -> Guess:
         guess: Guess = catalog.load("attacks", self.name)(transcript, known, auxiliary, seed=self.seed, **self.options)
         return guess
@@ -58,6 +63,7 @@ def figures_of(
     for attack in attacks:
         sees, guesses, _ = attack.about
         lacks = guesses == "patients" and scene.auxiliary.candidates is None
+        lacks |= attack.needs_front and scene.known.front is None
         if sees not in holds(scene) or lacks or (guesses == "members") != (scene.members is not None):
             continue
         for name, seen in _selections(scene) if sees == "maps" else [(scene.gradient, scene)]:

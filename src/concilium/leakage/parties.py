@@ -17,6 +17,7 @@ from concilium.answers import Cut, Job
 from concilium.answers.train import Learner
 from concilium.answers.vertical import DRAWN, Party
 from concilium.attacks import Auxiliary, Cases, Known, Transcript, releases
+from concilium.data.draws import drawn_from
 from concilium.data.patches import Batch
 from concilium.engines import SiteInfo, Traffic
 from concilium.errors import ContractError
@@ -76,7 +77,8 @@ def party_scenes(subject: Subject, amount: Amount, *, gallery: bool) -> Iterator
             truth, cases = truth_at(subject, site, maps)
             candidates, behind = galleries.of(site, cases) if gallery else (None, ())
             made = makers(fronts[site], torch.zeros_like(truth.images[:1]))
-            known, mine = Known(fronts[site], tuple(range(len(made)))), Auxiliary(own.of(site, channels), candidates)
+            front = None if subject.hidden else fronts[site]
+            known, mine = Known(front, tuple(range(len(made)))), Auxiliary(own.of(site, channels), candidates)
             yield begin(maps, known, mine, truth, tuple(made), behind, site=site, channels=named)
         back = {
             FRONT: tuple(replace(r, maps=()) for r in transcript if r.site == site and r.maps and r.gradients),
@@ -123,10 +125,12 @@ class PartySender:
         return releases(self._engine.said)
 
 
-def known_fronts(subject: Subject) -> Mapping[str, Stages]:
-    """Each party's front, with its weights."""
-    whole = network_of(subject.study, subject.plans)()
-    whole.load_state_dict(dict(subject.weights))
+def known_fronts(subject: Subject, *, anew: bool = False) -> Mapping[str, Stages]:
+    """Each party's front, with its weights; or with others, which are drawn anew."""
+    with drawn_from(subject.study.study.seed, ATTACKER):
+        whole = network_of(subject.study, subject.plans)()
+    if not anew:
+        whole.load_state_dict(dict(subject.weights))
     stage = whole[FRONTS]
     if not isinstance(stage, Fronts):
         raise ContractError(f"The network begins with {whole.names[0]}. Expected fronts of parties. Report this.")

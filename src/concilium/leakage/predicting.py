@@ -50,7 +50,7 @@ def predicting_scenes(subject: Subject, amount: Amount) -> Iterator[Scene]:
             subject.number,
             " ".join(way.cut),
             sent,
-            Known(front, tuple(range(len(made))), finished=True),
+            Known(None if subject.hidden else front, tuple(range(len(made))), finished=True),
             Auxiliary(Cases(whole.images[:, list(channels)], whole.labels, mine)),
             truth,
             tuple(made),

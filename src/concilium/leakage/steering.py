@@ -31,7 +31,7 @@ def steered_scenes(subject: Subject, cut: tuple[str, ...] | None, amount: Amount
         yield _split(subject, split_way(subject, cut, amount.steering), amount)
         return
     way = Way("vertical", {**subject.study.protocol.options, "exchange_seconds": None, "drop": 0.0}, amount.steering)
-    fronts, whole = known_fronts(subject), together(own_cases(subject, amount.own))
+    fronts, whole = known_fronts(subject, anew=subject.hidden), together(own_cases(subject, amount.own))
     for site, channels in subject.places.items():
         if site in fronts and site != subject.labels_at:
             last = _last(subject, way, [site], amount)

@@ -18,7 +18,7 @@ from concilium.answers._aligned import note_aligned
 from concilium.answers.align import patients_of
 from concilium.answers.statistics import find_cases, prepare
 from concilium.attacks import AUDITED
-from concilium.beginning import frozen_as, initial_weights
+from concilium.beginning import frozen_as
 from concilium.data.matching import Names
 from concilium.data.parties import of_channels
 from concilium.data.patches import Batch, Batches
@@ -26,13 +26,13 @@ from concilium.data.preprocess import Array, Prepared
 from concilium.data.preprocess import prepare as prepare_case
 from concilium.errors import DataError, StudyError
 from concilium.finished import open_finished
+from concilium.leakage.weights import fronts_at, weights_after
 from concilium.messages import Prepare, Tensors
 from concilium.planning import Plans
 from concilium.preparation import on_folders
 from concilium.schedule import Setting, is_partly_shared
-from concilium.study import Study, divide, holdings, is_vertical, of_sites, places, sites_of
+from concilium.study import Study, divide, fronts_stay, holdings, is_vertical, of_sites, places, sites_of
 from concilium.together import held_requests
-from concilium.wire import read_tensors
 
 ATTACKER = "attacker"
 """What the attacker's cases are prepared as; no site of a simulation has a folder of this name here."""
@@ -56,6 +56,8 @@ class Subject:
     work: Path
     files: tuple[Path, ...] = ()
     """Where sites have tensors from that do not train."""
+    hidden: bool = False
+    """Whether fronts stay at their sites: then who gets their maps does not know their weights."""
 
     @property
     def cache(self) -> Path:
@@ -200,8 +202,8 @@ def subject_of(
     Raises:
         StudyError: there is no such model, no cases for the attacker, or tensors stay at sites, which is not audited yet.
     """
-    finished = open_finished(run, model)
-    study = finished.study
+    finished = open_finished(run, model, apart=True)
+    study, hidden = finished.study, fronts_stay(finished.study)
     if study.protocol.name not in AUDITED:
         raise StudyError(
             f"[protocol] name = {study.protocol.name!r} of {finished.name} cannot be audited yet. Allowed: {', '.join(AUDITED)}. "
@@ -221,6 +223,10 @@ def subject_of(
     sites = {name: cast(Path, study.sites[name].data) for name in sites_of(study)}
     own, names = _own(study, sites, auxiliary)
     weights = finished.weights()[0]
+    if hidden:  # to compute anew what was sent, which is the same: maps do not depend on who has the fronts
+        weights = {**weights, **fronts_at(run, study, f"models/{finished.files[0].name}")}
+        options = {**study.protocol.options, "fronts": "sent"}
+        study = replace(study, protocol=replace(study.protocol, options=options))
     done = study.protocol.rounds
     text, plan = finished.plans, finished.plan
     plans = Plans(text, finished.channels, finished.labels, plan.patch_size, plan.batch_size)
@@ -229,26 +235,8 @@ def subject_of(
         plans = replace(plans, held=held, patients=_patients(study, run, sites))
     plans = frozen_as(study, plans, weights, finished.files[0])
     if number is not None and number != done:
-        weights, done = _after(run, finished.name, number, study, plans), number
-    return Subject(run, finished.name, study, plans, weights, done, sites, own, names, work, finished.files)
-
-
-def kept_at(run: Path, model: str, number: int) -> Path:
-    """Where the weights after a round lie that were kept for an audit."""
-    return run / "leakage" / "rounds" / f"{model}.{number:06d}.safetensors"
-
-
-def _after(run: Path, model: str, number: int, study: Study, plans: Plans) -> Tensors:
-    """The weights after a round; those before the first are drawn anew, unless the study starts from others."""
-    path = kept_at(run, model, number)
-    if path.is_file():
-        return read_tensors(path)[0]
-    if number == 0 and study.start.weights is None:
-        return initial_weights(study, plans)
-    raise StudyError(
-        f"The weights of {model} after round {number} were not kept: there is no {path}. Expected them from `concilium leakage "
-        f"STUDY --round {number}`, which runs the study and keeps them. Run that, or leave the round out."
-    )
+        weights, done = weights_after(run, finished.name, number, study, plans), number
+    return Subject(run, finished.name, study, plans, weights, done, sites, own, names, work, finished.files, hidden)
 
 
 def _aligned(run: Path, site: str) -> list[str]:

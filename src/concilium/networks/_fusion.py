@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,12 @@ from concilium.errors import ContractError, StudyError
 from concilium.networks import Kinds, Stack, Stage, Stages, cut_apart
 from concilium.networks._layers import CONVOLUTIONS
 
+T = TypeVar("T")
 How: TypeAlias = Literal["concat", "mean", "max"]
 FRONTS, FUSE = "fronts", "fuse"
 """Names of the two stages."""
+OF_FRONTS = f"{FRONTS}.*"
+"""Pattern of the names of the fronts' tensors."""
 
 
 class Fronts(Stage):
@@ -163,6 +166,11 @@ def fronts_of(network: Stages) -> Fronts | None:
     """The stage of the parties' fronts; `None` of a network that has none."""
     stage = network[FRONTS] if FRONTS in network.names else None
     return stage if isinstance(stage, Fronts) else None
+
+
+def without_fronts(weights: Mapping[str, T]) -> dict[str, T]:
+    """Of what is known by names of tensors, that which is of no front."""
+    return {name: t for name, t in weights.items() if not name.startswith(f"{FRONTS}.")}
 
 
 def tail_of(network: Stages) -> str:

@@ -4,7 +4,7 @@ Roth et al. 2022, Split-U-Net (arXiv:2208.10553). Each party has a front for its
 (`networks/_fusion.py`). What follows is the server's up to the cut's second stage and then the label holder's, or all of it the
 label holder's. Two exchanges a step, as in `splitfed`: maps from all parties; the tail at the labels; and the gradient of each
 map to its owner alone, with the request for the next step. Nothing is averaged: there is one copy of each part. Each owner clips
-its own gradient (decisions/0007).
+its own gradient (decisions/0007). With `fronts = "stay"` each party draws its front itself and never sends it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from concilium.messages import (
     describe,
 )
 from concilium.networks import Parts, Stages
-from concilium.networks._fusion import FRONTS, Fronts, fronts_of, own_part, tail_of
+from concilium.networks._fusion import FRONTS, Fronts, fronts_of, own_part, tail_of, without_fronts
 from concilium.protocols import WEIGHTS, Round, copy_traffic, traffic_since
 from concilium.protocols._body import ALL, MOMENTS, Body, require_finite, together
 from concilium.protocols._steps import Steps
@@ -47,6 +47,7 @@ def vertical(
     cut: Literal["shallow", "deep"] | tuple[str, ...] = "deep",
     fuse: Literal["concat", "mean", "max"] = "concat",
     body: Literal["server", "labels"] = "server",
+    fronts: Literal["sent", "stay"] = "sent",
     parties: tuple[str, ...] = (),
     drop: float = 0.0,
     patches: Literal["uniform", "labels"] = "uniform",
@@ -56,13 +57,15 @@ def vertical(
     incomplete: bool = False,
     **_: Any,
 ) -> Iterator[Round]:
-    """Yield the state after each round: the whole network's weights, and the optimiser of the server's part.
+    """Yield the state after each round: the whole network's weights but those that stay, and the optimiser of the server's part.
 
     Args:
         labels: the site whose label maps are trained on.
         cut: `shallow`, `deep`, or the two stages after which the network is cut: fronts end with the first.
         fuse: how the parties' maps are made one: `concat`, side by side and mixed by a 1×1 convolution; `mean`; or `max`.
         body: whether the server has what follows the fronts, up to the second stage of the cut, or the label holder has it all.
+        fronts: `sent`: the server has the weights of each front after every round. `stay`: each is drawn at its party, and never
+            leaves; then nobody has the whole network.
         parties: whose channels are used; omitted: those of all sites.
         drop: chance that a party is left out of a step (one at least stays), so that the network learns to do without.
         patches: `uniform`: anywhere. `labels`: on foreground as often as `[training] foreground` says, which tells all where
@@ -80,8 +83,10 @@ def vertical(
     whole = network(deep_supervision=training.deep_supervision and body == "labels")
     after = FRONTS if body == "labels" else tail_of(whole)
     middle = None if body == "labels" else Body(_parts(whole, after), training, device, transport)
-    fronts = _fronts(whole)
+    stage = _fronts(whole)
     owned = {site: own_part(whole, site, tail_after=after, labelled=site == labels).held.state_dict() for site in steps}
+    if fronts == "stay":
+        owned = {site: without_fronts(own) for site, own in owned.items()}
     weights: Tensors = part(start.tensors, WEIGHTS)
     moments, numbers = part(start.tensors, f"{MOMENTS}{ALL}/"), str(start.values.get(ALL, "{}"))
     (n_steps,) = set(steps.values())
@@ -94,7 +99,7 @@ def vertical(
             begins=number == 1, transport=transport, party=True,
         )  # fmt: skip
         exchange = Steps(
-            engine, middle, fronts, labels, request, deadline, seed=seed, drop=drop, follows=patches == "labels"
+            engine, middle, stage, labels, request, deadline, seed=seed, drop=drop, follows=patches == "labels"
         )
         mine = {site: {n: weights[n] for n in names} for site, names in owned.items()}
         answers, failures, made = exchange.run(mine)

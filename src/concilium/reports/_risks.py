@@ -75,7 +75,7 @@ def _applicable(study: Study) -> Iterator[tuple[str, ModuleType]]:
     models = [m for m in trained_in(study) if not m.beside and m.name == study.protocol.name]
     for name in catalog.names("attacks"):
         module = importlib.import_module(f"concilium.attacks.{name}")
-        if any(_applies(module.SEES, model) for model in models):
+        if any(_applies(module, model) for model in models):
             yield name, module
 
 
@@ -109,7 +109,10 @@ def _not_attacked(study: Study) -> list[Content]:
     ]
 
 
-def _applies(sees: str, model: Trained) -> bool:
+def _applies(attack: ModuleType, model: Trained) -> bool:
+    sees = attack.SEES
+    if model.apart and (sees == "model" or getattr(attack, "NEEDS_FRONT", False)):
+        return False
     if sees in ("maps", "gradients", "steering"):
         return model.splits
     return sees == "model" or model.protocol == "federated"
@@ -167,7 +170,14 @@ def _unprotected(study: Study, found: Sequence[Mapping[str, Any]]) -> Iterator[s
 def _in_training(study: Study, models: Sequence[Trained]) -> Iterator[str]:
     """What the protocols leave open."""
     yield from (text for m in models for text in lapses(m.name, m.study.defences))
-    if any(m.splits for m in models):
+    if any(m.apart for m in models):
+        yield (
+            "Maps and their gradients are computed from every voxel. Fronts stay at their sites, so that the server does not "
+            "know the layers that made them. That is no defence by itself: who has images with the maps that such a front made "
+            "of them (of patients known from elsewhere, or by the help of a site) can learn to compute images back, and "
+            "what the channels of a shallow map have in common is much of the image without any (inversion_blind)."
+        )
+    if any(m.splits and not m.apart for m in models):
         yield (
             "Maps and their gradients are computed from every voxel. The server knows the layers that made them: an image "
             "can be computed back, at a shallow cut nearly whole, and much of the label map from the gradients. The server "

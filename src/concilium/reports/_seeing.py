@@ -86,6 +86,8 @@ def _weights(model: Trained) -> Iterator[tuple[str, ...]]:
         yield what, OWN, "the sum of the sites only", "the mean", NOBODY
     elif model.protocol == "cyclic":
         yield what, OWN, "sealed, unreadable", "the next site, as they are", NOBODY
+    elif model.apart:
+        yield what, OWN, f"no front; of {study.protocol.options['labels']} the tail, after each round", NOBODY, NOBODY
     elif model.protocol == "vertical":
         yield what, OWN, "each site's part, after each round", NOBODY, NOBODY
     elif study.protocol.options.get("variant") == "sequential":
@@ -100,7 +102,7 @@ def _finished(model: Trained) -> tuple[str, str, str]:
     if model.protocol == "local":
         return YES, NOBODY, NOBODY
     if model.protocol == "vertical":
-        return "its own part", YES, "their own parts"
+        return "its own part", "all but the fronts" if model.apart else YES, "their own parts"
     if model.one:
         return YES, NOBODY, YES
     if model.stays:

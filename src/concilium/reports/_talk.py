@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from concilium import messages as m
 from concilium.protocols._cohort import fewest
 from concilium.schedule import ELSEWHERE, FINETUNED, PERSONAL, Setting, is_one, names, settings
-from concilium.study import Study, is_vertical
+from concilium.study import Study, fronts_stay, is_vertical
 
 ONCE, SETTING, TRAINING = "once", "setting", "training"
 ROUND, OTHERS, STEP, SCORING = "round", "others", "step", "scoring"
@@ -123,6 +123,11 @@ class Trained:
     def collects(self) -> str:
         """How its updates are collected."""
         return self.study.collect.name if self.protocol == self.study.protocol.name else "plain"
+
+    @property
+    def apart(self) -> bool:
+        """Whether nobody ever has it as a whole: each party keeps its front."""
+        return self.protocol == self.study.protocol.name and fronts_stay(self.study)
 
     @property
     def sums_secretly(self) -> bool:

@@ -18,7 +18,7 @@ from concilium import __version__
 from concilium.disclosure import MIN_CASES
 from concilium.errors import StudyError
 from concilium.preparation import Event
-from concilium.reports import _kept, _leaving, _risks, _seeing
+from concilium.reports import _kept, _leaving, _risks, _seeing, _sent
 from concilium.reports._bytes import Forecast, forecasts, measured, why_not
 from concilium.reports._found import find
 from concilium.reports._leaks import AUDITS
@@ -90,13 +90,11 @@ def dossier(
 ) -> list[Part]:
     """The parts, in their order."""
     if run is None:
-        bytes_part = _leaving.bytes_before(study, told)
+        bytes_part = _sent.bytes_before(study, told)
     else:
         found = find(run)
         least = MIN_CASES if found.is_shared else 0
-        bytes_part = _leaving.bytes_after(
-            study, told, measured(study, found.rounds, found.results["models"]), least=least
-        )
+        bytes_part = _sent.bytes_after(study, told, measured(study, found.rounds, found.results["models"]), least=least)
     return [
         _short(study, attacked, run),
         _leaving.messages(study),
@@ -191,6 +189,8 @@ def _server_reads(model: Trained) -> str:
             return "The server gets no weights."
         case "cyclic":
             return "The server carries sealed weights, which it cannot read; the next site can."
+        case "vertical" if model.apart:
+            return "The server reads maps and gradients of every site, and the weights of the tail. Fronts stay at their sites."
         case "vertical":
             return "The server reads maps, gradients and weights of every site."
         case "splitfed":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concilium.study._forecast import forecast_by
-from concilium.study._parties import holdings, is_vertical, parties_of, places, sites_of
+from concilium.study._parties import fronts_stay, holdings, is_vertical, parties_of, places, sites_of
 from concilium.study.data_sets import DataSets, data_sets, divide, names_of, of_sites
 from concilium.study.reading import RESERVED, parse_study, read_study, to_toml
 from concilium.study.tables import (
@@ -29,6 +29,7 @@ __all__ = [
     "data_sets",
     "divide",
     "forecast_by",
+    "fronts_stay",
     "goes_on",
     "guard_of",
     "holdings",

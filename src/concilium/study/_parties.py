@@ -17,6 +17,11 @@ def is_vertical(study: Study) -> bool:
     return study.protocol.name == NAME
 
 
+def fronts_stay(study: Study) -> bool:
+    """Whether each site's front stays there, so that nobody ever has the whole network."""
+    return is_vertical(study) and study.protocol.options["fronts"] == "stay"
+
+
 def holdings(study: Study) -> dict[str, Holding]:
     """What each site contributes."""
     labels = study.protocol.options["labels"]
@@ -89,7 +94,7 @@ def misparted(found: Mapping[str, Any]) -> list[str]:
         for name, site in sites.items()
         if site.holds is None
     ]
-    return problems + _misheld(p, sites) + _not_with(found)
+    return problems + _misheld(p, sites) + _not_with(found) + _not_with_fronts_that_stay(found)
 
 
 def _misheld(p: Any, sites: Mapping[str, Any]) -> list[str]:
@@ -170,5 +175,30 @@ def _not_with(found: Mapping[str, Any]) -> list[str]:
     if r is not None:
         wrong.append(
             f"[partition] data = '{r.data}' {given}: it divides patients. Allowed: none, and holds. Remove it."
+        )
+    return wrong
+
+
+def _not_with_fronts_that_stay(found: Mapping[str, Any]) -> list[str]:
+    """What asks for the whole network, or has others know the fronts."""
+    if found["protocol"].options.get("fronts") != "stay":
+        return []
+    given = "is not allowed with [protocol] fronts = 'stay'"
+    wrong = []
+    if found["test"] is not None:
+        wrong.append(
+            f"[test] data = '{found['test'].data}' {given}: a held-out set is scored by the whole network in one place, and "
+            "nobody has that. Allowed: none. Remove [test]: all sites together score their validation cases, which "
+            "'centralized' does too, and segment patients in imagesTs (new_patients = true). Or let fronts be sent."
+        )
+    if (start := found["start"]) and start.weights is not None:
+        wrong.append(
+            f"[network] weights = '{start.weights}' {given}: whoever has the file would know what fronts begin with. Allowed: "
+            "none. Leave weights out, or let fronts be sent."
+        )
+    if (t := found["training"]) and t.tensors:
+        wrong.append(
+            f"[training] tensors = {list(t.tensors)} {given}: what does not train is known to all, and could be a front's. "
+            "Allowed: none. Take it out, or let fronts be sent."
         )
     return wrong
