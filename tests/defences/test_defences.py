@@ -27,6 +27,7 @@ from torch import Tensor
 from concilium.answers import Job, Settings, secret_of
 from concilium.answers.split import Session
 from concilium.answers.train import Cut, Learner
+from concilium.data import draws
 from concilium.defences import dropout, gaussian, guarded, laplace, nopeek, quantise
 from concilium.errors import ContractError, StudyError
 from concilium.messages import Finish, Front, Guard, PlugIn, Tail
@@ -159,6 +160,19 @@ def test_noise_is_the_same_for_one_secret_and_another_for_another() -> None:
         assert all(
             float((x - y).std()) == pytest.approx(0.5 * math.sqrt(2), rel=0.1) for x, y in zip(a, b, strict=True)
         )
+
+
+def test_a_seed_that_was_guessed_does_not_take_the_noise_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has 2**32 seeds on the CPU, which can all be tried; here those of all secrets are the same."""
+    monkeypatch.setattr(draws, "digest", lambda *key: 5)
+    job = guarded_job(PlugIn("gaussian", {"scale": 0.5, "bound": 1.0}))
+
+    def sent(secret: str) -> tuple[Tensor, ...]:
+        session = session_of(job, secret=secret)
+        return session.front(front_of(first_weights(job), session.learner), lambda: False).maps
+
+    for a, b in itertools.combinations([sent(""), sent("north's"), sent("south's")], 2):
+        assert not any(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_models_settings_and_weights_have_noise_of_their_own() -> None:

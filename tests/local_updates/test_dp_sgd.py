@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from concilium.answers.ledger import NAME, Draws, note
+from concilium.answers.ledger import NAME, Draws, draws_of, note
+from concilium.data import draws
+from concilium.data.draws import Secret
 from concilium.data.patches import Batch
 from concilium.errors import ContractError, DataError, StudyError
 from concilium.freezing import digest_of
@@ -208,6 +211,25 @@ def test_a_batch_is_a_function_of_its_key_and_of_the_sites_secret() -> None:
 
     assert who("a", "x") == who("a", "x")
     assert len({str(who(*hidden)) for hidden in ((), ("a", "x"), ("b", "x"), ("a", "y"))}) == 4
+
+
+def test_a_seed_that_was_guessed_does_not_tell_who_was_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draws, "digest", lambda *key: 5)
+
+    def who(*hidden: str) -> str:
+        return str([b.patients.tolist() for b in drawn(10, 0.5, 8, *hidden)])  # type: ignore[union-attr]
+
+    assert who("a") == who("b"), "without a secret the seed is all"
+    assert len({who(Secret("a")), who(Secret("b")), who("a")}) == 3
+
+
+def test_steps_draw_from_the_sites_secret() -> None:
+    """As a secret, not as some text: what is drawn depends on every bit of it."""
+    job: Any = SimpleNamespace(entries={"training": []}, secret="s", told="t")
+    request = Train("m", 1, 0, 1, 1, {}, True)
+    network = nn.Linear(1, 1)
+    hidden = draws_of(job, request, PlugIn("dp_sgd", {"rate": 0.5, "patches": 1}), network, cast(Any, Cases())).hidden
+    assert [part for part in hidden if isinstance(part, Secret)] == ["s"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the account

@@ -17,7 +17,7 @@ from torch import Tensor
 from concilium import wire
 from concilium.answers import Cut, Job, Policy
 from concilium.answers.train import Learner
-from concilium.data.draws import WORDS, drawn_from
+from concilium.data.draws import WORDS, Secret, drawn_from
 from concilium.errors import EngineError
 from concilium.messages import Fetch, Front, SiteRefused, Trained
 from concilium.networks._fusion import without_fronts
@@ -177,7 +177,7 @@ def test_a_site_whose_folder_is_lost_does_not_begin_anew(tmp_path: Path) -> None
 
 def test_a_secret_seeds_all_of_the_generator() -> None:
     """Against numpy's MT19937 with the same state; and no seed of 32 bits, of which torch uses no more, draws the same."""
-    with drawn_from("weights", secret="s"):
+    with drawn_from("weights", Secret("s")):
         state = torch.get_rng_state()
         mine = torch.rand(700)  # more than a state has numbers
     words = state.numpy()[24 : 24 + 8 * WORDS].view("<u8").astype(np.uint32)
@@ -185,10 +185,9 @@ def test_a_secret_seeds_all_of_the_generator() -> None:
     theirs.set_state(("MT19937", words, WORDS))
     expected = (theirs.randint(0, 2**32, 700, dtype=np.uint32) & 0xFFFFFF).astype(np.float32) / 2**24
     assert np.array_equal(mine.numpy(), expected)
-    with drawn_from("weights"):
-        assert not torch.equal(mine, torch.rand(700))
-    with drawn_from("weights", secret="t"):
-        assert not torch.equal(mine, torch.rand(700))
+    for other in ((), ("s",), (Secret("t"),)):
+        with drawn_from("weights", *other):
+            assert not torch.equal(mine, torch.rand(700))
     torch.manual_seed(5)
     low = torch.rand(4)
     torch.manual_seed(5 + (7 << 32))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from concilium.data.dataset import Case, Dataset
-from concilium.data.draws import drawn_from
+from concilium.data.draws import Secret, drawn_from
 from concilium.data.labels import Labels
 from concilium.data.matching import Names
 from concilium.data.patches import Batches
@@ -157,9 +157,9 @@ class Job:
     """A digest of all that it was asked to prepare: what is drawn to hide something is drawn anew under other settings."""
 
     @property
-    def of_fronts(self) -> str:
+    def of_fronts(self) -> tuple[Secret, ...]:
         """The secret that a front is drawn from which stays here: the server draws from the study's seed as well."""
-        return self.secret if self.kept and not self.has_all else ""
+        return (Secret(self.secret),) if self.secret and self.kept and not self.has_all else ()
 
     @cached_property
     def sends_no_weights(self) -> bool:
@@ -207,7 +207,7 @@ def secret_of(settings: Settings) -> str:
 def noise_key(job: Job, model: str, weights: Tensors) -> tuple[str, ...]:
     """What a server would need to take noise off again, and what no other model, settings or weights (those at the start) share:
     of two releases under the same noise, the difference would have none. Nothing where the site has no secret."""
-    return (job.secret, model, job.told, digest_of(weights)) if job.secret else ()
+    return (Secret(job.secret), model, job.told, digest_of(weights)) if job.secret else ()
 
 
 def built(job: Job) -> Stages:

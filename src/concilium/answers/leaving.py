@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concilium.answers import Job
+from concilium.data.draws import Secret
 from concilium.filters import Leaving, filtered
 from concilium.freezing import digest_of
 from concilium.messages import Tensors
@@ -17,5 +18,5 @@ def leaving(job: Job, weights: Tensors, received: Tensors, *, model: str, round:
     if not (job.filters and received and weights):
         return weights
     about = Leaving(model, round, n_steps, len(job.entries["training"]), received)
-    key = (job.seed, job.site, model, round, job.secret, job.told, digest_of(received))
+    key = (job.seed, job.site, model, round, Secret(job.secret), job.told, digest_of(received))
     return filtered(weights, about, job.filters, key)

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from concilium.answers import Job
-from concilium.data.draws import digest
+from concilium.data.draws import Secret, digest
 from concilium.data.patches import Batches
 from concilium.errors import DataError
 from concilium.freezing import digest_of
@@ -59,7 +59,7 @@ def draws_of(job: Job, request: Train, update: PlugIn, network: nn.Module, batch
         of.setdefault((entry.member, entry.patient), []).append(entry.key)
     patients = [sorted(cases) for _, cases in sorted(of.items())]
     when = f"{request.first_step} of {request.total_steps}"
-    hidden = (job.secret, request.model, job.told, when, digest_of(network.state_dict()))
+    hidden = (Secret(job.secret), request.model, job.told, when, digest_of(network.state_dict()))
     return Draws(sampled(update, batches, patients), hidden, len(patients))
 
 

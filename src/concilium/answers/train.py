@@ -44,7 +44,7 @@ class Learner:
         self.parts: Parts | None = None
         self.own: Own | None = None
         self.brought: Brought | None = None
-        with drawn_from(job.seed, "weights", secret=job.of_fronts):  # as every site's begins, or its own
+        with drawn_from(job.seed, "weights", *job.of_fronts):  # as every site's begins, or its own
             self.network = self._built().to(device)
         self.scaler = self.brought.scaler if self.brought else None
         if self.brought is None and job.training.precision == "float16":

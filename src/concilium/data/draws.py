@@ -1,6 +1,10 @@
 """Random numbers as a function of a key, such as (seed, site, round, step): the same in any process and in any order.
 
 nnU-Net's packages draw from the global generators of `random`, `numpy` and `torch`; so these three are what is seeded.
+
+torch's generator of the CPU uses 32 bits of a seed. Whoever sees something that noise was added to could try all of them; so what
+is drawn from a key with a site's `Secret` in it depends on every bit of that. On a GPU it depends on 64 bits. Neither generator
+is a cryptographic one.
 """
 
 from __future__ import annotations
@@ -30,11 +34,18 @@ def digest(*key: str | int) -> int:
     return int.from_bytes(blake2b(json.dumps(key).encode(), digest_size=8).digest(), "little")
 
 
+class Secret(str):
+    """Part of a key that nobody outside a site may guess; an empty one changes nothing."""
+
+    __slots__ = ()
+
+
 def seed_all(*key: str | int) -> int:
     """The digest of the key, from which `random`, `numpy` and `torch` (all devices) are now seeded."""
     number = digest(*key)
     _seed_shared(number)
     torch.manual_seed(number)
+    _fill(key)
     return number
 
 
@@ -43,22 +54,17 @@ WORDS, STATE_BYTES, FIRST_WORD = 624, 5056, 24
 
 
 @contextmanager
-def drawn_from(*key: str | int, secret: str = "") -> Iterator[int]:
+def drawn_from(*key: str | int) -> Iterator[int]:
     """A block that draws from generators seeded as by `seed_all`, and leaves them as they were found (on the CPU only).
 
     So what a site draws next, in dropout or in a filter, does not depend on whether another process made its batches.
-
-    Args:
-        secret: of a site; then what torch draws on the CPU depends on every bit of it. A seed alone would be known by trying
-            2**32 of them: more of a seed torch does not use there.
     """
     number = digest(*key)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         _seed_shared(number)
         torch.default_generator.manual_seed(number)
-        if secret:
-            _fill(shake_256(json.dumps((secret, *key)).encode()).digest(4 * WORDS))
+        _fill(key)
         yield number
     finally:
         random.setstate(before[0])
@@ -71,12 +77,15 @@ def _seed_shared(number: int) -> None:
     np.random.seed([number & 0xFFFFFFFF, number >> 32])
 
 
-def _fill(words: bytes) -> None:
-    """Make these the state of torch's generator, which was just seeded: the first number drawn is of them all.
+def _fill(key: tuple[str | int, ...]) -> None:
+    """Where there is a secret in the key: make all of torch's generator, which was just seeded, depend on every bit of it.
 
     Raises:
         ContractError: this torch keeps its state otherwise.
     """
+    if not any(isinstance(part, Secret) and part for part in key):
+        return
+    words = shake_256(json.dumps(key).encode()).digest(4 * WORDS)
     state = torch.get_rng_state()
     if len(state) != STATE_BYTES:
         raise ContractError(

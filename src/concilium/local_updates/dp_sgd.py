@@ -71,7 +71,9 @@ def step(  # noqa: PLR0913  (options of the study)
     parameters = [p for _, p in trained(local.network)]
     total, losses = clipped_sum(local, batch, clip)
     for parameter, summed in zip(parameters, total, strict=True):
-        noised = summed + noise * clip * torch.randn_like(summed)
+        # drawn on the CPU, whose generator depends on all of the site's secret, and a GPU's on 64 bits of it
+        drawn = torch.randn(summed.shape, dtype=summed.dtype).to(summed.device)
+        noised = summed + noise * clip * drawn
         parameter.grad = noised / (rate * local.n_patients)
     local.optimizer.step()
     return torch.stack(losses).mean() if tell_loss and losses else torch.zeros(())
