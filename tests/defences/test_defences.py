@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.protocols.test_split_equals_whole import (
+from tests.protocols.splitting import (
     CHANNELS,
     CPU,
     EQUAL,

@@ -5,4 +5,4 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # so that tests can share `test_split_equals_whole`
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can share `splitting`

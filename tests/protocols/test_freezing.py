@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_split_equals_whole import EQUAL, difference, first_weights, job_of, trained_apart, trained_whole
+from splitting import EQUAL, difference, first_weights, job_of, trained_apart, trained_whole
 
 from concilium.answers import Job
 from concilium.answers.train import Learner

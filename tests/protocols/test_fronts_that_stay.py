@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_split_equals_whole import CPU, EQUAL, Engine, difference, first_weights, running
+from splitting import CPU, EQUAL, Engine, difference, first_weights, running
 from test_vertical import held_by, jobs_of, trained_together
 from torch import Tensor
 

@@ -2,254 +2,51 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import random
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from splitting import (
+    CHANNELS,
+    EQUAL,
+    LABELS,
+    LONG,
+    PATCH,
+    POINTS,
+    STEPS,
+    Convolve,
+    Engine,
+    Noise,
+    built,
+    difference,
+    first_weights,
+    job_of,
+    network,
+    said,
+    trained_apart,
+    trained_whole,
+    whole,
+)
+from torch import Tensor
 from torch.nn import functional
 
-from concilium import catalog, wire
-from concilium.aggregation import must_see_updates, weight_of
-from concilium.aggregation.mean import rule as mean
-from concilium.answers import Job, Settings, split
-from concilium.answers.objective import make_objective
-from concilium.answers.train import Cut, Learner
-from concilium.collect.plain import collect as plain
-from concilium.data.draws import digest
+from concilium import catalog
+from concilium.answers import split
 from concilium.data.patches import Batch
-from concilium.engines import SiteInfo, Traffic
-from concilium.errors import EngineError, StudyError
+from concilium.errors import EngineError
 from concilium.forecast import split_bytes
 from concilium.messages import (
-    Failure,
-    Front,
     Gradients,
     Maps,
-    PlugIn,
-    Reply,
-    Request,
     Tail,
-    Tensors,
-    Train,
-    Trained,
-    Training,
 )
-from concilium.networks import Stack, Stage, Stages, cut_apart
-from concilium.networks.nnunet import build as nnunet
-from concilium.networks.unet import build as unet
-from concilium.protocols import WEIGHTS, Round, start_with
+from concilium.networks import Stack, Stages, cut_apart
 from concilium.protocols._body import Body
-from concilium.protocols.federated import federated
-from concilium.protocols.splitfed import splitfed
-from concilium.sharing import Sharing
-from concilium.site import Site
-from concilium.wire import Envelope, part
-
-CPU = torch.device("cpu")
-SEED, STEPS, LONG, EQUAL = 7, 8, 20, 1e-9
-TRAINING = Training(
-    "sgd", 0.01, 1e-3, 0.9, "float32", 0.33, True, "none", 1e9, True, 0, PlugIn("dice_ce"), PlugIn("plain")
-)  # fmt: skip
-CHANNELS, LABELS = 2, 3
-PATCH = {2: (16, 16), 3: (4, 16, 16)}
-STRIDES = {2: [[1, 1], [2, 2], [2, 2], [2, 2]], 3: [[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]]}
-POINTS = {
-    "nnunet": ("down0", "down1", "down2", "down3", "up2", "up1", "up0"),
-    "unet": ("down0", "encode0", "down1", "encode1", "down2", "encode2", "up1", "decode1", "up0", "decode0"),
-}
-
-# --------------------------------------------------------------------------------------------- a network, data and sites
-
-
-def plan_of(dims: int) -> dict[str, Any]:
-    """As nnU-Net's planner writes it; four levels, so that deep supervision trains a head besides the finest."""
-    arguments = {
-        "n_stages": 4,
-        "features_per_stage": [4, 8, 8, 8],
-        "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
-        "kernel_sizes": [[3] * dims] * 4,
-        "strides": STRIDES[dims],
-        "n_conv_per_stage": [1] * 4,
-        "n_conv_per_stage_decoder": [1] * 3,
-        "conv_bias": True,
-        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }
-    name = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
-    requires = ["conv_op", "norm_op", "dropout_op", "nonlin"]
-    architecture = {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": requires}
-    return {"patch_size": [*PATCH[dims]], "architecture": architecture}
-
-
-def network(name: str, dims: int, deep_supervision: bool) -> Stages:
-    """In float64, with weights that are drawn anew each time: what trains must have come in a message."""
-    return built(name, dims, deep_supervision).double()
-
-
-def built(name: str, dims: int, deep_supervision: bool) -> Stages:
-    known: dict[str, Any] = {"n_channels": CHANNELS, "n_labels": LABELS, "plan": plan_of(dims)}
-    match name:
-        case "nnunet":
-            return nnunet(**known, deep_supervision=deep_supervision)
-        case "unet":
-            return unet(**known, base_features=4, levels=3)
-        case "unet batch":
-            return unet(**known, base_features=4, levels=3, norm="batch")
-        case "pooling":
-            return pooling_network()
-    name, _, norm = name.partition(" ")
-    build: Callable[..., Stages] = catalog.load("networks", name)
-    return build(**known, deep_supervision=deep_supervision, **small(name), **({"norm": norm} if norm else {}))
-
-
-def small(name: str) -> dict[str, Any]:
-    """Options that make a network of the zoo as small as it gets."""
-    if name == "sam":
-        encoder = {"width": 8, "depth": 3, "heads": 2, "window": 3, "patch": 4, "image_size": 16}
-        return encoder | {"decoder_features": 16, "adapt": "adapters"}
-    few = {"base_features": 4, "refine_features": 4, "head_features": 4, "window": 3}
-    options = catalog.options("networks", name)
-    blocks = {"blocks": tuple(min(n, 4) for n in options["blocks"].default)} if "blocks" in options else {}
-    levels = {"levels": 2} if name == "ducknet" else {}  # its blocks are large
-    return {option: n for option, n in few.items() if option in options} | blocks | levels
-
-
-class Noise:
-    """Batches of noise in float64, a function of their key."""
-
-    views_in = None
-
-    def __init__(self, dims: int) -> None:
-        self.dims = dims
-
-    def draw(self, *key: str | int) -> Batch:
-        generator = torch.Generator().manual_seed(digest(*key))
-        image = torch.randn(1, CHANNELS, *PATCH[self.dims], generator=generator, dtype=torch.float64)
-        labels = [torch.randint(0, LABELS, (1, 1, *PATCH[self.dims]), generator=generator).short()]
-        for stride in STRIDES[self.dims][1:-1]:
-            labels.append(labels[-1][(..., *(slice(None, None, s) for s in stride))])
-        return Batch(image, tuple(labels))
-
-
-def job_of(
-    name: str = "nnunet", dims: int = 2, deep_supervision: bool = True, *, n_cases: int = 1, **changes: Any
-) -> Job:
-    """A site that is ready to train, without a file."""
-    strides = SimpleNamespace(pool_op_kernel_sizes=STRIDES[dims])
-    plan: Any = SimpleNamespace(batch_dice=False, batch_size=2, configuration=strides)
-    batches: Any = Noise(dims)
-    entries: Any = {"training": (None,) * n_cases, "validation": ()}
-    training = Training(**{**vars(TRAINING), "deep_supervision": deep_supervision, **changes})
-    labels = {"background": 0, "a": 1, "b": 2}
-    build = lambda deep_supervision=deep_supervision: network(name, dims, deep_supervision)  # noqa: E731
-    return Job(plan, labels, CHANNELS, build, training, SEED, entries, batches)
-
-
-class Engine:
-    """Delivers in memory what was packed, to real sites; the order of replies is drawn from `seed`."""
-
-    def __init__(self, jobs: Mapping[str, Job], folder: Path, seed: int = 0) -> None:
-        self.sites = {name: SiteInfo(name, "site") for name in jobs}
-        self.traffic = {name: Traffic() for name in jobs}
-        self.members: dict[str, Site] = {}
-        self.down: list[tuple[str, Any]] = []
-        self.up: list[tuple[str, Any]] = []
-        self._outstanding: dict[str, bytes] = {}
-        self._random = random.Random(seed)
-        for name, job in jobs.items():
-            settings = Settings(name, "site", {}, None, folder / name, folder, torch.get_num_threads(), "cpu")
-            self.members[name] = Site(settings, run="r", epoch=0)
-            self.members[name]._job = job
-
-    def send(self, requests: Mapping[str, Request], *, deadline_s: float | None = None) -> None:
-        assert not self._outstanding.keys() & requests.keys(), "one request outstanding per site"
-        for name, request in requests.items():
-            self._outstanding[name] = wire.pack(request)
-            self.traffic[name].down += len(self._outstanding[name])
-            self.down.append((name, request))
-
-    def replies(self) -> Iterator[tuple[str, Reply | Failure]]:
-        while self._outstanding:
-            name = self._random.choice(sorted(self._outstanding))
-            packed = self._outstanding.pop(name)
-            back = self.members[name].handle(packed, Envelope("r", 0, len(self.up)), lambda: False)
-            self.traffic[name].up += len(back)
-            self.up.append((name, wire.unpack(back)))
-            yield self.up[-1]
-
-    def cancel(self, sites: Iterable[str]) -> None:
-        raise AssertionError("nobody cancels here")
-
-    def close(self) -> None:
-        self._outstanding.clear()
-
-
-def first_weights(job: Job) -> dict[str, Tensor]:
-    torch.manual_seed(3)
-    return {n: t.clone() for n, t in job.network().state_dict().items()}
-
-
-WEIGH = weight_of("mean")
-
-
-def running(
-    protocol: Any, engine: Engine, jobs: Mapping[str, Job], *, start: Tensors | None = None, **changes: Any
-) -> Iterator[Round]:
-    """The rounds of a protocol with what `line.py` supplies."""
-    job = next(iter(jobs.values()))
-    supplied: dict[str, Any] = {
-        "model": "m", "collect": partial(plain, weigh=WEIGH), "rule": mean, "rounds": 1,
-        "steps": dict.fromkeys(jobs, STEPS), "min_sites": len(jobs), "deadline_s": None, "network": job.network,
-        "training": job.training, "seed": SEED, "reveal_labels": True, "device": CPU, "weigh": WEIGH,
-        "cases": {n: len(j.entries["training"]) for n, j in jobs.items()},
-    }  # fmt: skip
-    rounds: Iterator[Round] = protocol(engine, start_with(start or first_weights(job)), **supplied | changes)
-    return rounds
-
-
-def trained_apart(job: Job, cut: Sequence[str], folder: Path, **changes: Any) -> tuple[dict[str, Tensor], Engine]:
-    """The weights after split training at one site, and the engine with all that was said."""
-    engine = Engine({"a": job}, folder)
-    options = {"variant": "v2", "cut": tuple(cut), **changes}
-    *_, last = running(splitfed, engine, {"a": job}, **options)
-    return part(last.tensors, WEIGHTS), engine
-
-
-def trained_whole(
-    job: Job, *, rounds: int = 1, steps: int = STEPS, site: str = "a", start: Tensors | None = None
-) -> Tensors:
-    """The weights after the site's own training of the whole network on the same batches."""
-    learner = Learner(job, CPU)
-    weights: Tensors = start or first_weights(job)
-    for number in range(1, rounds + 1):
-        request = Train("m", number, (number - 1) * steps, steps, rounds * steps, weights, True)
-        weights = learner.train(request, site=site, cancelled=lambda: False).weights
-    return weights
-
-
-@cache
-def whole(name: str, dims: int, deep_supervision: bool, *, steps: int = STEPS) -> Tensors:
-    return trained_whole(job_of(name, dims, deep_supervision), steps=steps)
-
-
-def difference(a: Tensors, b: Tensors) -> float:
-    assert a.keys() == b.keys()
-    assert all(t.dtype == torch.float64 or not t.is_floating_point() for t in (*a.values(), *b.values()))
-    return max(float((a[n] - b[n]).abs().max()) for n in a)
-
 
 # ---------------------------------------------------------------------------------------- one site: every pair of split points
 
@@ -387,54 +184,6 @@ def test_a_body_that_forgets_its_optimiser_between_rounds_is_noticed(
 # ------------------------------------------------------------------------------------------------------- what crosses a cut
 
 
-class Convolve(Stage):
-    takes = leaves = 1
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(n_in, n_out, 3, padding=1)
-
-    def forward(self, *maps: Tensor) -> Stack:
-        return (self.convolution(maps[0]).tanh(),)
-
-
-class Pool(Convolve):
-    """Leaves the places of the maxima, whole numbers, beneath the map."""
-
-    takes, leaves = 1, 2
-    kinds = ("places", "features")
-
-    def forward(self, *maps: Tensor) -> Stack:
-        pooled, places = functional.max_pool2d(maps[0], 2, return_indices=True)
-        return (places.to(torch.uint8), *super().forward(pooled))
-
-
-class Unpool(Convolve):
-    takes, leaves = 2, 1
-
-    def forward(self, *maps: Tensor) -> Stack:
-        places, y = maps
-        return (functional.max_unpool2d(*super().forward(y), places.long(), 2),)
-
-
-class Between(Convolve):
-    """Works on the map above places that it has to reach past."""
-
-    takes = leaves = 2
-    kinds = ("places", "features")
-
-    def forward(self, *maps: Tensor) -> Stack:
-        return (maps[0], *super().forward(maps[1]))
-
-
-def pooling_network() -> Stages:
-    """A small SegNet (Badrinarayanan et al. 2017): the decoder puts each value where the encoder found its maximum."""
-    return Stages({
-        "down0": Convolve(CHANNELS, 4), "down1": Pool(4, 4), "between1": Between(4, 4), "down2": Pool(4, 4),
-        "up1": Unpool(4, 4), "up0": Unpool(4, 4), "head0": Convolve(4, LABELS),
-    })  # fmt: skip
-
-
 POOLING = [
     # whole numbers pass through the body, stay at home, are made by it, are taken by it
     (("down1", "between1"), (0, -1)),
@@ -453,10 +202,6 @@ def test_maps_of_whole_numbers_cross_cuts(cut: tuple[str, str], order: tuple[int
     assert tail.order == order
     crossing = (*said(engine.up, Maps)[0].maps, *tail.maps)
     assert any(m.dtype == torch.uint8 for m in crossing)
-
-
-def said(messages: Sequence[tuple[str, Any]], kind: type) -> list[Any]:
-    return [message for _, message in messages if isinstance(message, kind)]
 
 
 @pytest.mark.parametrize(
@@ -689,245 +434,3 @@ def test_places_of_another_type_are_refused_at_both_ends(
         patch.setattr(split.Session, "front", lambda own, *a: Maps(changed(front(own, *a).maps)))
         with pytest.raises(EngineError, match="0 of 1 sites answered"):
             trained_apart(job, ("down2", "up0"), tmp_path / "site", reveal_labels=True)
-
-
-# ------------------------------------------------------------------------------------------------------------------ clipping
-
-
-def test_site_and_server_each_clip_their_own_gradient(tmp_path: Path) -> None:
-    clip, rate = 0.1, 0.5
-    job = job_of(clip_norm=clip, learning_rate=rate, momentum=0.0, weight_decay=0.0)
-    weights, _ = trained_apart(job, ("deep",), tmp_path, steps={"a": 1})
-    net = job.network()
-    start = first_weights(job)
-    net.load_state_dict(start)
-    drawn = job.batches.draw(SEED, "a", 1, 0)
-    make_objective(job)(net(drawn.image), drawn).backward()
-    body = set(cut_apart(net, ("deep",), reveal_labels=True).body.state_dict())
-    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
-
-    def norm(names: Iterable[str]) -> float:
-        return float(torch.cat([gradients[n].flatten() for n in names]).norm())
-
-    norms = {"body": norm(body), "site": norm(gradients.keys() - body)}
-    assert min(norms.values()) > clip, "both are clipped"
-    factor = {n: clip / (norms["body" if n in body else "site"] + 1e-6) for n in gradients}
-    assert difference(weights, {n: start[n] - rate * factor[n] * gradients[n] for n in start}) <= EQUAL
-    together = clip / (norm(gradients) + 1e-6)
-    assert difference(weights, {n: start[n] - rate * together * gradients[n] for n in start}) > 1e-6
-
-
-# ---------------------------------------------------------------------------------------------------------------- many sites
-
-CASES = {"a": 1, "b": 2, "c": 5}
-UNEQUAL = {"a": 4, "b": 2, "c": 4}
-
-
-def three(name: str = "nnunet") -> dict[str, Job]:
-    return {site: job_of(name, n_cases=n) for site, n in CASES.items()}
-
-
-def one_body_by_hand(jobs: Mapping[str, Job], orders: Sequence[Sequence[str]], cut: tuple[str, ...]) -> Tensors:
-    """Each site has a whole network, whose body is one and the same; fronts and tails are averaged after each round."""
-    start = first_weights(jobs["a"])
-    shared = jobs["a"].network()
-    shared.load_state_dict(start)
-    body = cut_apart(shared, cut, reveal_labels=True).body
-    nets: dict[str, Stages] = {}
-    for site in jobs:
-        own = copy.deepcopy(shared)
-        nets[site] = Stages({n: body[n] if n in body.names else own[n] for n in own.names})
-    mine = {site: cut_apart(net, cut, reveal_labels=True).at_site for site, net in nets.items()}
-
-    def sgd(module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)
-
-    steppers = {site: [sgd(mine[site])] for site in jobs}
-    of_body = sgd(body)
-    for number, order in enumerate(orders, start=1):
-        for step in range(max(UNEQUAL.values())):
-            for site in order:
-                n = UNEQUAL[site]
-                if step >= n:
-                    continue
-                both = [*steppers[site], of_body]
-                for optimizer in both:
-                    optimizer.param_groups[0]["lr"] = 0.01 * (1 - ((number - 1) * n + step) / (len(orders) * n)) ** 0.9
-                    optimizer.zero_grad()
-                drawn = jobs[site].batches.draw(SEED, site, number, step)
-                make_objective(jobs[site])(nets[site](drawn.image), drawn).backward()
-                for optimizer in both:
-                    optimizer.step()
-        states = {site: module.state_dict() for site, module in mine.items()}
-        average = {n: sum(CASES[s] * states[s][n] for s in jobs) / sum(CASES.values()) for n in states["a"]}
-        for module in mine.values():
-            module.load_state_dict(average)
-    return nets["a"].state_dict()
-
-
-@pytest.mark.parametrize("cut", [("shallow",), ("deep",)], ids=" ".join)
-def test_one_body_serves_the_sites_batch_by_batch_in_the_drawn_order(cut: tuple[str, ...], tmp_path: Path) -> None:
-    jobs = three()
-    engine = Engine(jobs, tmp_path)
-    *_, last = running(splitfed, engine, jobs, variant="v2", cut=cut, rounds=3, steps=UNEQUAL)
-    orders = []
-    for number in (1, 2, 3):
-        served = [site for site, r in engine.down if isinstance(r, Tail) and r.round == number]
-        orders.append(tuple(served[:3]))
-        assert sorted(orders[-1]) == sorted(jobs)
-        assert served == [s for step in range(4) for s in orders[-1] if step < UNEQUAL[s]]
-    assert len(set(orders)) > 1, "drawn for each round"
-    assert difference(part(last.tensors, WEIGHTS), one_body_by_hand(jobs, orders, cut)) <= EQUAL
-    assert difference(part(last.tensors, WEIGHTS), one_body_by_hand(jobs, [sorted(jobs)] * 3, cut)) > 1e-6
-
-
-@pytest.mark.parametrize("variant", ["v1", "v2"])
-def test_the_order_of_arrival_changes_no_bit(variant: str, tmp_path: Path) -> None:
-    jobs = three()
-    ends = []
-    for seed in (0, 1):
-        engine = Engine(jobs, tmp_path / str(seed), seed)
-        *_, last = running(splitfed, engine, jobs, variant=variant, rounds=2, steps=UNEQUAL)
-        ends.append((last.tensors, [site for site, _ in engine.up]))
-    assert ends[0][1] != ends[1][1]
-    assert all(torch.equal(t, ends[1][0][n]) for n, t in ends[0][0].items())
-
-
-@pytest.mark.parametrize("name", ["nnunet", "unet batch", "segnet batch", "cgnet batch"])
-def test_a_body_for_each_site_is_federated_averaging(name: str, tmp_path: Path) -> None:
-    jobs = three(name)
-    ends: dict[str, Tensors] = {}
-    for protocol in (federated, splitfed):
-        engine = Engine(jobs, tmp_path / protocol.__name__)
-        *_, last = running(protocol, engine, jobs, rounds=2, steps=UNEQUAL)
-        ends[protocol.__name__] = part(last.tensors, WEIGHTS)
-    assert difference(ends["splitfed"], ends["federated"]) <= EQUAL
-
-
-@pytest.mark.parametrize(
-    ("rule", "options"),
-    [
-        ("median", {}),
-        ("trimmed_mean", {"share": 0.2}),
-        ("krum", {}),
-        ("fednova", {}),
-        ("agreement", {}),
-        ("momentum", {}),
-    ],
-)
-def test_rules_that_see_updates_see_those_of_whole_networks(rule: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """As in federated training, whatever the rule makes of them: front, tail and the site's own body are one update."""
-    jobs = three("unet batch")
-    sees = must_see_updates(rule)
-    how = {"rule": partial(catalog.load("aggregation", rule), **options)}
-    how["collect"] = partial(plain, weigh=weight_of(rule), see_updates=sees, spool=tmp_path)
-    ends: dict[str, Tensors] = {}
-    for protocol in (federated, splitfed):
-        engine = Engine(jobs, tmp_path / protocol.__name__)
-        *_, last = running(protocol, engine, jobs, rounds=2, steps=UNEQUAL, **how)
-        ends[protocol.__name__] = part(last.tensors, WEIGHTS)
-    assert difference(ends["splitfed"], ends["federated"]) <= EQUAL
-    engine = Engine(jobs, tmp_path / "v2")
-    *_, last = running(splitfed, engine, jobs, variant="v2", rounds=1, steps=UNEQUAL, **how)
-    assert all(t.isfinite().all() for t in part(last.tensors, WEIGHTS).values())
-
-
-def test_one_body_is_not_federated_averaging(tmp_path: Path) -> None:
-    jobs = three()
-    ends: list[Tensors] = []
-    for variant in ("v1", "v2"):
-        *_, last = running(splitfed, Engine(jobs, tmp_path / variant), jobs, variant=variant, rounds=2, steps=UNEQUAL)
-        ends.append(part(last.tensors, WEIGHTS))
-    assert difference(*ends) > 1e-6
-
-
-def one_after_the_other_by_hand(jobs: Mapping[str, Job], orders: Sequence[Sequence[str]]) -> Tensors:
-    """One whole network that goes from site to site; what an optimiser keeps of front and tail stays at the site."""
-    cut = ("deep",)
-    net = jobs["a"].network()
-    net.load_state_dict(first_weights(jobs["a"]))
-    parts = cut_apart(net, cut, reveal_labels=True)
-
-    def sgd(module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(module.parameters(), 0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)
-
-    of_body, at_site = sgd(parts.body), {site: sgd(parts.at_site) for site in jobs}
-    for number, order in enumerate(orders, start=1):
-        for site in order:
-            for step in range(n := UNEQUAL[site]):
-                for optimizer in (both := [at_site[site], of_body]):
-                    optimizer.param_groups[0]["lr"] = 0.01 * (1 - ((number - 1) * n + step) / (len(orders) * n)) ** 0.9
-                    optimizer.zero_grad()
-                drawn = jobs[site].batches.draw(SEED, site, number, step)
-                make_objective(jobs[site])(net(drawn.image), drawn).backward()
-                for optimizer in both:
-                    optimizer.step()
-    return net.state_dict()
-
-
-def test_in_sequence_one_network_goes_from_site_to_site(tmp_path: Path) -> None:
-    """With unequal numbers of steps; each site begins where the one before ended."""
-    jobs = three()
-    engine = Engine(jobs, tmp_path)
-    rounds = list(running(splitfed, engine, jobs, variant="sequential", rounds=3, steps=UNEQUAL))
-    orders = []
-    for done in rounds:
-        served = [site for site, r in engine.down if isinstance(r, Tail) and r.round == done.number]
-        orders.append(list(dict.fromkeys(served)))
-        assert served == [site for site in orders[-1] for _ in range(UNEQUAL[site])], "a turn is not interrupted"
-        assert set(done.answers) == set(jobs)
-        assert done.n_tensors > 0
-    assert len(set(map(tuple, orders))) > 1, "drawn for each round"
-    assert difference(part(rounds[-1].tensors, WEIGHTS), one_after_the_other_by_hand(jobs, orders)) <= EQUAL
-    assert difference(part(rounds[-1].tensors, WEIGHTS), one_after_the_other_by_hand(jobs, [sorted(jobs)] * 3)) > 1e-6
-
-
-@pytest.mark.parametrize("steps", [{"a": 1, "b": 7, "c": 3}, {"a": 5, "b": 1, "c": 1}], ids=str)
-@pytest.mark.parametrize("variant", ["v1", "v2", "sequential"])
-def test_sites_with_unequal_numbers_of_batches_do_not_wait_for_each_other(
-    variant: str, steps: dict[str, int], tmp_path: Path
-) -> None:
-    jobs = three()
-    engine = Engine(jobs, tmp_path)
-    *_, last = running(splitfed, engine, jobs, variant=variant, rounds=2, steps=steps)
-    assert last.failures == {}
-    assert {site: answer.n_steps for site, answer in last.answers.items()} == steps
-
-
-def test_for_one_site_a_sequence_is_the_whole_network(tmp_path: Path) -> None:
-    weights, _ = trained_apart(job_of(), ("deep",), tmp_path, variant="sequential", rounds=2, steps={"a": STEPS // 2})
-    assert difference(weights, trained_whole(job_of(), rounds=2, steps=STEPS // 2)) <= EQUAL
-
-
-def keeping(jobs: Mapping[str, Job], cut: tuple[str, ...]) -> tuple[dict[str, Job], Sharing]:
-    """The same sites, which keep front and tail."""
-    net = jobs["a"].network()
-    held = frozenset(cut_apart(net, cut, reveal_labels=True).at_site.state_dict())
-    size = sum(t.numel() for t in net.state_dict().values())
-    keep = frozenset(net.state_dict())
-    return {s: replace(j, kept=keep) for s, j in jobs.items()}, Sharing(kept=held, sizes=dict.fromkeys(jobs, size))
-
-
-@pytest.mark.parametrize("variant", ["v3", "v2", "sequential"])
-def test_front_and_tail_that_stay_are_in_no_message_and_the_body_is_trained_by_all(
-    variant: str, tmp_path: Path
-) -> None:
-    jobs, sharing = keeping(three(), ("deep",))
-    engine = Engine(jobs, tmp_path)
-    start = first_weights(jobs["a"])
-    rounds = list(running(splitfed, engine, jobs, variant=variant, rounds=2, steps=UNEQUAL, sharing=sharing))
-    assert all(r.failures == {} and set(r.answers) == set(jobs) for r in rounds)
-    assert all(not request.weights for request in said(engine.down, Front))
-    assert all(not reply.weights for reply in said(engine.up, Trained))
-    body = {n: t for n, t in part(rounds[-1].tensors, WEIGHTS).items() if n not in sharing.kept}
-    assert max(float((t - start[n]).abs().max()) for n, t in body.items()) > 1e-4
-    cut = Cut(("deep",), True)
-    own = {site: engine.members[site]._models.learner(jobs[site], "m", cut).weights() for site in jobs}
-    assert own["a"].keys() == sharing.kept
-    assert all(difference(own["a"], own[site]) > 1e-4 for site in ("b", "c")), "each has its own"
-
-
-def test_v3_with_a_front_that_is_shared_is_refused(tmp_path: Path) -> None:
-    jobs = three()
-    with pytest.raises(StudyError, match=r"variant = 'v3' is not possible .* keep = \['ends'\]"):
-        next(running(splitfed, Engine(jobs, tmp_path), jobs, variant="v3"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_split_equals_whole import (
+from splitting import (
     CHANNELS,
     PATCH,
     TRAINING,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_split_equals_whole import (
+from splitting import (
     CPU,
     EQUAL,
     LABELS,
