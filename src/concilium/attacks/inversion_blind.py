@@ -27,10 +27,12 @@ def attack(transcript: Transcript, network: Known, auxiliary: Auxiliary, *, seed
     """
     images = auxiliary.own.images
     size, axes = tuple(images.shape[2:]), (0, *range(2, images.ndim))
-    maps = [functional.interpolate(m.float(), size, mode=LINEAR[len(size)]) for m in stacked(transcript) if m.shape[1]]
+    sent = stacked(transcript)
+    maps = [functional.interpolate(m.float(), size, mode=LINEAR[len(size)]) for m in sent if m.shape[1]]
     if not maps:
         raise ContractError(
-            "Maps without a channel came. A component of them needs one. Attack maps that have channels."
+            f"Maps of {', '.join(str(tuple(m.shape)) for m in sent) or 'no'} shape came, none with a channel. A component of them "
+            "needs one. Attack maps that have channels."
         )
     seen = torch.cat(maps, 1)
     channels = seen.transpose(0, 1).flatten(1).double()
