@@ -31,7 +31,7 @@ def attack(transcript: Transcript, network: Known, auxiliary: Auxiliary, *, seed
     maps = [functional.interpolate(m.float(), size, mode=LINEAR[len(size)]) for m in sent if m.shape[1]]
     if not maps:
         raise ContractError(
-            f"Maps of {', '.join(str(tuple(m.shape)) for m in sent) or 'no'} shape came, none with a channel. A component of them "
+            f"Maps of shapes {', '.join(str(tuple(m.shape)) for m in sent) or 'none'} came, none with a channel. A component "
             "needs one. Attack maps that have channels."
         )
     seen = torch.cat(maps, 1)
