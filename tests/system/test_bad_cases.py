@@ -135,6 +135,18 @@ def test_a_file_that_goes_bad_before_it_is_prepared(
     assert len(again.results["models"]) == 2
 
 
+def test_a_party_that_only_a_variant_asks_prepares_before_anything_trains(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = image_of(data, "third")
+    damaging_later(monkeypatch, lambda: cut_off(path))
+    study = study_on(data, **ONE, protocol__parties=["first", "second"], variants__all={"protocol": {"parties": []}})
+    outcome = run(study, tmp_path / "run")
+    assert outcome.exit_code == 0
+    assert set_aside(outcome) == reasons("third", "unreadable")
+    assert [m["name"] for m in outcome.results["models"]] == ["vertical", "all"]
+
+
 def test_a_size_of_voxels_that_cannot_be_resampled(data: Path, tmp_path: Path, without: Outcome) -> None:
     """It can be read, and lies alike everywhere: no party can prepare it."""
     for path in [*(image_of(data, site) for site in SEQUENCES), data / f"first/labelsTr/{BAD}.nii.gz"]:
