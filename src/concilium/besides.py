@@ -3,6 +3,7 @@
     federated, splitfed   the weights down, as often as the model is scored: between rounds ([validation] every), and in the end
     vertical              each part down as often; and, of every validation case and window, each party's maps up, and what the
                           tail takes down to whoever has the labels
+    cyclic               sealed weights, as often, up from the site that has them to every other, and down
 
 Scores and headers of messages are not in it, nor new patients. A validation case counts as the median case of all sites.
 """
@@ -31,8 +32,14 @@ class Besides:
 
 
 def besides(study: Study, held: Mapping[str, int]) -> dict[str, Besides]:
-    """Where every site gets so many bytes of weights (`held`) whenever the model is scored."""
-    return {site: Besides(0, n_scorings(study) * size) for site, size in held.items()}
+    """Where every site gets so many bytes of weights (`held`) whenever the model is scored; in `cyclic` from that which has it.
+
+    Which that is then is not known before: there each counts as if it was.
+    """
+    times, others = n_scorings(study), 0
+    if study.protocol.name == "cyclic":
+        others = len(study.sites) - 1 + (study.test is not None)
+    return {site: Besides(times * others * size, times * size) for site, size in held.items()}
 
 
 def besides_of_parties(

@@ -61,13 +61,18 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
     if not model.beside and (never := [s for s in model.steps if s not in asked_of(work, model)]):
         ledger.warnings.append(f"{model.key}: {', '.join(never)} took part in no round. More rounds would reach them.")
     failures = pass_on(work, model, last) if model.stays and model.is_one else tell(work.engine, requests)
-    keepers = [s for s in model.steps if best and (model.apart or (model.stays and s in best))]
-    tell(work.engine, dict.fromkeys(keepers, Forget(model.key + BEST, finished=True)))
     if model.beside and not model.stays and model.setting.study.sharing.unseen == "reestimate":
         there = [site for site in requests if site not in failures]
         failures |= tell(work.engine, dict.fromkeys(there, Reestimate(model.key)))
     for site, failure in failures.items():
         ledger.problems.append(f"{model.key}, final push: {failure_line(work.record, site, failure)}")
+
+
+def forget_best(work: Work, model: Model) -> None:
+    """Have sites let go of what they kept of the best rounds. Until all is scored the model may have to be given again."""
+    best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
+    keepers = [s for s in model.steps if best and (model.apart or (model.stays and s in best))]
+    tell(work.engine, dict.fromkeys(keepers, Forget(model.key + BEST, finished=True)))
 
 
 def pass_on(work: Work, model: Model, done: Round) -> dict[str, Failure]:

@@ -23,7 +23,7 @@ from concilium.beginning import begin_with, start_weights
 from concilium.costs import note_cost
 from concilium.engines import Engine
 from concilium.errors import ConciliumError
-from concilium.giving import for_elsewhere, give, tell
+from concilium.giving import for_elsewhere, forget_best, give, tell
 from concilium.messages import Forget, Restore, SiteError, SiteLost, Snapshot
 from concilium.optimization import device_named
 from concilium.planning import batch_size_of, network_of
@@ -188,6 +188,8 @@ def _train_and_score(work: Work, model: Model) -> Mapping[str, Any]:
         scored = score(work, [model], scoring)
         finished = {"model": account_of(work, model, before)} | asdict(scored) | _told(training, scoring)
         work.record.write_json(f"checkpoints/{model.key}/finished.json", finished)
+    if _finished(work.record, model.key):
+        forget_best(work, model)
     if all(_finished(work.record, key) for key in model.group):  # told again on resumption
         tell(work.engine, dict.fromkeys(model.steps, Forget(model.group[0])))
     return finished

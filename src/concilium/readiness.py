@@ -43,10 +43,12 @@ def all_can_prepare(engine: Engine, made: Planned) -> bool:
 
     What else is wrong there shows when the setting is prepared to be trained.
     """
-    replies: dict[str, Reply | Failure] = {}
-    for (setting, *_), plans in {plans.text: (members, plans) for members, plans in reversed(made)}.values():
-        asked = dict.fromkeys(sites_of(setting.study), plans.request(setting.study))
-        replies |= dict(ask(engine, held_requests(setting, plans, asked)))
-        if any(isinstance(reply, SiteError) and reply.code == "case_failed" for reply in replies.values()):
+    seen: set[tuple[str, str]] = set()
+    for (setting, *_), plans in made:
+        sites = [name for name in sites_of(setting.study) if (plans.text, name) not in seen]
+        seen |= {(plans.text, name) for name in sites}
+        requests = held_requests(setting, plans, dict.fromkeys(sites, plans.request(setting.study)))
+        replies: list[tuple[str, Reply | Failure]] = list(ask(engine, requests))
+        if any(isinstance(reply, SiteError) and reply.code == "case_failed" for _, reply in replies):
             return False
     return True

@@ -192,7 +192,7 @@ class Site:
                 self._job = replace(job, kept=all_but(built(job), job.kept, names))
             case Fetch(model):
                 self._relay.check_open(model)
-                own = models.in_training(model)
+                own = models.to_be_fetched(model)
                 return Fetched({n: own[n] for n in sorted(job.kept & own.keys())}, len(job.entries["training"]))
             case Personalize(model, source):
                 models.park()  # one network in memory at a time

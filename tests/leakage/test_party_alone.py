@@ -74,7 +74,7 @@ def test_a_party_without_labels_sees_what_its_maps_give_away(study: Study, seque
     rows = told["rows"]
     assert {row["round"] for row in rows} == {0}
     assert {row["site"] for row in rows} == {"second"}
-    assert {row["attack"] for row in rows} == {"", "inversion", "inversion_white", "reidentify"}
+    assert {row["attack"] for row in rows} == {"", "inversion", "inversion_blind", "inversion_white", "reidentify"}
     white = [r for r in rows if (r["attack"], r["metric"]) == ("inversion_white", "ssim")]
     assert white
     assert all(r["n"] >= 4 for r in white)
@@ -85,6 +85,18 @@ def test_a_party_without_labels_sees_what_its_maps_give_away(study: Study, seque
     )
     assert "labels_from_maps was not run: there are no labels here" in notes
     assert "Attacked were the maps of the first round" in notes
+
+
+def test_a_front_that_stays_is_attacked_by_whoever_does_not_know_it(
+    study: Study, sequences: Path, tmp_path: Path
+) -> None:
+    data = images_only(sequences / "second", tmp_path / "data")
+    test = images_only(sequences / "test", tmp_path / "test", channel=SEQUENCES.index("second"))
+    options = {**study.protocol.options, "fronts": "stay", "new_patients": True, "incomplete": True}
+    stays = replace(study, protocol=replace(study.protocol, options=options), variants={})
+    told = audited(stays, tmp_path, data, test, *FEW, *QUICK, names='channel_names = { mine = "second" }\n')
+    assert {row["attack"] for row in told["rows"]} == {"", "inversion", "inversion_blind", "reidentify"}
+    assert any(note.startswith("inversion_white was not run: it needs the weights") for note in told["notes"])
 
 
 def test_whoever_has_the_labels_sees_what_its_maps_tell_of_them(study: Study, sequences: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from concilium.answers import Cut, Job, Policy
 from concilium.answers.train import Learner
 from concilium.data.draws import WORDS, Secret, drawn_from
 from concilium.errors import EngineError
-from concilium.messages import Fetch, Front, SiteRefused, Trained
+from concilium.messages import Fetch, Finish, Front, SiteError, SiteRefused, Train, Trained
 from concilium.networks._fusion import without_fronts
 from concilium.protocols.vertical import vertical
 from concilium.wire import Envelope, part
@@ -120,12 +120,62 @@ def test_without_a_secret_a_front_begins_as_one_that_is_sent(tmp_path: Path) -> 
     assert all(torch.equal(t, begun[n]) for n, t in drawn_by(kept).items())
 
 
-def test_a_site_that_sends_its_front_all_the_same_ends_the_round(tmp_path: Path) -> None:
-    jobs = jobs_of(held_by(2), labels="b")
-    kept = staying(jobs)
-    kept["a"] = replace(kept["a"], kept=frozenset())
+def test_a_site_that_sends_its_front_all_the_same_ends_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = staying(jobs_of(held_by(2), labels="b"))
+    engine = Engine(kept, tmp_path)
+    site = engine.members["a"]
+    answer = site.answer
+
+    def sends(request: Any, cancelled: Any) -> Any:
+        reply = answer(request, cancelled)
+        return replace(reply, weights=site._models.in_training("m")) if isinstance(reply, Trained) else reply
+
+    monkeypatch.setattr(site, "answer", sends)
     with pytest.raises(EngineError, match=r"1 of 2 parties failed \(a: .*wrong_weights"):
-        trained(kept, Engine(kept, tmp_path), labels="b")
+        trained(kept, engine, labels="b")
+
+
+FRONT = Front("m", 2, ("fronts",), False, 0, 1, 4, 8, {}, (), transport="float32", party=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "request_", "said"),
+    [
+        ({"kept": frozenset()}, FRONT, SiteError),
+        ({"kept": "one"}, FRONT, SiteError),
+        ({"kept": "one"}, replace(FRONT, model="new", round=1, begins=True), SiteError),
+        ({"has_all": True}, Fetch("m"), SiteRefused),
+        ({"has_all": True, "kept": frozenset()}, Train("m", 2, 4, 1, 8, {}, True), SiteRefused),
+    ],
+)
+def test_a_front_that_stayed_cannot_be_had_by_preparing_a_site_otherwise(
+    changes: dict[str, Any], request_: Any, said: type, tmp_path: Path
+) -> None:
+    """The server says what stays when it has sites prepare; what it says later is not of a model that trained before."""
+    kept = staying(jobs_of(held_by(2), labels="b"))
+    engine = Engine(kept, tmp_path)
+    trained(kept, engine, labels="b")
+    site = engine.members["a"]
+    if changes.get("kept") == "one":
+        changes = {"kept": frozenset(sorted(kept["a"].kept)[:1])}
+    site._models.park()
+    site._job = replace(kept["a"], **changes)
+    number = len(engine.up)
+    packed = site.handle(wire.pack(request_), Envelope("r", 0, number), lambda: False)
+    assert isinstance(wire.unpack(packed), said)
+    if isinstance(request_, Front):
+        finish = site.handle(wire.pack(Finish(request_.model, request_.round, ())), Envelope("r", 0, number + 1), bool)
+        assert isinstance(wire.unpack(finish), SiteError)
+
+
+def test_a_front_of_which_anything_leaves_is_not_drawn_from_the_secret() -> None:
+    """Else a server that asks for all but one tensor of another model would know what those of this one begin with."""
+    kept = staying(jobs_of(held_by(2), labels="b"))
+    known = drawn_by(staying(jobs_of(held_by(2), labels="b"), dict.fromkeys(kept, "")))
+    some = {n: replace(job, kept=frozenset(sorted(job.kept)[1:])) for n, job in kept.items()}
+    assert all(torch.equal(t, known[n]) for n, t in drawn_by(some).items())
 
 
 def test_a_site_that_lets_no_weights_leave_takes_part_where_its_front_stays(tmp_path: Path) -> None:

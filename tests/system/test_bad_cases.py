@@ -135,6 +135,18 @@ def test_a_file_that_goes_bad_before_it_is_prepared(
     assert len(again.results["models"]) == 2
 
 
+def test_a_party_that_only_a_variant_asks_prepares_before_anything_trains(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = image_of(data, "third")
+    damaging_later(monkeypatch, lambda: cut_off(path))
+    study = study_on(data, **ONE, protocol__parties=["first", "second"], variants__all={"protocol": {"parties": []}})
+    outcome = run(study, tmp_path / "run")
+    assert outcome.exit_code == 0
+    assert set_aside(outcome) == reasons("third", "unreadable")
+    assert [m["name"] for m in outcome.results["models"]] == ["vertical", "all"]
+
+
 def test_a_size_of_voxels_that_cannot_be_resampled(data: Path, tmp_path: Path, without: Outcome) -> None:
     """It can be read, and lies alike everywhere: no party can prepare it."""
     for path in [*(image_of(data, site) for site in SEQUENCES), data / f"first/labelsTr/{BAD}.nii.gz"]:
@@ -160,17 +172,26 @@ def test_once_training_began_a_bad_file_is_another_case(data: Path, tmp_path: Pa
     assert run(more, tmp_path / "run", resume=True).exit_code == 0
 
 
-def test_a_run_that_trained_nothing_yet_may_begin_with_others(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_a_run_that_trained_nothing_yet_may_begin_with_others(
+    later: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the case that is mended could not be read, or could not be prepared."""
+
     def stop(event: Event) -> None:
         if "training" in event.text.lower() or event.kind == "round" or "Planned" in event.text:
             raise KeyboardInterrupt
 
     path = image_of(data, "second")
     before = path.read_bytes()
-    cut_off(path)
+    if later:
+        damaging_later(monkeypatch, lambda: cut_off(path))
+    else:
+        cut_off(path)
     study = study_on(data, **ONE)
     with pytest.raises(KeyboardInterrupt):
         run(study, tmp_path / "run", watch=stop)
+    assert (tmp_path / "run/sites/second/failed.json").is_file() == later
     path.write_bytes(before)
     outcome = run(study, tmp_path / "run", resume=True)
     assert (outcome.exit_code, outcome.results["excluded"]) == (0, [])

@@ -15,6 +15,7 @@ from concilium import advice
 from concilium.errors import StudyError
 from concilium.forecast import Cost
 from concilium.line import run
+from concilium.reports._bytes import forecasts
 from concilium.reports.planned import grids
 from concilium.study import Study, forecast_by, parse_study, to_toml
 
@@ -235,6 +236,20 @@ def test_what_is_sent_outside_of_rounds_is_forecast_and_measured(
         told = cost["sites"][site]
         assert told["besides_down"] <= measured["besides_down"] <= 1.02 * told["besides_down"] + 6_000 * times
         assert told["besides_up"] == 0 < measured["besides_up"] < 20_000 * times, "scores, and no weights"
+
+
+def test_a_site_that_hands_its_model_on_sends_it_to_every_other(small_study: Make, tmp_path: Path) -> None:
+    study = small_study(
+        protocol__name="cyclic", protocol__rounds=1, protocol__steps=1, network__base_features=16, test=False
+    )
+    told = forecasts(study)["cyclic"]
+    assert not isinstance(told, str)
+    (model,) = json.loads((run(study, tmp_path / "run").folder / "results.json").read_text())["models"]
+    sent = {site: measured["besides_up"] for site, measured in model["sites"].items()}
+    holder = max(sent, key=lambda site: sent[site])
+    assert 0 < told[holder].besides_up <= sent[holder] <= 1.02 * told[holder].besides_up + 40_000
+    assert all(told[site].besides_up == told[holder].besides_up for site in sent)
+    assert all(sent[site] < 40_000 for site in sent if site != holder)
 
 
 def test_without_the_table_a_run_forecasts_nothing(small_study: Make, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from concilium.errors import EngineError, StudyError
 from concilium.exports import export_run
 from concilium.finished import finished_models, open_finished
 from concilium.line import Event, Outcome, run
-from concilium.messages import Finish, Keep
+from concilium.messages import Finish, Keep, Look
 from concilium.predict import predict
 from concilium.schedule import BEST
 from concilium.site import Site
@@ -248,6 +248,28 @@ def test_a_party_that_cannot_keep_its_part_of_the_best_round_stops_the_run(
         with pytest.raises(EngineError, match=r"vertical, round 1, keeping: second: .*All parties must keep"):
             run(study, tmp_path / "run")
     assert run(study, tmp_path / "run", resume=True).exit_code == 0
+
+
+def test_scores_that_failed_are_had_when_the_run_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each site's part of the best round is kept until all is scored: the model is given once more before that."""
+    answer, kept = Site.answer, list[str]()
+
+    def fail(self: Site, request: Any, cancelled: Any) -> Any:
+        if isinstance(request, Keep) and self.settings.name == "third":
+            kept.append(request.source or "")
+        if isinstance(request, Look) and self.settings.name == "third" and kept[-1].endswith(BEST):
+            raise OSError("the disk is away")
+        return answer(self, request, cancelled)
+
+    study = study_on(data, rounds=1, new_patients=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Site, "answer", fail)
+        assert run(study, tmp_path / "run").exit_code == 4
+    outcome = run(study, tmp_path / "run", resume=True)
+    assert (outcome.exit_code, outcome.results["problems"]) == (0, [])
+    assert not list((outcome.folder / "sites").rglob(f"*{BEST}*"))
 
 
 def test_nobody_can_use_it_in_one_place(

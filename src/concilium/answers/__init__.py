@@ -156,18 +156,23 @@ class Job:
     told: str = ""
     """A digest of all that it was asked to prepare: what is drawn to hide something is drawn anew under other settings."""
 
-    @property
-    def of_fronts(self) -> tuple[Secret, ...]:
-        """The secret that a front is drawn from which stays here: the server draws from the study's seed as well."""
-        return (Secret(self.secret),) if self.secret and self.kept and not self.has_all else ()
-
     @cached_property
-    def sends_no_weights(self) -> bool:
-        """Whether no weight leaves: of a party without the labels, whose whole front stays here."""
-        if self.has_all or self.labelled or not self.kept:
+    def keeps_front(self) -> bool:
+        """Whether it is a party's, whose whole front stays here."""
+        if self.has_all or not self.kept:
             return False
         names = built(self).state_dict()
         return names.keys() - without_fronts(names).keys() <= self.kept
+
+    @property
+    def of_fronts(self) -> tuple[Secret, ...]:
+        """The secret that a front is drawn from which stays here: the server draws from the study's seed as well."""
+        return (Secret(self.secret),) if self.secret and self.keeps_front else ()
+
+    @property
+    def sends_no_weights(self) -> bool:
+        """Whether no weight leaves: of a party without the labels, whose whole front stays here."""
+        return self.keeps_front and not self.labelled
 
     @property
     def in_one_place(self) -> Callable[..., Stages]:

@@ -19,7 +19,7 @@ FILE = "aligned.json"
 SHOWN = "shown.json", "shown_new.json"
 """Which cases were shown, and which new ones: in the site's own folder."""
 FAILED = "failed.json"
-"""Cases that could not be prepared, with the reason."""
+"""Cases that could not be prepared since the site was started, with the reason."""
 Reasons: TypeAlias = dict[str, tuple[str, str]]
 """Case -> (code, text)."""
 
@@ -48,8 +48,13 @@ def shown_before(settings: Settings, *, new: bool) -> Shown:
     return Shown(tuple(told["names"]), _reasons(told["lost"]), told["begins"])
 
 
+def forget_failed(settings: Settings) -> None:
+    """As the site starts: what could not be prepared is tried again, since it may be mended."""
+    (settings.folder / FAILED).unlink(missing_ok=True)
+
+
 def failed(settings: Settings) -> Reasons:
-    """The cases that could not be prepared when that was last asked for."""
+    """The cases that could not be prepared since the site was started."""
     file = settings.folder / FAILED
     return _reasons(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 

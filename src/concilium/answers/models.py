@@ -17,7 +17,7 @@ from concilium.answers.features import FOLDER
 from concilium.answers.split import Session
 from concilium.answers.train import Learner
 from concilium.answers.vertical import Party
-from concilium.errors import ContractError
+from concilium.errors import ContractError, PrivacyError
 from concilium.messages import Front, Tensors
 from concilium.wire import part, read_tensors, write_tensors
 
@@ -36,12 +36,18 @@ class Models:
         """The round of split training at hand; its model stays in memory until it is over."""
 
     def learner(self, job: Job, model: str, cut: Cut | None = None) -> Learner:
-        """The model, in memory; the one that was there goes to disk."""
+        """The model, in memory; the one that was there goes to disk.
+
+        Raises:
+            PrivacyError: it trained here as a party's part, and is asked for as another network.
+        """
         if self._resident is not None and self._resident[0] == model and self._resident[1].cut == cut:
             self._write_working()  # a request that fails goes back to the state on disk
             return self._resident[1]
         self.park()
         learner = Learner(job, self.device, cut, self._folder)
+        if learner.own is None and self._is_of_party(model):
+            raise _not_apart(model)
         if self._working(model).is_file():
             learner.load(self._working(model))
         self._resident, self._dirty = (model, learner), False
@@ -157,6 +163,22 @@ class Models:
             )
         return part(read_tensors(self._working(model))[0], "weights/")
 
+    def to_be_fetched(self, model: str) -> Tensors:
+        """The same, for what of it may leave.
+
+        Raises:
+            ContractError: it never trained here.
+            PrivacyError: it is a party's part of a network.
+        """
+        self.park()
+        if self._is_of_party(model):
+            raise _not_apart(model)
+        return self.in_training(model)
+
+    def _is_of_party(self, model: str) -> bool:
+        """Whether the state on disk is that of a party's part of a network."""
+        return self._working(model).is_file() and "party" in read_tensors(self._working(model))[1]
+
     def finished(self, model: str) -> Tensors:
         """The weights of a finished model.
 
@@ -181,6 +203,14 @@ class Models:
         if self._resident is not None and self._dirty:
             self._resident[1].save(self._working(self._resident[0]))
             self._dirty = False
+
+
+def _not_apart(model: str) -> PrivacyError:
+    return PrivacyError(
+        f"{model} is asked for as another network than the one that trained here, a party's part. Expected that, or a front "
+        "could leave. Do not take part in this study.",
+        rule="kept",
+    )
 
 
 def _same_file(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from concilium.answers import Check, Entry, Job, Settings, noise_key
+from concilium.answers._aligned import forget_failed
 from concilium.answers.evaluate import Scorer, segment, subset_of
 from concilium.answers.new_patients import NEW, note_without
 from concilium.answers.statistics import Exclusions, count
@@ -52,6 +53,7 @@ class Service:
         """What draws the noise of the front that was last built."""
         self._scorer: Scorer | _Writer | None = None
         self._began = 0.0
+        forget_failed(settings)
 
     def look(self, job: Job, finished: Finished, request: Look) -> tuple[Looked, Exclusions]:
         """The maps of these windows; none of a case that cannot be read, which is set aside.

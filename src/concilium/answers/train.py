@@ -120,6 +120,7 @@ class Learner:
         tensors |= {f"optimizer/{n}": t for n, t in moments.items()}
         tensors |= {f"memory/{n}": t for n, t in self.memory.items()}
         about = {"optimizer": numbers, "scaler": json.dumps(self.scaler.state_dict() if self.scaler else {})}
+        about |= {"party": "yes"} if self.own is not None else {}
         if self.personal is not None:
             own, more = self.personal._state()
             tensors |= {f"personal/{n}": t for n, t in own.items()}
@@ -153,7 +154,7 @@ class Learner:
                 code="no_training_cases",
             )
         self.kept = frozenset() if alone else self.job.kept
-        if weights:
+        if weights or self.own is not None:  # of a party all that does not stay comes, or what stayed could be had
             self._take_over(weights, begins=begins)
         self.trained |= begins or not self.network.state_dict()  # a part of which nothing trains is there as it is
         if not self.trained:

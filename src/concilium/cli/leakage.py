@@ -100,7 +100,7 @@ def leakage(
             from concilium.deployment.party import party_asked
             from concilium.study import is_vertical
 
-            asked = party_asked(asked, compare=compare) if is_vertical(study) else asked
+            asked = party_asked(study, asked, compare=compare) if is_vertical(study) else asked
             study = study_at_site(study, site)
         default = Path("runs") / study.study.name if site is None else site.parent / "leakage" / study.study.name
         run = run_and_keep(

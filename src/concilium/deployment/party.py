@@ -23,7 +23,7 @@ from concilium.deployment.kits import SiteSettings
 from concilium.errors import StudyError
 from concilium.leakage import ANYTHING, Asked
 from concilium.messages import Json, PlugIn
-from concilium.study import SiteTable, Study
+from concilium.study import SiteTable, Study, fronts_stay
 from concilium.study._parties import parted
 
 
@@ -68,6 +68,7 @@ def party_alone(study: Study, site: SiteSettings, folder: Path) -> Study:
     alone = {
         "labels": name,
         "parties": (),
+        "fronts": "sent",  # a run of one owner, with a test set; whose front stays says `party_asked`
         "drop": 0.0,
         "patches": "uniform",
         "new_patients": False,
@@ -86,7 +87,7 @@ def party_alone(study: Study, site: SiteSettings, folder: Path) -> Study:
     return replace(one, network=parted(one))
 
 
-def party_asked(asked: Asked, *, compare: bool) -> Asked:
+def party_asked(study: Study, asked: Asked, *, compare: bool) -> Asked:
     """What an audit of one party's untrained front is to do.
 
     Raises:
@@ -105,7 +106,7 @@ def party_asked(asked: Asked, *, compare: bool) -> Asked:
             f"{', '.join(wrong)} was asked for. A party alone has its front as it is before the first round, at the study's cut, "
             "and the test set of site.toml. Allowed: --attack, --option, --victims, --own, --gallery. Leave out the rest."
         )
-    return replace(asked, untrained=True)
+    return replace(asked, untrained=True, hidden=fronts_stay(study))
 
 
 def _own_cases(source: Path, names: Names, held: Sequence[str], folder: Path, *, labelled: bool) -> Path:

@@ -54,6 +54,8 @@ class Asked:
     """Attack the maps of a finished vertical model at work, in place of those of training."""
     untrained: bool = False
     """Attack only the maps that a vertical party sends in the first round: all that it can make without the others."""
+    hidden: bool = False
+    """Of these: the front will stay at the party, so that nobody who gets its maps has the weights."""
 
 
 def leakage(
@@ -76,6 +78,7 @@ def leakage(
     try:
         for number in (0,) if asked.untrained else (*asked.rounds, None):
             subject = subject_of(run, asked.model, auxiliary=asked.auxiliary, work=work, number=number)
+            subject = replace(subject, hidden=subject.hidden or asked.hidden)
             torch.set_num_threads(subject.study.engine.threads)
             attacks = _possible_alone(subject, attacks, notes) if asked.untrained else attacks
             own = [replace(a, seed=subject.study.study.seed) for a in attacks]

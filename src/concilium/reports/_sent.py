@@ -33,7 +33,8 @@ def bytes_before(study: Study, told: Mapping[str, Forecast]) -> Part:
         content += [
             Grid(header, rows, "Forecast of training, from the shapes of the network", figures=6),
             "Besides: outside of rounds, when the model is validated, given to the sites and scored. Headers of messages are "
-            "not counted, nor are statistics, scores and new patients. A site that is not asked in a round sends nothing in it.",
+            "not counted, nor are statistics, scores and new patients. A site that is not asked in a round sends nothing in it. "
+            "In cyclic training only the site that has the model when it is scored sends it on; any may be that.",
         ]
     if why:
         content += ["No forecast:" if rows else "There is no forecast of bytes:", Lines(why)]
