@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from concilium.engines import Engine, ask
+from concilium.errors import EngineError
 from concilium.messages import Failure, Reply, SiteError
 from concilium.planning import Plans
 from concilium.preparation import Ledger, ask_sites, plan_for
@@ -26,15 +27,22 @@ def planned(study: Study, engine: Engine, record: Record, ledger: Ledger) -> Pla
 
     Raises:
         DataError: the data of a site cannot be used, sites disagree, or the run began with other data.
-        EngineError: too few sites answered.
+        EngineError: too few sites answered, or a party cannot prepare what it does not leave out.
         StudyError: a network or protocol cannot be had with the plan.
     """
+    before: int | None = None
     while True:
         tried = Ledger(list(ledger.warnings), list(ledger.problems), list(ledger.excluded))
         told = ask_sites(study, engine, record, ledger)
         made = [(members, plan_for(members[0], told, record, ledger)) for members in settings(study)]
         if not is_vertical(study) or record.begun or all_can_prepare(engine, made):
             return made
+        if before is not None and len(told.patients) >= before:
+            raise EngineError(
+                f"A party cannot prepare some of {len(told.patients)} cases, and when asked again it leaves none of them out. "
+                "Expected fewer each time. Look into the logs of the sites, mend the files, and start again."
+            )
+        before = len(told.patients)
         ledger.warnings, ledger.problems, ledger.excluded = tried.warnings, tried.problems, tried.excluded
 
 

@@ -192,7 +192,8 @@ def watch_validation(work: Work, model: Model, done: Round, ledger: Ledger) -> N
             keep = parts_to_keep(work, model, weights)
     failures = pass_on(work, model, done) if model.is_one else tell(work.engine, keep)
     request = Evaluate(model.key, "validation", (PlugIn("dice"),), final=False, unknown=work.plans.unknown)
-    there = [site for site in sites if site not in failures]
+    in_parts = model.protocol == "vertical"  # of which none may be that of an earlier round
+    there = [site for site in sites if site not in failures and not (in_parts and failures)]
     replies = dict(_asked(work, model, request, there, weights))
     failures |= {site: as_failure(r) for site, r in replies.items() if not isinstance(r, Evaluated)}
     for site, failure in failures.items():

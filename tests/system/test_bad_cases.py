@@ -147,6 +147,16 @@ def test_a_party_that_only_a_variant_asks_prepares_before_anything_trains(
     assert [m["name"] for m in outcome.results["models"]] == ["vertical", "all"]
 
 
+def test_a_party_that_fails_again_and_leaves_nothing_out_ends_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "all_can_prepare", lambda *_: False)
+    with pytest.raises(
+        EngineError, match=f"cannot prepare some of {N} cases, and when asked again it leaves none of them out"
+    ):
+        run(study_on(data, **ONE), tmp_path / "run")
+
+
 def test_a_size_of_voxels_that_cannot_be_resampled(data: Path, tmp_path: Path, without: Outcome) -> None:
     """It can be read, and lies alike everywhere: no party can prepare it."""
     for path in [*(image_of(data, site) for site in SEQUENCES), data / f"first/labelsTr/{BAD}.nii.gz"]:

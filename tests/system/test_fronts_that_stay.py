@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -248,6 +249,28 @@ def test_a_party_that_cannot_keep_its_part_of_the_best_round_stops_the_run(
         with pytest.raises(EngineError, match=r"vertical, round 1, keeping: second: .*All parties must keep"):
             run(study, tmp_path / "run")
     assert run(study, tmp_path / "run", resume=True).exit_code == 0
+
+
+def test_parts_of_two_rounds_are_not_scored_together(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A party that did not keep its part of a round has that of the one before."""
+    answer, rounds = Site.answer, list[str]()
+
+    def full(self: Site, request: Any, cancelled: Any) -> Any:
+        if isinstance(request, Keep) and request.model == KEY and self.settings.name == "second":
+            rounds.append(request.model)
+            if len(rounds) == 2:
+                raise OSError("the disk is full")
+        return answer(self, request, cancelled)
+
+    raw = tables(data, "sent", new_patients=False) | {"validation": {"every": 1}}
+    monkeypatch.setattr(Site, "answer", full)
+    outcome = run(parse_study(raw, folder=data), tmp_path / "run")
+    lines = [json.loads(line) for line in (outcome.folder / "curves.jsonl").read_text().splitlines()]
+    assert [bool(line["dice"]) for line in lines] == [True, False, True]
+    assert outcome.exit_code == 4
+    assert any("vertical, round 2, validation: second" in text for text in outcome.results["problems"])
 
 
 def test_scores_that_failed_are_had_when_the_run_goes_on(

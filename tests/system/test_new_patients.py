@@ -190,7 +190,8 @@ def test_patients_whom_a_party_lacks_are_segmented_as_without_its_channels(
     told = json.loads((tmp_path / f"run/new_patients/{KEY}.json").read_text())
     assert told["without"] == {" ".join(missing): 1 for missing in absent.values()}
     noted = json.loads((tmp_path / "run/sites/first/aligned_new.json").read_text())
-    assert noted["without"] == {name: list(missing) for name, missing in absent.items() if missing}
+    mine = {name: list(missing) for name, missing in absent.items() if missing}
+    assert noted["without"] == {"vertical": mine}
     elsewhere = json.loads((tmp_path / "run/sites/second/aligned_new.json").read_text())
     assert elsewhere["cases"] == [every]
     assert list(elsewhere["left_out"]) == ["second/nobody"]

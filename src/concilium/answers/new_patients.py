@@ -37,10 +37,11 @@ def note_new(settings: Settings, holding: Holding, names: Sequence[str], left_ou
     note(settings.folder, FILE, told)
 
 
-def note_without(settings: Settings, case: str, absent: Sequence[str]) -> None:
-    """Write down which parties had no such case, without whom it was segmented: for who reads the label map."""
+def note_without(settings: Settings, model: str, case: str, absent: Sequence[str]) -> None:
+    """Write down which parties had no such case, without whom this model segmented it: for who reads the label map."""
     told = noted(settings.folder, FILE)
-    note(settings.folder, FILE, told | {"without": told.get("without", {}) | {case: list(absent)}})
+    without = told.get("without", {})
+    note(settings.folder, FILE, told | {"without": without | {model: without.get(model, {}) | {case: list(absent)}}})
 
 
 def new_entries(settings: Settings) -> tuple[Entry, ...]:

@@ -18,6 +18,7 @@ from concilium.answers import Check, Entry, Job, Settings, noise_key
 from concilium.answers._aligned import forget_failed
 from concilium.answers.evaluate import Scorer, segment, subset_of
 from concilium.answers.new_patients import NEW, note_without
+from concilium.answers.split import image_would_leave, shows
 from concilium.answers.statistics import Exclusions, count
 from concilium.answers.vertical import set_absent
 from concilium.data.dataset import reader
@@ -60,6 +61,7 @@ class Service:
 
         Raises:
             ContractError: there is no such case, or the weights are not those of this party.
+            PrivacyError: the image itself would leave the site.
         """
         entries, _ = subset_of(self._settings, job, request.subset)
         if not entries:
@@ -112,7 +114,7 @@ class Service:
             self._scorer.add(entry, [_Replay(self._logits)])
             self._logits = []
             if request.absent:
-                note_without(self._settings, entry.case.name, request.absent)
+                note_without(self._settings, request.evaluate.model, entry.case.name, request.absent)
         if not (request.last and request.case == len(entries) - 1):
             return Done(), {}
         scorer, self._scorer = self._scorer, None
@@ -157,7 +159,10 @@ class Windows(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         if 0 <= self.some.first + self.seen - self.some.start < self.some.count:
-            self.maps.append(cast(Any, self.front).run((image,)))
+            maps = cast(Any, self.front).run((image,))
+            if not self.maps and any(shows(image, m) for m in maps):  # a server may have sent weights that copy
+                raise image_would_leave(cast(Any, self.front).names[-1])
+            self.maps.append(maps)
         self.seen += 1
         return image.new_zeros(image.shape[0], self.n_heads, *image.shape[2:])
 

@@ -56,8 +56,8 @@ def party_alone(study: Study, site: SiteSettings, folder: Path) -> Study:
     name = party_of(study, site.data, names)
     if site.test is None:
         raise StudyError(
-            f"The site.toml of {name} names no test set, whose cases an attacker could have. An attack needs cases of its own, with "
-            f"the channels {', '.join(study.sites[name].holds or ())}; they need no label maps. Name a folder: test = 'PATH'."
+            f"The site.toml of {name} names no test set, whose cases an attacker could have. An attack needs cases of its own, "
+            f"with the channels {', '.join(study.sites[name].holds or ())}, and no label maps. Name a folder: test = 'PATH'."
         )
     held, p = study.sites[name].holds or (), study.protocol
     labelled = name == p.options["labels"]
