@@ -3,7 +3,8 @@
 Needs what Concilium must not need, so run it in an environment of its own; it imports nothing of Concilium:
 
     pip install numpy torch torchvision segment-anything==1.0 transformers
-    python tests/networks/make_sam_numbers.py
+    python tests/networks/make_sam_numbers.py            # a small one, by both
+    python tests/networks/make_sam_numbers.py --vit-b    # the authors' ViT-B at 1024 px, besides
 
 Weights are drawn tensor by tensor from the tensor's name in the layout (`drawn`, the same in the tests), so the order of modules
 does not matter. Kept are names and shapes of all tensors, and some of the numbers that come out.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +32,9 @@ MEAN, DEVIATION = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 BOXES = [[3.0, 5.0, 40.0, 60.0], [20.0, 10.0, 79.0, 30.0]]
 POINTS = [[[10.0, 20.0], [30.0, 7.0]], [[60.0, 70.0], [1.0, 2.0]]]
 INSIDE = [[1, 0], [1, 1]]
+
+
+VIT_B_BOXES = [[100.0, 150.0, 700.0, 900.0]]
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -94,6 +99,32 @@ def original() -> dict[str, Any]:
     }
 
 
+def drawn_wide(name: str, shape: tuple[int, ...]) -> Tensor:
+    """For ViT-B, whose sums are longer: a fifth of that; weights of norms about 1."""
+    values = drawn(name, shape)
+    return 1 + values if len(shape) == 1 and name.endswith("weight") else values / 5
+
+
+def vit_b() -> dict[str, Any]:
+    from segment_anything import sam_model_registry
+
+    sam = sam_model_registry["vit_b"](checkpoint=None)
+    tensors = sam.state_dict()
+    sam.load_state_dict({n: drawn_wide(n, tuple(t.shape)) for n, t in tensors.items()})
+    sam.eval()
+    image = 255 * drawn("image", (3, 1024, 1024)).abs().clamp(max=1)
+    embedding = sam.image_encoder(sam.preprocess(image)[None])
+    sparse, dense = sam.prompt_encoder(points=None, boxes=torch.tensor(VIT_B_BOXES), masks=None)
+    nothing = torch.zeros(1, 0, 256), torch.zeros(1, 256, 64, 64)
+    table = sam.prompt_encoder.get_dense_pe()
+    return {
+        "tensors": {n: " ".join(map(str, t.shape)) for n, t in tensors.items()},
+        "embedding": some(embedding),
+        "without": some(sam.mask_decoder.predict_masks(embedding, table, *nothing)[0]),
+        "boxes": some(sam.mask_decoder.predict_masks(embedding, table, sparse, dense)[0]),
+    }
+
+
 def hugging_face() -> dict[str, Any]:
     sam = SamModel(
         SamConfig(
@@ -124,10 +155,15 @@ def hugging_face() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    file = Path(__file__).with_name("sam_numbers.json")
     with torch.no_grad():
-        numbers = {
-            "made by": {name: version(name) for name in ("segment-anything", "transformers", "torch", "numpy")},
-            "original": original(),
-            "hugging_face": hugging_face(),
-        }
-    Path(__file__).with_name("sam_numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        if sys.argv[1:] == ["--vit-b"]:
+            made_by = {name: version(name) for name in ("torch", "numpy")} | {"segment-anything": "1.0"}
+            numbers = json.loads(file.read_text()) | {"vit_b": {"made by": made_by, **vit_b()}}
+        else:
+            numbers = {
+                "made by": {name: version(name) for name in ("segment-anything", "transformers", "torch", "numpy")},
+                "original": original(),
+                "hugging_face": hugging_face(),
+            }
+    file.write_text(json.dumps(numbers, indent=1) + "\n")
