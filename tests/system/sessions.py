@@ -207,3 +207,9 @@ class Mortal(InlineWorker):
         self._calls.clear()
         self._begun = None
         self._host = type(self._host)(*self.hosted, epochs)
+
+
+def curves(folder: Path) -> list[dict[str, Any]]:
+    """Of a run: Dice after rounds, without the bytes, in which seconds are written as text."""
+    lines = map(json.loads, (folder / "curves.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k != "bytes"} for line in lines]

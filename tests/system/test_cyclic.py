@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sessions import curves
 from test_resume import digests, go_on
 from torch import Tensor
 
@@ -175,7 +176,7 @@ def test_the_server_gets_the_finished_model_where_the_study_reveals_it(
     assert finished_models(tmp_path / "run") == ("cyclic",)
     whole_results = json.loads((whole / "results.json").read_text())
     assert outcome.results["summary"] == whole_results["summary"]
-    assert (tmp_path / "run/curves.jsonl").read_text() == (whole / "curves.jsonl").read_text()
+    assert curves(tmp_path / "run") == curves(whole)
 
 
 # ------------------------------------------------------------------------------------------------------------ what goes wrong

@@ -12,6 +12,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
+from sessions import curves
 from torch import Tensor
 
 import concilium
@@ -132,8 +133,8 @@ def test_they_are_scored_like_other_models_that_stay(kept: Outcome) -> None:
         assert {place[0] for place in cases[f"federated-personal:{site}"]} == {site, "test"}
     pairs = {frozenset((c["a"], c["b"])) for c in results["comparisons"]}
     assert frozenset(("federated", "federated-personal")) in pairs
-    curves = [json.loads(line) for line in (kept.folder / "curves.jsonl").read_text().splitlines()]
-    dice = {(c["model"], c["round"]): c["dice"] for c in curves}
+    told = [json.loads(line) for line in (kept.folder / "curves.jsonl").read_text().splitlines()]
+    dice = {(c["model"], c["round"]): c["dice"] for c in told}
     for number in (1, 2):
         assert dice["federated-personal", number] == dice["local", number] != dice["federated", number]
 
@@ -218,7 +219,7 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert resumed.exit_code == 0
     assert same(models(tmp_path / "run"), models(tmp_path / "whole"))
     assert resumed.results["cases"] == whole.results["cases"]
-    assert (tmp_path / "run/curves.jsonl").read_text() == (tmp_path / "whole/curves.jsonl").read_text()
+    assert curves(tmp_path / "run") == curves(tmp_path / "whole")
     again = run(study, tmp_path / "run", resume=True)
     assert again.results["cases"] == whole.results["cases"], "a run that is done stays as it is"
 

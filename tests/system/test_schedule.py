@@ -15,7 +15,7 @@ import tomli_w
 import torch
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
-from sessions import Make
+from sessions import Make, curves
 from torch import Tensor, equal
 from typer.testing import CliRunner
 
@@ -395,7 +395,7 @@ def test_a_stop_in_any_setting_loses_nothing(whole: Outcome, tmp_path: Path, mom
     assert {m["name"] for m in whole.results["models"]} == {m["name"] for m in outcome.results["models"]}
     for path in (whole.folder / "weights").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "run" / "weights" / path.name).read_bytes(), path.name
-    assert _curves(whole.folder) == _curves(tmp_path / "run")
+    assert curves(whole.folder) == curves(tmp_path / "run")
     assert whole.results["cases"] == outcome.results["cases"]
     if moment[0] != "federated.s4":  # what was finished is not prepared again
         assert not any(text.startswith("Planned federated:") for text in stages)
@@ -410,9 +410,3 @@ def test_the_command_takes_the_number_of_seeds(small_study: Make, tmp_path: Path
     assert done.exit_code == 0, done.output
     assert (tmp_path / "run" / "weights" / "federated.s4.safetensors").is_file()
     assert "seeds = 2" in (tmp_path / "run" / "study.toml").read_text()
-
-
-def _curves(folder: Path) -> list[dict[str, Any]]:
-    """Without the bytes, which hold seconds as text."""
-    lines = map(json.loads, (folder / "curves.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "bytes"} for line in lines]

@@ -159,9 +159,11 @@ class Windows(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         if 0 <= self.some.first + self.seen - self.some.start < self.some.count:
-            maps = cast(Any, self.front).run((image,))
-            if not self.maps and any(shows(image, m) for m in maps):  # a server may have sent weights that copy
-                raise image_would_leave(cast(Any, self.front).names[-1])
+            maps, names = cast(Any, self.front).run((image,)), cast(Any, self.front).names
+            if (
+                names and not self.maps and any(shows(image, m) for m in maps)
+            ):  # a server may have sent weights that copy
+                raise image_would_leave(names[-1])
             self.maps.append(maps)
         self.seen += 1
         return image.new_zeros(image.shape[0], self.n_heads, *image.shape[2:])
