@@ -43,18 +43,15 @@ def besides(study: Study, held: Mapping[str, int]) -> dict[str, Besides]:
 
 
 def besides_of_parties(
-    study: Study, plans: Plans, held: Mapping[str, int], *, after: str, labels: str, transport: str, n_training: int
+    study: Study, plans: Plans, held: Mapping[str, int], *, after: str, labels: str, transport: str, windows: int
 ) -> dict[str, Besides]:
     """The same in vertical training.
 
     Args:
         after: the stage after which the tail begins.
         labels: who has it.
-        n_training: cases that train; where it is not known how many all have, those that validate are taken to be as many as
-            in each of the other folds.
+        windows: of all validation cases.
     """
-    n = len(plans.patients) - n_training if plans.patients else round(n_training / (study.validation.folds - 1))
-    windows = n_windows(study, plans) * n
     network, image = network_of(study, plans), (1, *image_of(study, plans)[1:])
     each = look_bytes(
         network, image=image, precision=study.training.precision, after=after, labels=labels, transport=transport
@@ -69,6 +66,17 @@ def n_scorings(study: Study) -> int:
     """How often a model is given to its sites and scored."""
     every = study.validation.every
     return 1 + (study.protocol.rounds // every if every else 0)
+
+
+def validation_windows(study: Study, plans: Plans, n_training: int) -> int:
+    """Windows of all validation cases of a vertical study, each as the median case.
+
+    Args:
+        n_training: cases that train; where it is not known how many all have, those that validate are taken to be as many as
+            in each of the other folds.
+    """
+    n = len(plans.patients) - n_training if plans.patients else round(n_training / (study.validation.folds - 1))
+    return n_windows(study, plans) * n
 
 
 def n_windows(study: Study, plans: Plans) -> int:

@@ -26,7 +26,7 @@ from math import ceil
 from torch import Tensor
 
 from concilium.beginning import drawn_weights
-from concilium.besides import besides, besides_of_parties
+from concilium.besides import besides, besides_of_parties, validation_windows
 from concilium.errors import StudyError
 from concilium.forecast import Cost, SiteCost, crossing_of, party_bytes, step_bytes
 from concilium.loads import Load, party_loads, split_loads, whole_load
@@ -202,6 +202,7 @@ def vertical_costs(setting: Setting, plans: Plans, cases: Mapping[str, int], *, 
     clock = partial(time_parties, network, training, after=after, labels=labels)
     speed = speed_of(hardware_of(study), study.engine.device, clock, batch, of_all, at_server)
     at_tail, server_s, link = speed.site * tail, speed.of_server(at_server), _link(study)
+    windows = validation_windows(study, plans, cases[labels])
     found = []
     for kind in kinds:
         told = party_bytes(
@@ -210,9 +211,7 @@ def vertical_costs(setting: Setting, plans: Plans, cases: Mapping[str, int], *, 
         )  # fmt: skip
         sites = {}
         held = {site: b.weights for site, b in told.items()}
-        more = besides_of_parties(
-            study, plans, held, after=after, labels=labels, transport=kind, n_training=cases[labels]
-        )
+        more = besides_of_parties(study, plans, held, after=after, labels=labels, transport=kind, windows=windows)
         for site, n in steps.items():
             taken = n if site == labels else round(n * (1 - options["drop"]))
             up, down = told[site].round(taken)

@@ -44,7 +44,7 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
         EngineError: the site that has the model cannot give it to the others.
     """
     requests: dict[str, Request] = {}
-    best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
+    best = best_of(work, model)
     if model.is_finetuned:
         personalize(work, model, ledger)
         return
@@ -68,9 +68,14 @@ def give(work: Work, model: Model, last: Round, ledger: Ledger) -> None:
         ledger.problems.append(f"{model.key}, final push: {failure_line(work.record, site, failure)}")
 
 
+def best_of(work: Work, model: Model) -> dict[str, tuple[int, float]]:
+    """Site -> the round whose weights are to be kept, and its validation Dice; nothing where those of the last round are."""
+    return work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
+
+
 def forget_best(work: Work, model: Model) -> None:
     """Have sites let go of what they kept of the best rounds. Until all is scored the model may have to be given again."""
-    best = work.record.best_rounds(model.key) if work.study.validation.select == "best" else {}
+    best = best_of(work, model)
     keepers = [s for s in model.steps if best and (model.apart or (model.stays and s in best))]
     tell(work.engine, dict.fromkeys(keepers, Forget(model.key + BEST, finished=True)))
 

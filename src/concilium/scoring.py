@@ -13,7 +13,7 @@ from concilium._set_aside import told as set_aside
 from concilium.beginning import n_parameters
 from concilium.engines import Traffic, ask
 from concilium.errors import EngineError
-from concilium.giving import asked_of, keep_at, parts_to_keep, pass_on, tell
+from concilium.giving import asked_of, best_of, keep_at, parts_to_keep, pass_on, tell
 from concilium.messages import Evaluate, Evaluated, Failure, Keep, PlugIn, Reply, Tensors, as_failure
 from concilium.planning import batch_size_of
 from concilium.preparation import Event, Ledger, Work, failure_line
@@ -151,13 +151,12 @@ def account_of(work: Work, model: Model, before: Mapping[str, Traffic]) -> dict[
         before: traffic of its sites when its training was done.
     """
     record = work.record
-    best = record.best_rounds(model.key) if work.study.validation.select == "best" else {}
     besides = {site: [t.down, t.up] for site, t in traffic_since(work.engine, model.steps, before).items()}
     took = account(
         model,
         record.rounds(model.group[0]),
         batch_size=partial(batch_size_of, model.setting.study, work.plans),
-        selected={site: number for site, (number, _) in best.items()},
+        selected={site: number for site, (number, _) in best_of(work, model).items()},
         besides=[besides, *(line.get("bytes", {}) for line in record.curve(model.key))],
     )
     return took | n_parameters(model, work.plans)

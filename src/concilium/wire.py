@@ -17,7 +17,8 @@ import os
 import struct
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -217,15 +218,31 @@ def write_tensors(path: Path, tensors: messages.Tensors, about: collections.abc.
     unfinished.replace(path)
 
 
+def header_of(path: Path) -> dict[str, str]:
+    """What stands in the header of a safetensors file; no tensor is read.
+
+    Raises:
+        ContractError: the file is missing or damaged.
+    """
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a safetensors file, and what stands in its header.
 
     Raises:
         ContractError: the file is missing or damaged.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+            yield file
     except (OSError, SafetensorError) as e:
         raise ContractError(
             f"{path} cannot be read ({type(e).__name__}). Expected a safetensors file. Restore it, or start again."

@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from concilium.answers import Entry, Settings
+from concilium.answers._noted import note, noted
 from concilium.data.dataset import folds
 from concilium.data.draws import digest
 from concilium.data.preprocess import Prepared
@@ -36,15 +37,14 @@ class Shown:
 
 def note_shown(settings: Settings, shown: Shown, *, new: bool) -> None:
     """Write what was shown, and later what of it is left out."""
-    _write(settings.folder / SHOWN[new], {"names": shown.names, "lost": shown.lost, "begins": shown.begins})
+    note(settings.folder, SHOWN[new], {"names": shown.names, "lost": shown.lost, "begins": shown.begins})
 
 
 def shown_before(settings: Settings, *, new: bool) -> Shown:
     """What was shown last; nothing where nothing was."""
-    file = settings.folder / SHOWN[new]
-    if not file.is_file():
+    told = noted(settings.folder, SHOWN[new])
+    if not told:
         return Shown()
-    told = json.loads(file.read_text(encoding="utf-8"))
     return Shown(tuple(told["names"]), _reasons(told["lost"]), told["begins"])
 
 
@@ -55,8 +55,7 @@ def forget_failed(settings: Settings) -> None:
 
 def failed(settings: Settings) -> Reasons:
     """The cases that could not be prepared since the site was started."""
-    file = settings.folder / FAILED
-    return _reasons(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return _reasons(noted(settings.folder, FAILED))
 
 
 def must_prepare_all(settings: Settings, excluded: Mapping[str, tuple[str, str]]) -> None:
@@ -68,7 +67,7 @@ def must_prepare_all(settings: Settings, excluded: Mapping[str, tuple[str, str]]
     if not excluded:
         return
     lost = {key.partition("/")[2]: reason for key, reason in excluded.items()}
-    _write(settings.folder / FAILED, failed(settings) | lost)
+    note(settings.folder, FAILED, failed(settings) | lost)
     reasons = "; ".join(f"{key}: {text}" for key, (_, text) in list(excluded.items())[:5])
     raise DataError(
         f"{len(excluded)} cases that all parties have cannot be prepared here ({reasons}). Expected each of them, or that the "
@@ -93,7 +92,7 @@ def note_aligned(settings: Settings, names: Sequence[str], *, begins: bool = Fal
             "the cases that it began with, or those that validate would be others. Put the data back, or start a new run.",
             code="cases_changed",
         )
-    _write(file, sorted(names))
+    note(settings.folder, FILE, sorted(names))
 
 
 def aligned(settings: Settings, found: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -140,12 +139,6 @@ def divided(settings: Settings, request: Prepare, usable: Sequence[Entry]) -> di
 
 def _file(settings: Settings) -> Path:
     return settings.folder / FILE
-
-
-def _write(file: Path, value: Any) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(value), encoding="utf-8")
-    unfinished.replace(file)
 
 
 def _reasons(told: Mapping[str, Sequence[str]]) -> Reasons:

@@ -11,9 +11,9 @@ import torch
 from concilium.alignment import blinded, hidden, order_of, secret_in
 from concilium.answers import Cancelled, Check, Entry, Settings
 from concilium.answers._aligned import Shown, failed, note_aligned, note_shown, shown_before
+from concilium.answers._noted import note, noted
 from concilium.answers.new_patients import FILE as NEW_FILE
 from concilium.answers.new_patients import NEW, find_new, note_new
-from concilium.answers.notes import note, noted
 from concilium.answers.statistics import Exclusions, find_cases
 from concilium.data.dataset import read_case
 from concilium.errors import ContractError, DataError

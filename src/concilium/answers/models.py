@@ -19,7 +19,7 @@ from concilium.answers.train import Learner
 from concilium.answers.vertical import Party
 from concilium.errors import ContractError, PrivacyError
 from concilium.messages import Front, Tensors
-from concilium.wire import part, read_tensors, write_tensors
+from concilium.wire import header_of, part, read_tensors, write_tensors
 
 
 class Models:
@@ -177,7 +177,7 @@ class Models:
 
     def _is_of_party(self, model: str) -> bool:
         """Whether the state on disk is that of a party's part of a network."""
-        return self._working(model).is_file() and "party" in read_tensors(self._working(model))[1]
+        return self._working(model).is_file() and "party" in header_of(self._working(model))
 
     def finished(self, model: str) -> Tensors:
         """The weights of a finished model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from concilium.answers import Entry, Settings
-from concilium.answers.notes import note, noted
+from concilium.answers._noted import note, noted
 from concilium.answers.statistics import Exclusions
 from concilium.data.dataset import restricted
 from concilium.data.new_patients import open_new
